@@ -1,0 +1,32 @@
+"""Model-Dowser for Hugging Face PEFT: fine-tune the weights that matter least, and forget less.
+
+Importing this package registers the method with PEFT; then `get_peft_model(model, DowserConfig(...))`, TRL's trainers,
+`save_pretrained`, `from_pretrained` and `merge_and_unload` work as they do for LoRA.
+"""
+
+from ._registry import ensure_peft_type
+
+ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
+
+from . import scores  # noqa: E402
+from ._registry import register  # noqa: E402
+from .codec import DeltaFormatError  # noqa: E402
+from .config import DowserConfig  # noqa: E402
+from .layer import DowserLayer  # noqa: E402
+from .model import DowserModel  # noqa: E402
+from .probe import probe  # noqa: E402
+from .statistics import ProbeStatistics  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DeltaFormatError",
+    "DowserConfig",
+    "DowserLayer",
+    "DowserModel",
+    "ProbeStatistics",
+    "probe",
+    "scores",
+]
+
+register(DowserConfig, DowserModel)

@@ -1,0 +1,64 @@
+"""Batches of prompts: which ones go together, their padding, and which tokens are real."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .prompts import Prompt
+
+
+def alike(prompts: Sequence[Prompt], padding: bool) -> list[list[int]]:
+    """Numbers of the prompts that can share a batch, in order.
+
+    Args:
+        prompts: inputs of one sample each.
+        padding: prompts of different lengths may share a batch; without, only equal shapes do.
+    """
+    groups: dict[tuple, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        signature = tuple(
+            (key, None if padding and _is_token_wise(value, prompt) else tuple(value.shape[1:]))
+            for key, value in sorted(prompt.items())
+        )
+        groups.setdefault(signature, []).append(number)
+    return list(groups.values())
+
+
+def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Pad prompts on the right and stack them.
+
+    Args:
+        prompts: prompts that are `alike`.
+        device: where the batch goes.
+
+    Returns:
+        The model's inputs, and the real tokens, `(batch, tokens)`, float32 zeros and ones; None where the inputs are
+        no token ids.
+    """
+    width = max((prompt["input_ids"].shape[1] for prompt in prompts if "input_ids" in prompt), default=0)
+    inputs = {}
+    for key in prompts[0]:
+        parts = [
+            _padded(prompt[key], width) if _is_token_wise(prompt[key], prompt) else prompt[key] for prompt in prompts
+        ]
+        inputs[key] = torch.cat(parts).to(device)
+    if "input_ids" not in inputs:
+        return inputs, None
+    masks = [_padded(prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])), width) for prompt in prompts]
+    return inputs, torch.cat(masks).to(device, torch.float32)
+
+
+def last_positions(mask: Tensor) -> Tensor:
+    """Position of the last real token of every prompt, `(batch,)`, int64."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    return (mask * (positions + 1)).argmax(1)
+
+
+def _is_token_wise(value: Tensor, prompt: Prompt) -> bool:
+    """Whether an input has one entry per token and so grows with the padding."""
+    return "input_ids" in prompt and value.shape == prompt["input_ids"].shape
+
+
+def _padded(value: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(value, (0, width - value.shape[1]))

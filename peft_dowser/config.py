@@ -1,0 +1,162 @@
+"""`DowserConfig`: every choice of a Dowser adapter, as plain data that survives JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
+SELECTS = ("low", "high")
+SCOPES = ("matrix", "row", "layer", "model")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+BIASES = ("none", "all", "dowser_only")
+
+
+@dataclass
+class DowserConfig(PeftConfig):
+    """Configuration of a Dowser adapter (Model-Dowser, arXiv 2602.04509).
+
+    Args:
+        update_ratio: rho, the fraction of each target weight that trains, in (0, 1]. Exactly round(rho * n) of the n
+            weights of a matrix train.
+        ratio_pattern: another ratio in [0, 1] for some modules; keys are module names, their ends or regular
+            expressions, as in LoRA's `rank_pattern`. A ratio of 0 freezes the module.
+        target_modules: modules to adapt: names or their ends, a regular expression, or "all-linear". None takes the
+            linears of the language model: never a vision tower, a connector, an output head or a router.
+        exclude_modules: modules to leave out: names or their ends, or a regular expression.
+        layers_to_transform: indices of the layers to adapt; only where `target_modules` is a list.
+        layers_pattern: name of the layer list that the indices refer to.
+        last_layers: train only the last L layers of the language model (the paper's L).
+        modules_to_save: further modules to train and save as a whole.
+        trainable_token_indices: token indices whose embeddings train, or indices by embedding name.
+        bias: which biases train: "none", "all" or "dowser_only". Any but "none" changes the base model's biases.
+        target_parameters: not supported by this release.
+        score: what ranks the weights: "dowser" (|J| |W| |h|, data-free), "random", "magnitude" (|W|), "wanda"
+            (|W| ||h||) or "gradient" (|dL/dW|).
+        select: "low" trains the lowest scores and so protects what matters, "high" trains the highest.
+        scope: weights are ranked inside each "matrix", each "row", each decoder "layer", or the whole "model".
+        num_probes: N, the number of synthetic prompts.
+        num_rademacher: R, the number of random projections of the output per prompt.
+        probe_length: T, tokens of a prompt.
+        probe_batch_size: prompts per batch; None chooses it from the free memory.
+        probe_images: image-text models: fraction of the prompts that begin with a noise image.
+        statistics: path of saved `ProbeStatistics`; the model is then not probed.
+        seed: seed of prompts, projections and random scores. The global generators are neither used nor changed.
+        init_weights: False starts from random values instead of zeros, for tests.
+        save_dtype: dtype of the values in the saved file: "float32", "bfloat16" or "float16"; None keeps theirs.
+        nnz_pattern: written by `save_pretrained`: trained weights by module. A config that has it belongs to a saved
+            adapter, and loading it never probes. Leave it None.
+
+    Raises:
+        ValueError: one or more values are out of range; the message lists all of them.
+    """
+
+    update_ratio: float = 0.1
+    ratio_pattern: dict[str, float] = field(default_factory=dict)
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    last_layers: int | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    bias: str = "none"
+    target_parameters: list[str] | None = None
+    score: str = "dowser"
+    select: str = "low"
+    scope: str = "matrix"
+    num_probes: int = 64
+    num_rademacher: int = 8
+    probe_length: int = 64
+    probe_batch_size: int | None = None
+    probe_images: float = 0.0
+    statistics: str | None = None
+    seed: int = 0
+    init_weights: bool = True
+    save_dtype: str | None = None
+    nnz_pattern: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.DOWSER
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
+        # make a second adapter, which must choose its own weights.
+        self._selected: dict[str, int] | None = None
+        if problems := list(self._problems()):
+            raise ValueError("DowserConfig: " + "; ".join(problems) + ".")
+
+    @property
+    def saved_nnz(self) -> dict[str, int] | None:
+        """Trained weights by module: chosen in this process, read from a saved adapter, or not known yet."""
+        return self._selected if self._selected is not None else self.nnz_pattern
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`."""
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        if self.saved_nnz is not None:
+            # The mask is in the file from now on; the statistics that it came from stay on this machine.
+            plain["nnz_pattern"] = dict(self.saved_nnz)
+            plain["statistics"] = None
+        return plain
+
+    def _problems(self) -> Iterator[str]:
+        """Everything that is wrong with the values, one clause each."""
+        yield from _outside("update_ratio", self.update_ratio, 0, 1, open_low=True)
+        if isinstance(self.ratio_pattern, dict):
+            for key, ratio in self.ratio_pattern.items():
+                yield from _outside(f"ratio_pattern['{key}']", ratio, 0, 1)
+        else:
+            yield f"ratio_pattern must map module names to ratios, got {self.ratio_pattern!r}"
+        yield from _outside("probe_images", self.probe_images, 0, 1)
+        yield from _not_one_of("score", self.score, SCORES)
+        yield from _not_one_of("select", self.select, SELECTS)
+        yield from _not_one_of("scope", self.scope, SCOPES)
+        yield from _not_one_of("bias", self.bias, BIASES)
+        if self.save_dtype is not None:
+            yield from _not_one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
+        yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
+        yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=1)
+        yield from _not_an_integer("probe_length", self.probe_length, at_least=2)
+        yield from _not_an_integer("seed", self.seed, at_least=0)
+        for name in ("probe_batch_size", "last_layers"):
+            if getattr(self, name) is not None:
+                yield from _not_an_integer(name, getattr(self, name), at_least=1)
+        if not isinstance(self.init_weights, bool):
+            yield f"init_weights must be True or False, got {self.init_weights!r}"
+        if self.statistics is not None and not isinstance(self.statistics, str):
+            yield f"statistics must be the path of a file, got {self.statistics!r}"
+        yield from self._target_problems()
+
+    def _target_problems(self) -> Iterator[str]:
+        if self.target_parameters:
+            yield ("target_parameters is not supported by this release; name the linear modules in target_modules")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield "layers_to_transform needs target_modules as a list, got the string " + repr(self.target_modules)
+        if self.layers_pattern and self.layers_to_transform is None:
+            yield "layers_pattern needs layers_to_transform"
+        if self.last_layers is not None and self.layers_to_transform is not None:
+            yield "last_layers and layers_to_transform exclude each other"
+
+
+def _outside(name: str, value: Any, low: float, high: float, open_low: bool = False) -> Iterator[str]:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (open_low and value == low):
+        yield f"{name} must be a number in {'(' if open_low else '['}{low}, {high}], got {value!r}"
+
+
+def _not_one_of(name: str, value: Any, known: tuple[str, ...]) -> Iterator[str]:
+    if value not in known:
+        yield f"{name} must be one of {', '.join(known)}, got {value!r}"
+
+
+def _not_an_integer(name: str, value: Any, at_least: int) -> Iterator[str]:
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        yield f"{name} must be an integer of at least {at_least}, got {value!r}"

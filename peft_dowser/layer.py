@@ -1,0 +1,236 @@
+"""`DowserLayer`: one adapted weight matrix, its sparse deltas, and their merge into the base."""
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from .codec import DeltaFormatError, code_length, decode, encode
+from .sparse_linear import add_delta_, sparse_linear
+from .targets import is_transposed
+
+
+class Values(nn.Module):
+    """The trained values of one adapter: `weight`, shape `(nnz,)`, float32 unless the user says otherwise."""
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(values)
+
+
+class Index(nn.Module):
+    """The positions of one adapter's values.
+
+    Attributes:
+        code: index code, uint8, saved with the model.
+        positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
+            code of a placeholder.
+        originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
+    """
+
+    code: Tensor
+    positions: Tensor | None
+    originals: Tensor | None
+
+    def __init__(self, code: Tensor, positions: Tensor | None, nnz: int, numel: int) -> None:
+        super().__init__()
+        self.nnz = nnz
+        self.numel = numel
+        self.register_buffer("code", code)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("originals", None, persistent=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "code":  # how transformers loads a buffer
+            self._decode()
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._decode()
+
+    def _decode(self) -> None:
+        self.positions = None if self.code.is_meta else decode(self.code, self.numel, self.nnz)
+
+    def decoded(self) -> Tensor:
+        """The positions.
+
+        Raises:
+            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+        """
+        if self.positions is None:
+            raise DeltaFormatError(
+                "This adapter has no positions yet: its config is that of a saved adapter (it has an nnz_pattern), "
+                "but no file was loaded. Load the adapter with from_pretrained or load_adapter, or make a new "
+                "DowserConfig."
+            )
+        return self.positions
+
+
+class DowserLayer(BaseTunerLayer):
+    """State of the Dowser adapters on one base layer.
+
+    Attributes:
+        dowser_values: `Values` by adapter name.
+        dowser_index: `Index` by adapter name.
+        module_name: name of the base layer in the base model.
+        vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
+    """
+
+    adapter_layer_names = ("dowser_values",)
+    other_param_names = ("dowser_index",)
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        self.base_layer = base_layer
+        self.module_name = name
+        self.dowser_values = nn.ModuleDict()
+        self.dowser_index = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.vanished: dict[str, tuple[int, int]] = {}
+        weight = self.get_base_layer().weight
+        shape = reversed(weight.shape) if is_transposed(self.get_base_layer()) else weight.shape
+        self.out_features, self.in_features = shape
+
+    def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
+        """Add an adapter at chosen positions.
+
+        Args:
+            adapter_name: its name.
+            positions: flat positions in the stored weight, strictly increasing, shape `(nnz,)`.
+            init_weights: True starts from a delta of zero, False from random values of the size of the weights.
+        """
+        weight = self.get_base_layer().weight
+        values = torch.zeros(positions.numel(), device=weight.device)
+        if not init_weights:
+            values.normal_(std=float(weight.detach().float().std()))
+        self._add(adapter_name, values, encode(positions, weight.numel()), positions)
+
+    def add_placeholder(self, adapter_name: str, nnz: int) -> None:
+        """Add an adapter whose positions and values a file will fill in.
+
+        Raises:
+            DeltaFormatError: more values than the weight has entries.
+        """
+        weight = self.get_base_layer().weight
+        if nnz > weight.numel():
+            raise DeltaFormatError(
+                f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
+                f"{weight.numel()} entries ({tuple(weight.shape)}). The adapter was made for another base model."
+            )
+        device = weight.device
+        code = torch.zeros(code_length(weight.numel(), nnz), dtype=torch.uint8, device=device)
+        self._add(adapter_name, torch.zeros(nnz, device=device), code, None)
+
+    def add_copy(self, adapter_name: str, of: str) -> None:
+        """Add an adapter with the positions and values of another one."""
+        values, index = self.dowser_values[of], self.dowser_index[of]
+        positions = index.positions.clone() if index.positions is not None else None
+        self._add(adapter_name, values.weight.detach().clone(), index.code.clone(), positions)
+
+    def _add(self, adapter_name: str, values: Tensor, code: Tensor, positions: Tensor | None) -> None:
+        numel = self.get_base_layer().weight.numel()
+        self.dowser_values[adapter_name] = Values(values)
+        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.
+        if adapter_name not in self.dowser_values:
+            return
+        values, index = self.dowser_values[adapter_name], self.dowser_index[adapter_name]
+        device = self.get_base_layer().weight.device if device is None else device
+        if not values.weight.is_meta:
+            values.to(device)
+        index.to(device)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write W + D of the given adapters into the base weight, keeping the entries that it overwrites.
+
+        Args:
+            safe_merge: refuse to write a value that is not finite.
+            adapter_names: adapters to merge, in this order; None takes the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found an infinite or undefined sum; the weight is unchanged.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.dowser_values:
+                continue
+            weight = self.get_base_layer().weight.data
+            values, index = self.dowser_values[name].weight.detach(), self.dowser_index[name]
+            originals = weight.view(-1).index_select(0, index.decoded())
+            if safe_merge:
+                self._check_finite(name, originals, values)
+            index.originals = originals
+            add_delta_(weight, index.decoded(), values)
+            unchanged = weight.view(-1).index_select(0, index.decoded()) == originals
+            self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Put the overwritten entries back, the last merged adapter first: the base is bit-identical again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight.data
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            del self.vanished[name]
+            index = self.dowser_index[name]
+            weight.view(-1).index_copy_(0, index.decoded().long(), index.originals.to(weight.dtype))
+            index.originals = None
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The dense delta, in the shape and dtype of the stored weight; for inspection."""
+        weight = self.get_base_layer().weight
+        delta = torch.zeros_like(weight).requires_grad_(False)
+        add_delta_(
+            delta,
+            self.dowser_index[adapter_name].decoded(),
+            self.dowser_values[adapter_name].weight.detach(),
+        )
+        return delta
+
+    def _check_finite(self, adapter_name: str, originals: Tensor, values: Tensor) -> None:
+        wide = torch.promote_types(originals.dtype, torch.float32)
+        merged = originals.to(wide).add_(values).to(originals.dtype)
+        bad = int((~torch.isfinite(merged)).sum())
+        if bad:
+            raise ValueError(
+                f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
+                f"{originals.dtype} into module '{self.module_name}'. The adapter is broken, or its values are too "
+                "large for the dtype of the base; nothing was merged into this module."
+            )
+
+
+class Linear(nn.Module, DowserLayer):
+    """A linear layer, or transformers' Conv1D, with sparse deltas on its weight."""
+
+    def __init__(self, base_layer: nn.Module, name: str) -> None:
+        super().__init__()
+        DowserLayer.__init__(self, base_layer, name)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.dowser_values]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x, *args, **kwargs)
+        base = self.get_base_layer()
+        device = x.device.type
+        if torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
+        return sparse_linear(
+            x,
+            base.weight,
+            base.bias,
+            [self.dowser_values[name].weight for name in active],
+            [self.dowser_index[name].decoded() for name in active],
+            is_transposed(base),
+        )
+
+    def __repr__(self) -> str:
+        return "dowser." + super().__repr__()

@@ -1,0 +1,408 @@
+"""`DowserModel`: the tuner that PEFT calls. Wiring only; the method lives in the files below."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .codec import DeltaFormatError, decode, encode
+from .config import DowserConfig
+from .layer import DowserLayer, Linear
+from .probe import check_materialized, probe_layers
+from .selection import PROBED_SCORES, choose_masks
+from .statistics import ProbeStatistics
+from .targets import resolve_targets
+
+logger = logging.getLogger(__name__)
+
+
+class DowserModel(BaseTuner):
+    """A model with sparse deltas on its linear layers (Model-Dowser, arXiv 2602.04509).
+
+    Made by `get_peft_model(model, DowserConfig(...))`. A new adapter probes the model and chooses its mask before any
+    module is replaced; a loaded one takes its mask from the file.
+    """
+
+    prefix = "dowser_"
+    tuner_layer_cls = DowserLayer
+    # Empty: the default targets are found in the structure of the model, see `targets.py`.
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        given = self.peft_config[adapter_name]
+        if len(self.peft_config) == 1:
+            # What a failed load has to make trainable again.
+            self.trainable_before = [p for p in model.parameters() if p.requires_grad]
+        # TRL makes its reference model by adding an adapter with the very config of the first: a copy is meant.
+        self._twin = next(
+            (name for name, known in self.peft_config.items() if known is given and name != adapter_name),
+            None,
+        )
+        # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
+        config = copy.deepcopy(given)
+        config._selected = None
+        self.peft_config[adapter_name] = config
+        self._adapter_name = adapter_name
+        self._counts = _counts_in(state_dict)
+        self._masks: dict[str, Tensor] = {}
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        except BaseException:
+            self.peft_config.pop(adapter_name, None)
+            raise
+        finally:
+            del self._masks, self._counts, self._twin, self._adapter_name
+
+    def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
+        """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
+        layers = resolve_targets(model, peft_config)
+        if peft_config.target_modules is None or peft_config.last_layers is not None:
+            peft_config.target_modules = set(layers)
+        if self._twin is not None:
+            peft_config._selected = self.peft_config[self._twin].saved_nnz
+            return
+        if self._counts is None:
+            self._counts = peft_config.nnz_pattern
+        if self._counts is not None:
+            _check_counts(self._counts, layers, self._adapter_name)
+            return
+        check_materialized(model)
+        started = time.perf_counter()
+        with _adapters_disabled(model):
+            self._masks = _same_on_all_ranks(
+                lambda: choose_masks(layers, peft_config, self._statistics(model, layers, peft_config)), layers
+            )
+        peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
+        _report_unmatched_ratios(peft_config, layers)
+        _log_selection(self._masks, layers, time.perf_counter() - started)
+
+    @staticmethod
+    def _statistics(model: nn.Module, layers: Mapping[str, nn.Module], config: DowserConfig) -> ProbeStatistics | None:
+        if config.score not in PROBED_SCORES:
+            return None
+        if config.statistics is not None:
+            return ProbeStatistics.load(config.statistics)
+        return probe_layers(model, layers, config)
+
+    def _create_and_replace(
+        self,
+        peft_config: DowserConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if not self._is_adapted(current_key, target):
+            return
+        layer = target if isinstance(target, DowserLayer) else Linear(target, current_key)
+        if self._twin is not None:
+            layer.add_copy(adapter_name, of=self._twin)
+        elif self._counts is not None:
+            layer.add_placeholder(adapter_name, self._counts[current_key])
+        else:
+            layer.add_positions(adapter_name, self._masks[current_key], peft_config.init_weights)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _is_adapted(self, name: str, target: nn.Module) -> bool:
+        if self._twin is not None:
+            return isinstance(target, DowserLayer) and self._twin in target.dowser_values
+        return name in (self._masks if self._counts is None else self._counts)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names: batches that mix adapters are not supported by this release of peft-dowser; run one "
+                "forward per adapter, after set_adapter."
+            )
+        yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """`generate` of the model, at the speed of the base.
+
+        Forming W + D for every token costs several times the base, so the active adapters are merged before the loop
+        and unmerged after it; both are exact. Not thread-safe.
+        """
+        layers = _dowser_layers(self.model)
+        if any(layer.merged or layer.disable_adapters for layer in layers):
+            return self.model.generate(*args, **kwargs)
+        try:
+            for layer in layers:
+                layer.merge()
+            return self.model.generate(*args, **kwargs)
+        finally:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        _report_vanished([layer.vanished for layer in _dowser_layers(self.model)])
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        layers = _dowser_layers(self.model)
+        if not merge:
+            for layer in layers:
+                if layer.merged:
+                    layer.unmerge()
+        # Only the counts are kept: each layer's state is freed as soon as it is merged.
+        vanished = [layer.vanished for layer in layers]
+        del layers
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        if merge:
+            _report_vanished(vanished)
+        return unloaded
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+            return
+        for layer in _dowser_layers(self.model):
+            if adapter_name in layer.dowser_values:
+                layer.dowser_values[adapter_name].to(layer.get_base_layer().weight.dtype)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: DowserConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if config.save_dtype is None:
+            return selected
+        dtype = getattr(torch, config.save_dtype)
+        return {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: DowserConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The gate: the whole file is checked against the model before a single tensor is loaded."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            _check_file(model, adapter_name, remapped)
+        except DeltaFormatError:
+            _withdraw(model, adapter_name)
+            raise
+        return remapped
+
+
+def _dowser_layers(model: nn.Module) -> list[DowserLayer]:
+    return [module for module in model.modules() if isinstance(module, DowserLayer)]
+
+
+@contextmanager
+def _adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Run the bare base model, whatever adapters it carries."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"Adapters {merged} are merged into the base model, so its own weights cannot be scored. Call "
+            "unmerge_adapter() before adding an adapter."
+        )
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def _same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Choose the masks on rank 0 and hand them to the others; an error there is raised on every rank."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return choose()
+    masks: dict[str, Tensor] = {}
+    outcome: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            masks = choose()
+            outcome = [{name: mask.numel() for name, mask in masks.items()}]
+        except Exception as error:
+            outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[0], Exception):
+        raise outcome[0]
+    received: dict[str, Tensor] = {}
+    for name, nnz in outcome[0].items():
+        weight = layers[name].weight
+        code = [encode(masks[name], weight.numel()).cpu() if masks else None]
+        dist.broadcast_object_list(code, src=0)
+        if dist.get_rank() != 0:
+            received[name] = decode(code[0], weight.numel(), nnz).to(weight.device)
+    return masks or received
+
+
+def _counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
+    """Trained weights by module, read off the tensors of a saved adapter."""
+    if state_dict is None:
+        return None
+    suffix = ".dowser_values.weight"
+    return {key.removesuffix(suffix): value.numel() for key, value in state_dict.items() if key.endswith(suffix)}
+
+
+def _check_counts(counts: Mapping[str, int], layers: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
+    unknown = [name for name in counts if name not in layers]
+    if unknown:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
+            f"{_few(unknown)}. It was made for another base model, or its config was edited."
+        )
+    for name, nnz in counts.items():
+        numel = layers[name].weight.numel()
+        if isinstance(nnz, bool) or not isinstance(nnz, int) or not 0 < nnz <= numel:
+            raise DeltaFormatError(
+                f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
+                f"weight has {numel} entries {tuple(layers[name].weight.shape)}. It was made for another base "
+                "model, or its config was edited."
+            )
+
+
+def _check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Check every tensor of a saved adapter against the layers that it is loaded into.
+
+    Raises:
+        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
+    """
+    where = f"Adapter '{adapter_name}'"
+    expected = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
+            expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
+            expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
+    missing = [key for key in expected if key not in state_dict]
+    if missing:
+        found = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
+        raise DeltaFormatError(
+            f"{where}: the file should have {len(expected)} Dowser tensors and has {found}; missing: "
+            f"{_few(missing)}. The file is incomplete, or belongs to another adapter or base model."
+        )
+    unknown = [key for key in state_dict if ".dowser_" in key and key not in expected]
+    if unknown:
+        raise DeltaFormatError(
+            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {_few(unknown)}. It "
+            "belongs to another adapter or base model."
+        )
+    for key, layer in expected.items():
+        index, tensor = layer.dowser_index[adapter_name], state_dict[key]
+        module = f"{where}, module '{layer.module_name}'"
+        if key.endswith(".code"):
+            try:
+                decode(tensor, index.numel, index.nnz)
+            except DeltaFormatError as error:
+                raise DeltaFormatError(f"{module}: {error}.") from error
+        elif not tensor.is_floating_point() or tuple(tensor.shape) != (index.nnz,):
+            raise DeltaFormatError(
+                f"{module}: expected {index.nnz} floating-point values, the file has {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}. The adapter in the file was made with another update_ratio or base model."
+            )
+        elif not bool(torch.isfinite(tensor).all()):
+            raise DeltaFormatError(f"{module}: the file has values that are not finite.")
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that could not be loaded out of the model again."""
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
+    ]
+    if any(layer.dowser_index[adapter_name].positions is not None for _, layer in layers):
+        return  # an adapter that works, into which another state should have been loaded
+    for name, layer in layers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT announces the next active adapter
+            layer.delete_adapter(adapter_name)
+        if not layer.dowser_values:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    model.peft_config.pop(adapter_name, None)
+    tuner = getattr(model, "base_model", None)
+    if isinstance(tuner, DowserModel) and not tuner.peft_config:
+        for parameter in tuner.trainable_before:
+            parameter.requires_grad_(True)
+
+
+def _report_unmatched_ratios(config: DowserConfig, layers: Mapping[str, nn.Module]) -> None:
+    matched = {get_pattern_key(config.ratio_pattern.keys(), name) for name in layers}
+    unmatched = sorted(set(config.ratio_pattern) - matched)
+    if unmatched:
+        warnings.warn(
+            f"The following ratio_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
+    """Say once how many trained values a merge has rounded away."""
+    lost = sum(counts[0] for layer in vanished for counts in layer.values())
+    total = sum(counts[1] for layer in vanished for counts in layer.values())
+    if lost:
+        logger.warning(
+            "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
+            lost,
+            total,
+            100 * lost / total,
+        )
+
+
+def _log_selection(masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], seconds: float) -> None:
+    nnz = sum(mask.numel() for mask in masks.values())
+    numel = sum(layers[name].weight.numel() for name in masks)
+    logger.info(
+        "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s.",
+        nnz,
+        numel,
+        100 * nnz / numel,
+        len(masks),
+        seconds,
+    )
+
+
+def _few(names: list[str]) -> str:
+    """The first names of a list that may be long and come from a stranger's file."""
+    shown = ", ".join(repr(name[:100]) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

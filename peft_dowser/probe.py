@@ -1,0 +1,338 @@
+"""Probing: one forward and R backwards per prompt, of which only two thin statistics per matrix remain.
+
+Every parameter is frozen while the probe runs, and the graph begins at the outputs of the first probed modules, so
+autograd computes gradients of activations only, through the probed layers only. Samples of a batch do not interact:
+one backward serves all of them.
+"""
+
+import gc
+import inspect
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig
+from transformers.utils.logging import is_progress_bar_enabled
+
+from .batches import alike, collate, last_positions
+from .config import DowserConfig
+from .prompts import Kind, Prompt, kind_of, synthetic_prompts
+from .seeds import derived_seed
+from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
+from .taps import Tap, tapped
+from .targets import is_transposed, resolve_targets
+
+logger = logging.getLogger(__name__)
+
+
+def probe(
+    model: nn.Module,
+    config: DowserConfig,
+    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+) -> ProbeStatistics:
+    """Measure how much the output depends on every neuron, without data (Eq. 4 to 6).
+
+    For prompt n, output f and R Rademacher vectors xi, each target module with input h and output z gets
+    A[n] = mean over xi and tokens of |d(xi^T f)/dz| and B[n] = mean over tokens of |h|. f is the logits at the last
+    real token of a decoder, and the last hidden state at all real tokens of an encoder. The model is left exactly as
+    it was: parameters, `requires_grad`, train mode, hooks, configs and random generators, also after an exception.
+
+    Args:
+        model: the base model, with its weights loaded; quantities are measured in its own dtype.
+        config: gives the targets, N, R, T, the seed and the batch size.
+        prompts: inputs to probe with instead of synthetic ones, one per probe: token ids, shape `(tokens,)`, or the
+            keyword arguments of the model's forward with a batch dimension of 1, such as a processor returns.
+
+    Returns:
+        Statistics of every target module that a prompt reached, float32, on the CPU.
+
+    Raises:
+        ValueError: there is nothing to probe with, or the model is on the meta device.
+        RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
+
+    Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
+    one batch plus N (out + in) numbers per module.
+    """
+    layers = resolve_targets(model, config)
+    return probe_layers(model, layers, config, prompts)
+
+
+def probe_layers(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    config: DowserConfig,
+    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+) -> ProbeStatistics:
+    """`probe` for modules that are found already: base layers by name."""
+    check_materialized(model)
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
+        )
+    with _left_as_it_was(model):
+        if prompts is None:
+            inputs = synthetic_prompts(model, config)
+        else:
+            inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
+        if not inputs:
+            raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
+        modules = _Run(model, layers, config, inputs).statistics()
+    info = ProbeInfo(
+        base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
+        num_probes=len(inputs),
+        num_rademacher=config.num_rademacher,
+        probe_length=config.probe_length if prompts is None else 0,
+        probe_images=config.probe_images if prompts is None else 0.0,
+        seed=config.seed,
+    )
+    return ProbeStatistics(modules, info)
+
+
+def check_materialized(model: nn.Module) -> None:
+    """Refuse a model without weights.
+
+    Raises:
+        ValueError: some parameters are on the meta device.
+    """
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if missing:
+        raise ValueError(
+            f"{len(missing)} parameters of {type(model).__name__} are on the meta device, '{missing[0]}' the first. "
+            "Scores need the real weights: load them before adding the adapter."
+        )
+
+
+def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    ids = torch.as_tensor(prompt)
+    if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
+        raise ValueError(
+            f"prompts[{number}] must be a row of token ids or a mapping of model inputs, got {ids.dtype} of shape "
+            f"{tuple(ids.shape)}."
+        )
+    return {"input_ids": ids.long()[None]}
+
+
+@contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
+    training = [(module, module.training) for module in model.modules()]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    generation_config = getattr(model, "generation_config", None)
+    devices = {parameter.device for parameter in model.parameters()}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.enable_grad())
+        for device_type in {device.type for device in devices}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        try:
+            model.eval()
+            model.requires_grad_(False)
+            if generation_config is not None:
+                # `generate` fills what we leave open from the model's own defaults, such as beam search.
+                model.generation_config = _only_tokens(generation_config)
+            yield
+        finally:
+            for module, was_training in training:
+                module.training = was_training
+            for parameter in trainable:
+                parameter.requires_grad_(True)
+            if generation_config is not None:
+                model.generation_config = generation_config
+
+
+def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:
+    tokens = {key: value for key, value in generation_config.to_dict().items() if key.endswith("_token_id")}
+    return GenerationConfig(**tokens)
+
+
+class _Run:
+    """One probe of a frozen model: all prompts, batch by batch."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        config: DowserConfig,
+        prompts: list[Prompt],
+    ) -> None:
+        self.model, self.layers, self.config, self.prompts = model, layers, config, prompts
+        self.kind = kind_of(model)
+        self.device = next(model.parameters()).device
+        self.wants_gradient = config.score == "gradient"
+        self.found: dict[str, ModuleStatistics] = {}
+
+    def statistics(self) -> dict[str, ModuleStatistics]:
+        size = self.config.probe_batch_size or self._fitting_batch()
+        total = len(self.prompts) * self.config.num_rademacher
+        with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
+            for waiting in alike(self.prompts, padding=self.kind is not Kind.OTHER):
+                while waiting:
+                    if self._fits(waiting[:size], bar):
+                        waiting = waiting[size:]
+                    elif size > 1:
+                        size = min(size, len(waiting)) // 2
+                        logger.warning("Out of memory: probing %d prompts at a time.", size)
+                    else:
+                        raise RuntimeError(
+                            "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
+                            "or fewer layers (last_layers)."
+                        )
+        return {name: self.found[name] for name in self.layers if name in self.found}
+
+    def _fitting_batch(self) -> int:
+        """How many prompts fill half of the free memory with their activations."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        # Between forward and backward a transformer keeps about four times the inputs and outputs of its linears.
+        features = sum(sum(layer.weight.shape) for layer in self.layers.values())
+        tokens = max(next(iter(prompt.values())).shape[1:2].numel() for prompt in self.prompts)
+        prompt = 4 * features * tokens * next(self.model.parameters()).element_size()
+        return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
+
+    def _fits(self, chosen: list[int], bar: tqdm) -> bool:
+        """Probe a batch; False, and nothing kept, where the memory does not suffice."""
+        try:
+            self._probe_batch(chosen, bar)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        else:
+            return True
+        gc.collect()
+        clear_device_cache()
+        return False
+
+    def _probe_batch(self, chosen: list[int], bar: tqdm) -> None:
+        inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
+        taps = {name: Tap(mask, len(chosen)) for name in self.layers}
+        with tapped(self.layers, taps):
+            outputs = self._forward(inputs, mask)
+            starts = [start for tap in taps.values() for start in tap.starts]
+            self._backwards(self._probed_output(outputs, mask), starts, chosen, mask, bar)
+            if self.wants_gradient:
+                for tap in taps.values():
+                    tap.of_loss = True
+                loss = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.prompts)
+                torch.autograd.grad(loss, starts, allow_unused=True)
+        for name, tap in taps.items():
+            if tap.calls:
+                self._keep(name, tap, chosen)
+
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
+        if self.kind is Kind.OTHER or mask is None:
+            return self.model(**inputs)
+        options: dict[str, Any] = {"attention_mask": mask.long()}
+        accepted = inspect.signature(self.model.forward).parameters
+        if not self.model.can_generate():
+            options["output_hidden_states"] = True
+        if "use_cache" in accepted:
+            options["use_cache"] = False
+        if "logits_to_keep" in accepted and not self.wants_gradient:
+            options["logits_to_keep"] = last_positions(mask).unique()
+        return self.model(**(inputs | options))
+
+    def _probed_output(self, outputs: Any, mask: Tensor | None) -> Tensor:
+        """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
+        if self.kind is Kind.OTHER or mask is None:
+            output = outputs if isinstance(outputs, Tensor) else outputs[0]
+            return output[:, -1] if output.dim() == 3 else output
+        if self.model.can_generate():
+            output = outputs.logits
+        else:
+            output = outputs.get("last_hidden_state")
+            output = outputs.hidden_states[-1] if output is None else output
+        if self.kind is Kind.ENCODER:
+            return output
+        last = last_positions(mask)
+        if output.shape[1] != mask.shape[1]:
+            last = torch.searchsorted(last.unique(), last)
+        return output[torch.arange(len(last), device=output.device), last.to(output.device)]
+
+    def _backwards(
+        self,
+        output: Tensor,
+        starts: list[Tensor],
+        chosen: list[int],
+        mask: Tensor | None,
+        bar: tqdm,
+    ) -> None:
+        generators = [
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", number)) for number in chosen
+        ]
+        for number in range(self.config.num_rademacher):
+            projection = _rademacher(generators, output, mask)
+            again = self.wants_gradient or number + 1 < self.config.num_rademacher
+            if starts and output.requires_grad:
+                torch.autograd.grad(output, starts, projection, retain_graph=again, allow_unused=True)
+            bar.update(len(chosen))
+
+    def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
+        """Move the statistics of a batch into the rows of its prompts."""
+        assert tap.activity is not None and tap.energy is not None
+        module = self.found.get(name)
+        if module is None:
+            out, width = self._features(name)
+            module = ModuleStatistics(
+                sensitivity=torch.zeros(len(self.prompts), out),
+                activity=torch.zeros(len(self.prompts), width),
+                energy=torch.zeros(width),
+                gradient=torch.zeros(out, width) if self.wants_gradient else None,
+            )
+            self.found[name] = module
+        module.activity[chosen] = (tap.activity / tap.calls).cpu()
+        module.energy += tap.energy.cpu()
+        if tap.sensitivity is not None:
+            backwards = tap.calls * self.config.num_rademacher
+            module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
+        if module.gradient is not None and tap.gradient is not None:
+            module.gradient += tap.gradient.cpu()
+
+    def _features(self, name: str) -> tuple[int, int]:
+        layer = self.layers[name]
+        rows, columns = layer.weight.shape
+        return (columns, rows) if is_transposed(layer) else (rows, columns)
+
+
+def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
+    """Independent signs for every prompt, zero at its padding, in the shape of `output`.
+
+    Each prompt has a generator of its own, so its signs depend neither on the batch nor on the padding.
+    """
+    if output.dim() == 3 and mask is not None:
+        projection = torch.zeros(output.shape)
+        for row, generator in enumerate(generators):
+            real = mask[row].cpu() > 0
+            projection[row, real] = _signs((int(real.sum()), output.shape[2]), generator)
+    else:
+        projection = torch.stack([_signs(output.shape[1:], generator) for generator in generators])
+    return projection.to(output.device, output.dtype)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    return torch.randint(2, tuple(shape), generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()
+
+
+def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+    """Sum over the prompts of the mean cross-entropy of their own next tokens."""
+    logits = getattr(outputs, "logits", None)
+    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or mask is None or logits is None:
+        raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
+    ids = inputs["decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids"]
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+    return ((losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)).sum()
+
+
+def _shows_progress() -> bool:
+    main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    return main_process and is_progress_bar_enabled()

@@ -1,0 +1,264 @@
+"""Prompts without data: the model writes its own from a few random tokens (Eq. 6)."""
+
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from .config import DowserConfig
+from .seeds import derived_seed
+
+# Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
+Prompt = dict[str, Tensor]
+
+# Random tokens that start a prompt, at most.
+_MAX_SEED_TOKENS = 5
+# Prompts written together. A constant, because the prompts depend on it and must not depend on the free memory.
+_GENERATION_BATCH = 64
+
+
+class Kind(Enum):
+    """How a model is probed: by what it reads, and where its output is."""
+
+    DECODER = "decoder"
+    ENCODER = "encoder"
+    SEQ2SEQ = "seq2seq"
+    OTHER = "other"
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """Tell decoder-only, encoder-only and sequence-to-sequence models apart."""
+    if not isinstance(model, PreTrainedModel):
+        return Kind.OTHER
+    if model.config.is_encoder_decoder:
+        return Kind.SEQ2SEQ
+    causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
+    return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
+
+
+def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
+    """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
+
+    Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
+    occurs. Uses torch's global generators, which the caller restores.
+
+    Args:
+        model: the base model, in eval mode.
+        config: gives N, T, the seed and the fraction of prompts with a noise image.
+
+    Returns:
+        N prompts, on the device of the input embeddings.
+
+    Raises:
+        ValueError: the model has no vocabulary, cannot generate, or reads fewer tokens than a prompt needs.
+    """
+    _check_promptable(model, config)
+    if kind_of(model) is Kind.ENCODER:
+        tokens = _random_tokens(model, config)
+    else:
+        chunks = range(0, config.num_probes, _GENERATION_BATCH)
+        tokens = torch.cat([_sampled_tokens(model, config, first) for first in chunks])
+    prompts = [{"input_ids": row[None]} for row in tokens]
+    with_image = round(config.probe_images * config.num_probes)
+    if with_image:
+        prefixes = _noise_images(model, with_image, config.seed)
+        prompts[:with_image] = [
+            _after_image(prefix, prompt["input_ids"]) for prefix, prompt in zip(prefixes, prompts, strict=False)
+        ]
+    if kind_of(model) is Kind.SEQ2SEQ:
+        start = _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id")
+        for prompt in prompts:
+            ids = prompt["input_ids"]
+            prompt["decoder_input_ids"] = torch.cat([ids.new_full((1, 1), start), ids[:, :-1]], 1)
+    return prompts
+
+
+def _check_promptable(model: nn.Module, config: DowserConfig) -> None:
+    name = type(model).__name__
+    way_out = (
+        "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
+        "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
+    )
+    vocabulary = isinstance(model, PreTrainedModel) and _vocabulary_size(model)
+    if not vocabulary:
+        raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {way_out}")
+    if kind_of(model) is not Kind.ENCODER and not model.can_generate():
+        raise ValueError(
+            f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
+            f"base loaded with its head (AutoModelForCausalLM), or: {way_out[0].lower()}{way_out[1:]}"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    needed = config.probe_length
+    if limit is not None and needed > limit:
+        raise ValueError(
+            f"probe_length={config.probe_length}, but {name} reads at most {limit} tokens; choose a smaller one."
+        )
+
+
+def _vocabulary_size(model: PreTrainedModel) -> int:
+    embeddings = model.get_input_embeddings()
+    size = getattr(model.config.get_text_config(), "vocab_size", 0)
+    return min(size, embeddings.weight.shape[0]) if embeddings is not None and size else 0
+
+
+def _special_tokens(config: Any) -> Iterator[int]:
+    """Ids of the tokens that are no text, from every `..._token_id` of a config and its parts."""
+    for key, value in config.to_dict().items():
+        if key.endswith(("_token_id", "_token_index")):
+            yield from (token for token in (value if isinstance(value, list) else [value]) if token)
+        part = getattr(config, key, None)
+        if part is not config and hasattr(part, "to_dict"):
+            yield from _special_tokens(part)
+
+
+def _special_ids(model: PreTrainedModel) -> list[int]:
+    found = {0} if _token_id(model, "pad_token_id") == 0 else set()
+    for config in (model.config, model.generation_config):
+        if config is not None:
+            found.update(_special_tokens(config))
+    return sorted(token for token in found if 0 <= token < _vocabulary_size(model))
+
+
+def _token_id(model: PreTrainedModel, *names: str) -> int | None:
+    """The first of the named special tokens that the model has."""
+    for name in names:
+        for config in (model.config.get_text_config(), model.config, model.generation_config):
+            value = getattr(config, name, None)
+            if value is not None:
+                return value[0] if isinstance(value, list) else value
+    return None
+
+
+def _start(model: PreTrainedModel) -> list[int]:
+    bos = _token_id(model, "bos_token_id")
+    return [] if bos is None else [bos]
+
+
+def _text_tokens(model: PreTrainedModel) -> Tensor:
+    """All token ids that a prompt may contain."""
+    allowed = torch.ones(_vocabulary_size(model), dtype=torch.bool)
+    allowed[_special_ids(model)] = False
+    return allowed.nonzero().view(-1)
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    return model.get_input_embeddings().weight.device
+
+
+def _random_tokens(model: PreTrainedModel, config: DowserConfig) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "tokens"))
+    text, start = _text_tokens(model), _start(model)
+    shape = (config.num_probes, config.probe_length - len(start))
+    tokens = text[torch.randint(len(text), shape, generator=generator)]
+    begin = torch.tensor(start, dtype=tokens.dtype).expand(config.num_probes, -1)
+    return torch.cat([begin, tokens], 1).to(_device(model))
+
+
+def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, first: int) -> Tensor:
+    """Prompts `first`, `first + 1`, ..., up to one generation batch."""
+    count = min(_GENERATION_BATCH, config.num_probes - first)
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "seed tokens", first))
+    text, start = _text_tokens(model), _start(model)
+    seeds = text[torch.randint(len(text), (count, _MAX_SEED_TOKENS), generator=generator)]
+    lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator)
+    pad = _token_id(model, "pad_token_id", "eos_token_id") or 0
+    width = len(start) + _MAX_SEED_TOKENS
+    ids = torch.full((count, width), pad)
+    mask = torch.zeros_like(ids)
+    for row, (seed, length) in enumerate(zip(seeds, lengths.tolist(), strict=True)):
+        beginning = torch.cat([torch.tensor(start, dtype=ids.dtype), seed[:length]])
+        ids[row, width - len(beginning) :] = beginning
+        mask[row, width - len(beginning) :] = 1
+    new = config.probe_length - len(start)
+    torch.manual_seed(derived_seed(config.seed, "sampling", first))
+    with torch.no_grad():
+        written = model.generate(
+            input_ids=ids.to(_device(model)),
+            attention_mask=mask.to(_device(model)),
+            generation_config=_sampling(model, new, pad),
+        )
+    begin = torch.tensor(start, device=written.device, dtype=written.dtype).expand(count, -1)
+    return torch.cat([begin, written[:, -new:]], 1)
+
+
+def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationConfig:
+    """Plain sampling as in the paper's code; special tokens cannot occur, so no prompt ends early."""
+    return GenerationConfig(
+        do_sample=True,
+        temperature=0.9,
+        top_p=0.9,
+        top_k=0,
+        repetition_penalty=1.05,
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        suppress_tokens=_special_ids(model) or None,
+        pad_token_id=pad,
+        bos_token_id=_token_id(model, "bos_token_id"),
+        eos_token_id=_token_id(model, "eos_token_id"),
+        decoder_start_token_id=_token_id(model, "decoder_start_token_id"),
+        use_cache=True,
+    )
+
+
+def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]:
+    """Inputs that consist of one image of uniform noise, made by the model's own processor."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    folder = model.config.name_or_path
+    try:
+        processor = AutoProcessor.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"probe_images needs the processor of {type(model).__name__}, and '{folder}' has none that can be loaded. "
+            "Load the model from a folder or Hub id that has one, or pass probe(model, config, prompts=[...]) the "
+            "processor's outputs."
+        ) from error
+    if getattr(processor, "image_processor", None) is None:
+        raise ValueError(f"probe_images needs an image-text model, '{folder}' has no image processor.")
+    generator = torch.Generator().manual_seed(derived_seed(seed, "images"))
+    height, width = _image_size(processor.image_processor)
+    prefixes = []
+    for _ in range(count):
+        noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        inputs = _processed(processor, Image.fromarray(noise.numpy()))
+        prefixes.append({key: value.to(_device(model)) for key, value in inputs.items()})
+    return prefixes
+
+
+def _image_size(image_processor: Any) -> tuple[int, int]:
+    size = getattr(image_processor, "crop_size", None) or image_processor.size
+    side = size.get("shortest_edge") if hasattr(size, "get") else None
+    height, width = (size.get("height"), size.get("width")) if hasattr(size, "get") else (size, size)
+    if height and width:
+        return height, width
+    # Processors that keep the aspect ratio give their size as a number of pixels.
+    side = min(side or 336, 336)
+    return side, side
+
+
+def _processed(processor: Any, image: Any) -> Prompt:
+    if getattr(processor, "chat_template", None):
+        message = [{"role": "user", "content": [{"type": "image", "image": image}]}]
+        inputs = processor.apply_chat_template(message, tokenize=True, return_dict=True, return_tensors="pt")
+    else:
+        text = getattr(processor, "boi_token", None) or processor.image_token
+        inputs = processor(text=[text], images=[image], return_tensors="pt")
+    return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
+
+
+def _after_image(prefix: Prompt, ids: Tensor) -> Prompt:
+    """A prompt that continues an image with text: token-wise inputs grow along."""
+    shape = prefix["input_ids"].shape
+    prompt = {}
+    for key, value in prefix.items():
+        if key == "input_ids":
+            value = torch.cat([value, ids.to(value.device)], 1)
+        elif value.shape == shape:
+            filler = torch.full_like(ids, int(key == "attention_mask"), dtype=value.dtype)
+            value = torch.cat([value, filler.to(value.device)], 1)
+        prompt[key] = value
+    return prompt

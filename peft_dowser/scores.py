@@ -1,0 +1,102 @@
+"""Scores: how much each weight matters. Larger means more protected; all are plain functions of tensors."""
+
+import torch
+from torch import Tensor
+
+from .statistics import ModuleStatistics
+
+
+def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
+    """Score weights by how much the output depends on them (Eq. 5): S = |W| o (A^T B) / N.
+
+    Args:
+        weight: base weight, shape `(out, in)`, any float dtype; read only.
+        statistics: statistics of the same module: A is `sensitivity`, `(N, out)`, and B is `activity`, `(N, in)`.
+
+    Returns:
+        Scores, shape `(out, in)`, float32, non-negative, on the device of `weight`.
+
+    Raises:
+        ValueError: the statistics belong to a weight of another shape.
+
+    Note: allocates the scores and nothing else of their size.
+    """
+    sensitivity, activity = statistics.sensitivity, statistics.activity
+    _check_shape(weight, (sensitivity.shape[1], activity.shape[1]))
+    score = sensitivity.to(weight.device).T @ activity.to(weight.device)
+    return score.mul_(weight).abs_().div_(sensitivity.shape[0])
+
+
+def random(weight: Tensor, seed: int) -> Tensor:
+    """Score weights at random, uniform in [0, 1) (the paper's random baseline).
+
+    Args:
+        weight: base weight, shape `(out, in)`; only its shape and device matter.
+        seed: seed of this matrix. One seed gives one score, on every device.
+
+    Returns:
+        Scores, shape `(out, in)`, float32.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(weight.shape, generator=generator).to(weight.device)
+
+
+def magnitude(weight: Tensor) -> Tensor:
+    """Score weights by their size, |W|.
+
+    Args:
+        weight: base weight, shape `(out, in)`, any float dtype; read only.
+
+    Returns:
+        Scores, shape `(out, in)`, float32, non-negative.
+    """
+    return weight.to(torch.float32, copy=True).abs_()
+
+
+def wanda(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
+    """Score weights by size times the norm of their input, |W_ij| ||h_j||_2 (Sun et al. 2024).
+
+    Args:
+        weight: base weight, shape `(out, in)`, any float dtype; read only.
+        statistics: statistics of the same module; `energy` is used.
+
+    Returns:
+        Scores, shape `(out, in)`, float32, non-negative.
+
+    Raises:
+        ValueError: the statistics belong to a weight of another shape.
+
+    Note: the original ranks inside each output row; that is `scope="row"`.
+    """
+    _check_shape(weight, (weight.shape[0], statistics.energy.shape[0]))
+    return magnitude(weight).mul_(statistics.energy.to(weight.device).sqrt())
+
+
+def gradient(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
+    """Score weights by the size of the loss gradient, |dL/dW| (SIFT; RoSA ranks its square, the same order).
+
+    Args:
+        weight: base weight, shape `(out, in)`; only its shape and device matter.
+        statistics: statistics of the same module, probed with `score="gradient"`; `gradient` is used.
+
+    Returns:
+        Scores, shape `(out, in)`, float32, non-negative.
+
+    Raises:
+        ValueError: the statistics hold no gradient, or belong to a weight of another shape.
+
+    Note: those methods train the weights with the largest gradient; that is `select="high"`.
+    """
+    if statistics.gradient is None:
+        raise ValueError(
+            "The probe statistics hold no gradient; probe with DowserConfig(score='gradient') to use this score."
+        )
+    _check_shape(weight, tuple(statistics.gradient.shape))
+    return statistics.gradient.to(weight.device, copy=True).abs_()
+
+
+def _check_shape(weight: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(weight.shape) != expected:
+        raise ValueError(
+            f"The probe statistics belong to a weight of shape {expected}, this one has {tuple(weight.shape)}."
+        )

@@ -1,0 +1,164 @@
+"""Choosing the mask of every target module: score, rank in the scope of the config, keep the positions."""
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from . import scores
+from .config import DowserConfig
+from .masks import (
+    frozen_reason,
+    select_jointly,
+    select_rows,
+    trained_count,
+    transpose_positions,
+)
+from .seeds import derived_seed
+from .statistics import ProbeStatistics
+from .targets import is_transposed, layer_of
+
+# Scores that need statistics of the model.
+PROBED_SCORES = ("dowser", "wanda", "gradient")
+
+
+def choose_masks(
+    layers: Mapping[str, nn.Module], config: DowserConfig, statistics: ProbeStatistics | None
+) -> dict[str, Tensor]:
+    """Choose which weights of every module train.
+
+    Args:
+        layers: base layers by module name.
+        config: gives score, scope, ratios and seed.
+        statistics: the probe's result; None for the scores that need none.
+
+    Returns:
+        Flat positions in the stored weight, strictly increasing, by module name. Frozen modules are left out: those
+        with a ratio of 0 or too small for one weight, and, with one warning, those without a usable score.
+
+    Raises:
+        ValueError: the statistics do not fit the model, or no weight at all would train.
+    """
+    frozen: dict[str, str] = {}
+    masks: dict[str, Tensor] = {}
+    for group in _groups(list(layers), config.scope):
+        ranking = _Ranking(group, layers, config, statistics)
+        masks.update(ranking.masks())
+        frozen.update(ranking.frozen)
+    _report(frozen, masks)
+    return {name: masks[name] for name in layers if name in masks}
+
+
+def score_module(name: str, layer: nn.Module, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
+    """Scores of one module, shape `(out, in)` whatever the layout of its weight, float32."""
+    weight = layer.weight.detach()
+    if is_transposed(layer):
+        weight = weight.T
+    if config.score == "random":
+        return scores.random(weight, derived_seed(config.seed, "score", name))
+    if config.score == "magnitude":
+        return scores.magnitude(weight)
+    if statistics is None:
+        raise ValueError(f"score='{config.score}' needs probe statistics.")
+    function = {"dowser": scores.dowser, "wanda": scores.wanda, "gradient": scores.gradient}[config.score]
+    try:
+        return function(weight, statistics.modules[name])
+    except ValueError as error:
+        raise ValueError(f"Module '{name}': {error}") from error
+
+
+def _ratio(name: str, config: DowserConfig) -> float:
+    key = get_pattern_key(config.ratio_pattern.keys(), name)
+    return config.ratio_pattern.get(key, config.update_ratio)
+
+
+def _groups(names: list[str], scope: str) -> list[list[str]]:
+    """Modules that share one ranking."""
+    if scope == "model":
+        return [names] if names else []
+    if scope == "layer":
+        layers: dict[str, list[str]] = {}
+        for name in names:
+            layers.setdefault(layer_of(name), []).append(name)
+        return list(layers.values())
+    return [[name] for name in names]
+
+
+class _Ranking:
+    """Modules that are ranked together, and which of them cannot be ranked.
+
+    Attributes:
+        frozen: module name to the reason why it stays frozen.
+    """
+
+    def __init__(
+        self,
+        group: list[str],
+        layers: Mapping[str, nn.Module],
+        config: DowserConfig,
+        statistics: ProbeStatistics | None,
+    ) -> None:
+        self.layers, self.config, self.statistics = layers, config, statistics
+        self.frozen: dict[str, str] = {}
+        # One matrix is scored once; of several only one score at a time exists, so they are scored again when needed.
+        self._only: Tensor | None = None
+        self.names = [name for name in group if self._joins(name, alone=len(group) == 1)]
+
+    def masks(self) -> dict[str, Tensor]:
+        largest = self.config.select == "high"
+        ratios = {name: _ratio(name, self.config) for name in self.names}
+        if not self.names:
+            return {}
+        if self.config.scope == "row":
+            (name,) = self.names
+            score = self._score(name)
+            selected = [select_rows(score, trained_count(ratios[name], score.shape[1]), largest)]
+        else:
+            numels = {name: self.layers[name].weight.numel() for name in self.names}
+            count = round(sum(ratios[name] * numels[name] for name in self.names))
+            selected = select_jointly([partial(self._score, name) for name in self.names], count, largest)
+        found = dict(zip(self.names, selected, strict=True))
+        for name in [name for name in found if not found[name].numel()]:
+            del found[name]
+            self.frozen[name] = f"a ratio of {ratios[name]} selects none of its weights"
+        return {name: _as_stored(at, self.layers[name]) for name, at in found.items()}
+
+    def _joins(self, name: str, alone: bool) -> bool:
+        if _ratio(name, self.config) == 0:
+            return False
+        needs_probe = self.config.score in PROBED_SCORES and self.statistics is not None
+        if needs_probe and name not in self.statistics.modules:
+            self.frozen[name] = "no probe reached it"
+            return False
+        score = self._score(name)
+        reason = frozen_reason(score)
+        if reason is not None:
+            self.frozen[name] = reason
+        elif alone:
+            self._only = score
+        return reason is None
+
+    def _score(self, name: str) -> Tensor:
+        if self._only is not None:
+            return self._only
+        return score_module(name, self.layers[name], self.config, self.statistics)
+
+
+def _as_stored(positions: Tensor, layer: nn.Module) -> Tensor:
+    if not is_transposed(layer):
+        return positions
+    rows, columns = layer.weight.shape
+    return transpose_positions(positions, (columns, rows))
+
+
+def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor]) -> None:
+    listed = "; ".join(f"{name} ({reason})" for name, reason in frozen.items())
+    if not masks:
+        raise ValueError(
+            f"No weight would train: {listed or 'all ratios are 0'}. Choose a larger update_ratio, other "
+            "target_modules, or another score."
+        )
+    if frozen:
+        warnings.warn(f"{len(frozen)} of the target modules stay frozen: {listed}.", UserWarning, stacklevel=2)

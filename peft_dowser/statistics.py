@@ -1,0 +1,128 @@
+"""What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_FORMAT = "peft_dowser.statistics"
+_VERSION = 1
+
+
+@dataclass
+class ModuleStatistics:
+    """Statistics of one linear module over `N` probes, float32, on the CPU.
+
+    Attributes:
+        sensitivity: mean over the Rademacher vectors and the real tokens of |d(xi^T f)/dz_i|, shape `(N, out)`: the
+            ||J_i|| of Eq. 5, up to a constant.
+        activity: mean over the real tokens of |h_j|, shape `(N, in)`.
+        energy: sum over all probes and real tokens of h_j squared, shape `(in,)` (the norm that Wanda uses).
+        gradient: gradient of the probes' mean next-token loss, shape `(out, in)`; only for `score="gradient"`.
+    """
+
+    sensitivity: Tensor
+    activity: Tensor
+    energy: Tensor
+    gradient: Tensor | None = None
+
+
+@dataclass
+class ProbeInfo:
+    """How statistics were made: what a reader needs to repeat the probe.
+
+    Attributes:
+        base_model: name or path of the probed model, "" where it has none.
+        num_probes: N, the number of prompts.
+        num_rademacher: R, the number of random projections of the output per prompt.
+        probe_length: T, the tokens of a synthetic prompt; 0 where the caller passed the prompts.
+        probe_images: fraction of the prompts that begin with a noise image.
+        seed: seed of prompts and projections.
+    """
+
+    base_model: str
+    num_probes: int
+    num_rademacher: int
+    probe_length: int
+    probe_images: float
+    seed: int
+
+
+@dataclass
+class ProbeStatistics:
+    """The result of `probe`: one `ModuleStatistics` per module that the probes reached.
+
+    Attributes:
+        modules: statistics by module name, relative to the base model.
+        info: how they were made.
+    """
+
+    modules: dict[str, ModuleStatistics]
+    info: ProbeInfo
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {
+            f"{name}:{field}": tensor.contiguous()
+            for name, module in self.modules.items()
+            for field, tensor in vars(module).items()
+            if tensor is not None
+        }
+        metadata = {"format": _FORMAT, "version": str(_VERSION), "info": json.dumps(asdict(self.info))}
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ProbeStatistics":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a statistics file of a known version, is incomplete, or holds values that no
+                probe can give.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No probe statistics at '{path}'.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_version(metadata, path)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
+        fields: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, field = key.rpartition(":")
+            fields.setdefault(name, {})[field] = tensor
+        try:
+            info = ProbeInfo(**json.loads(metadata["info"]))
+            modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"'{path}' lacks a part of the probe statistics ({error}).") from error
+        for name, module in modules.items():
+            _check_module(name, module, info.num_probes, path)
+        return cls(modules, info)
+
+
+def _check_version(metadata: dict[str, str], path: str | Path) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"'{path}' holds no probe statistics: write it with ProbeStatistics.save.")
+    if metadata.get("version") != str(_VERSION):
+        raise ValueError(
+            f"'{path}' was written in format {metadata.get('version')} of the probe statistics, this release reads "
+            f"format {_VERSION}: upgrade peft-dowser, or probe again."
+        )
+
+
+def _check_module(name: str, module: ModuleStatistics, num_probes: int, path: str | Path) -> None:
+    rows = {module.sensitivity.shape[0], module.activity.shape[0]}
+    width = module.activity.shape[-1]
+    shapes_agree = rows == {num_probes} and module.energy.shape == (width,)
+    dense = (module.sensitivity.shape[-1], width)
+    if not shapes_agree or (module.gradient is not None and module.gradient.shape != dense):
+        raise ValueError(f"'{path}': the statistics of module '{name}' have shapes that disagree.")
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in vars(module).values()):
+        raise ValueError(f"'{path}': the statistics of module '{name}' are not float32.")

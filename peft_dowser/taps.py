@@ -1,0 +1,93 @@
+"""Taps: hooks that reduce the activations and gradients of a module to its statistics while a batch runs."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Tap:
+    """Statistics of one module for the batch in flight.
+
+    Attributes:
+        mask: real tokens of the batch, `(batch, tokens)`, float32; None where the inputs have no tokens.
+        batch: number of prompts in the batch.
+        calls: how often the module was called with tokens that can be told apart by prompt.
+        activity: sum over calls of the mean |h|, `(batch, in)`.
+        energy: sum over calls and real tokens of h squared, `(in,)`.
+        sensitivity: sum over backwards and calls of the mean |dz|, `(batch, out)`.
+        gradient: sum over calls of dz^T h in the backward of a loss, `(out, in)`.
+        starts: outputs at which the graph begins.
+        of_loss: the running backward is that of a loss, not of a Rademacher vector.
+    """
+
+    mask: Tensor | None
+    batch: int
+    calls: int = 0
+    activity: Tensor | None = None
+    energy: Tensor | None = None
+    sensitivity: Tensor | None = None
+    gradient: Tensor | None = None
+    starts: list[Tensor] = field(default_factory=list)
+    of_loss: bool = False
+
+    def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+        """Forward hook."""
+        hidden = (args[0] if args else kwargs["input"]).detach()
+        by_prompt = self._by_prompt(hidden)
+        if by_prompt is None:
+            return
+        tokens, weights = by_prompt
+        if not output.requires_grad:
+            output.requires_grad_(True)
+            self.starts.append(output)
+        output.register_hook(lambda grad: self._backward(grad.detach(), hidden))
+        self.calls += 1
+        self.activity = _plus(self.activity, _weighted_sum(tokens.abs(), weights))
+        self.energy = _plus(self.energy, (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1)))
+
+    def _backward(self, grad: Tensor, hidden: Tensor) -> None:
+        if self.of_loss:
+            rows, columns = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
+            self.gradient = _plus(self.gradient, (rows.T @ columns).float())
+        elif by_prompt := self._by_prompt(grad):
+            self.sensitivity = _plus(self.sensitivity, _weighted_sum(by_prompt[0].abs(), by_prompt[1]))
+
+    def _by_prompt(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Values as `(batch, tokens, features)` and the weight of each token in its prompt's mean.
+
+        None where the tokens of different prompts cannot be told apart, as behind a router.
+        """
+        features = values.shape[-1]
+        if self.mask is not None and values.shape[:-1].numel() == self.mask.numel():
+            mask = self.mask.to(values.device)
+            return values.reshape(*mask.shape, features), mask / mask.sum(1, keepdim=True)
+        if values.dim() >= 2 and values.shape[0] == self.batch:
+            tokens = values.reshape(self.batch, -1, features)
+            return tokens, tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1], dtype=torch.float32)
+        return None
+
+
+@contextmanager
+def tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Connect each tap to its module, and disconnect all of them in every case."""
+    hooks = []
+    try:
+        for name, layer in layers.items():
+            hooks.append(layer.register_forward_hook(taps[name].forward, with_kwargs=True))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
+    return addend if total is None else total.add_(addend)
+
+
+def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:
+    """Sum over the tokens, `(batch, features)`, float32. Padding, whatever it holds, counts for nothing."""
+    return torch.where((weights > 0)[..., None], values.float() * weights[..., None], 0).sum(1)
