@@ -6,20 +6,21 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from .codec import DeltaFormatError, decode, encode
+from .codec import DeltaFormatError
 from .config import DowserConfig
+from .gate import check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
 from .probe import check_materialized, probe_layers
+from .ranks import same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .statistics import ProbeStatistics
 from .targets import resolve_targets
@@ -61,7 +62,7 @@ class DowserModel(BaseTuner):
         config._selected = None
         self.peft_config[adapter_name] = config
         self._adapter_name = adapter_name
-        self._counts = _counts_in(state_dict)
+        self._counts = counts_in(state_dict)
         self._masks: dict[str, Tensor] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -85,12 +86,12 @@ class DowserModel(BaseTuner):
         if self._counts is None:
             self._counts = peft_config.nnz_pattern
         if self._counts is not None:
-            _check_counts(self._counts, layers, self._adapter_name)
+            check_counts(self._counts, layers, self._adapter_name)
             return
         check_materialized(model)
         started = time.perf_counter()
         with _adapters_disabled(model):
-            self._masks = _same_on_all_ranks(
+            self._masks = same_on_all_ranks(
                 lambda: choose_masks(layers, peft_config, self._statistics(model, layers, peft_config)), layers
             )
         peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
@@ -218,9 +219,10 @@ class DowserModel(BaseTuner):
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            _check_file(model, adapter_name, remapped)
+            check_file(model, adapter_name, remapped)
         except DeltaFormatError:
-            _withdraw(model, adapter_name)
+            withdraw(model, adapter_name)
+            _thaw(model)
             raise
         return remapped
 
@@ -249,116 +251,8 @@ def _adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = disabled
 
 
-def _same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Choose the masks on rank 0 and hand them to the others; an error there is raised on every rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return choose()
-    masks: dict[str, Tensor] = {}
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            masks = choose()
-            outcome = [{name: mask.numel() for name, mask in masks.items()}]
-        except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    received: dict[str, Tensor] = {}
-    for name, nnz in outcome[0].items():
-        weight = layers[name].weight
-        code = [encode(masks[name], weight.numel()).cpu() if masks else None]
-        dist.broadcast_object_list(code, src=0)
-        if dist.get_rank() != 0:
-            received[name] = decode(code[0], weight.numel(), nnz).to(weight.device)
-    return masks or received
-
-
-def _counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
-    """Trained weights by module, read off the tensors of a saved adapter."""
-    if state_dict is None:
-        return None
-    suffix = ".dowser_values.weight"
-    return {key.removesuffix(suffix): value.numel() for key, value in state_dict.items() if key.endswith(suffix)}
-
-
-def _check_counts(counts: Mapping[str, int], layers: Mapping[str, nn.Module], adapter_name: str) -> None:
-    """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
-    unknown = [name for name in counts if name not in layers]
-    if unknown:
-        raise DeltaFormatError(
-            f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
-            f"{_few(unknown)}. It was made for another base model, or its config was edited."
-        )
-    for name, nnz in counts.items():
-        numel = layers[name].weight.numel()
-        if isinstance(nnz, bool) or not isinstance(nnz, int) or not 0 < nnz <= numel:
-            raise DeltaFormatError(
-                f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
-                f"weight has {numel} entries {tuple(layers[name].weight.shape)}. It was made for another base "
-                "model, or its config was edited."
-            )
-
-
-def _check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
-    """Check every tensor of a saved adapter against the layers that it is loaded into.
-
-    Raises:
-        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
-    """
-    where = f"Adapter '{adapter_name}'"
-    expected = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
-            expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
-            expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
-    missing = [key for key in expected if key not in state_dict]
-    if missing:
-        found = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
-        raise DeltaFormatError(
-            f"{where}: the file should have {len(expected)} Dowser tensors and has {found}; missing: "
-            f"{_few(missing)}. The file is incomplete, or belongs to another adapter or base model."
-        )
-    unknown = [key for key in state_dict if ".dowser_" in key and key not in expected]
-    if unknown:
-        raise DeltaFormatError(
-            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {_few(unknown)}. It "
-            "belongs to another adapter or base model."
-        )
-    for key, layer in expected.items():
-        index, tensor = layer.dowser_index[adapter_name], state_dict[key]
-        module = f"{where}, module '{layer.module_name}'"
-        if key.endswith(".code"):
-            try:
-                decode(tensor, index.numel, index.nnz)
-            except DeltaFormatError as error:
-                raise DeltaFormatError(f"{module}: {error}.") from error
-        elif not tensor.is_floating_point() or tuple(tensor.shape) != (index.nnz,):
-            raise DeltaFormatError(
-                f"{module}: expected {index.nnz} floating-point values, the file has {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}. The adapter in the file was made with another update_ratio or base model."
-            )
-        elif not bool(torch.isfinite(tensor).all()):
-            raise DeltaFormatError(f"{module}: the file has values that are not finite.")
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that could not be loaded out of the model again."""
-    layers = [
-        (name, layer)
-        for name, layer in model.named_modules()
-        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
-    ]
-    if any(layer.dowser_index[adapter_name].positions is not None for _, layer in layers):
-        return  # an adapter that works, into which another state should have been loaded
-    for name, layer in layers:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT announces the next active adapter
-            layer.delete_adapter(adapter_name)
-        if not layer.dowser_values:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-    model.peft_config.pop(adapter_name, None)
+def _thaw(model: nn.Module) -> None:
+    """Undo the freezing of a base that has lost its last adapter."""
     tuner = getattr(model, "base_model", None)
     if isinstance(tuner, DowserModel) and not tuner.peft_config:
         for parameter in tuner.trainable_before:
@@ -400,9 +294,3 @@ def _log_selection(masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module],
         len(masks),
         seconds,
     )
-
-
-def _few(names: list[str]) -> str:
-    """The first names of a list that may be long and come from a stranger's file."""
-    shown = ", ".join(repr(name[:100]) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -23,7 +23,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .batches import alike, collate, last_positions
 from .config import DowserConfig
-from .prompts import Kind, Prompt, kind_of, synthetic_prompts
+from .prompts import Kind, Prompt, kind_of, prompt_length, synthetic_prompts
 from .seeds import derived_seed
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
 from .taps import Tap, tapped
@@ -79,7 +79,9 @@ def probe_layers(
     with _left_as_it_was(model):
         if prompts is None:
             inputs = synthetic_prompts(model, config)
+            length = prompt_length(model, config)
         else:
+            length = 0
             inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
         if not inputs:
             raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
@@ -88,7 +90,7 @@ def probe_layers(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
         num_probes=len(inputs),
         num_rademacher=config.num_rademacher,
-        probe_length=config.probe_length if prompts is None else 0,
+        probe_length=length,
         probe_images=config.probe_images if prompts is None else 0.0,
         seed=config.seed,
     )
@@ -217,7 +219,8 @@ class _Run:
         inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
         taps = {name: Tap(mask, len(chosen)) for name in self.layers}
         with tapped(self.layers, taps):
-            outputs = self._forward(inputs, mask)
+            with torch.no_grad():  # the taps turn it on
+                outputs = self._forward(inputs, mask)
             starts = [start for tap in taps.values() for start in tap.starts]
             self._backwards(self._probed_output(outputs, mask), starts, chosen, mask, bar)
             if self.wants_gradient:

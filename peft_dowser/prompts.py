@@ -1,5 +1,6 @@
 """Prompts without data: the model writes its own from a few random tokens (Eq. 6)."""
 
+import logging
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -10,6 +11,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .config import DowserConfig
 from .seeds import derived_seed
+
+logger = logging.getLogger(__name__)
 
 # Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
 Prompt = dict[str, Tensor]
@@ -53,20 +56,24 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
         N prompts, on the device of the input embeddings.
 
     Raises:
-        ValueError: the model has no vocabulary, cannot generate, or reads fewer tokens than a prompt needs.
+        ValueError: the model has no vocabulary, or cannot generate.
     """
-    _check_promptable(model, config)
+    _check_promptable(model)
+    length = prompt_length(model, config)
+    if length < config.probe_length:
+        logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
     if kind_of(model) is Kind.ENCODER:
-        tokens = _random_tokens(model, config)
+        tokens = _random_tokens(model, config, length)
     else:
         chunks = range(0, config.num_probes, _GENERATION_BATCH)
-        tokens = torch.cat([_sampled_tokens(model, config, first) for first in chunks])
+        tokens = torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
     prompts = [{"input_ids": row[None]} for row in tokens]
     with_image = round(config.probe_images * config.num_probes)
     if with_image:
         prefixes = _noise_images(model, with_image, config.seed)
         prompts[:with_image] = [
-            _after_image(prefix, prompt["input_ids"]) for prefix, prompt in zip(prefixes, prompts, strict=False)
+            _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
+            for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
     if kind_of(model) is Kind.SEQ2SEQ:
         start = _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id")
@@ -76,7 +83,14 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
     return prompts
 
 
-def _check_promptable(model: nn.Module, config: DowserConfig) -> None:
+def prompt_length(model: nn.Module, config: DowserConfig) -> int:
+    """T, or the longest prompt that the model can write where that is shorter."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = config.probe_length if limit is None else limit - _MAX_SEED_TOKENS
+    return min(config.probe_length, longest)
+
+
+def _check_promptable(model: nn.Module) -> None:
     name = type(model).__name__
     way_out = (
         "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
@@ -89,12 +103,6 @@ def _check_promptable(model: nn.Module, config: DowserConfig) -> None:
         raise ValueError(
             f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
             f"base loaded with its head (AutoModelForCausalLM), or: {way_out[0].lower()}{way_out[1:]}"
-        )
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    needed = config.probe_length
-    if limit is not None and needed > limit:
-        raise ValueError(
-            f"probe_length={config.probe_length}, but {name} reads at most {limit} tokens; choose a smaller one."
         )
 
 
@@ -116,16 +124,21 @@ def _special_tokens(config: Any) -> Iterator[int]:
 
 def _special_ids(model: PreTrainedModel) -> list[int]:
     found = {0} if _token_id(model, "pad_token_id") == 0 else set()
-    for config in (model.config, model.generation_config):
-        if config is not None:
-            found.update(_special_tokens(config))
+    for config in _token_configs(model):
+        found.update(_special_tokens(config))
     return sorted(token for token in found if 0 <= token < _vocabulary_size(model))
+
+
+def _token_configs(model: PreTrainedModel) -> list[Any]:
+    """Where a model names its special tokens."""
+    configs = [model.config.get_text_config(), model.config, getattr(model, "generation_config", None)]
+    return [config for config in configs if config is not None]
 
 
 def _token_id(model: PreTrainedModel, *names: str) -> int | None:
     """The first of the named special tokens that the model has."""
     for name in names:
-        for config in (model.config.get_text_config(), model.config, model.generation_config):
+        for config in _token_configs(model):
             value = getattr(config, name, None)
             if value is not None:
                 return value[0] if isinstance(value, list) else value
@@ -148,31 +161,31 @@ def _device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def _random_tokens(model: PreTrainedModel, config: DowserConfig) -> Tensor:
+def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "tokens"))
     text, start = _text_tokens(model), _start(model)
-    shape = (config.num_probes, config.probe_length - len(start))
+    shape = (config.num_probes, length - len(start))
     tokens = text[torch.randint(len(text), shape, generator=generator)]
     begin = torch.tensor(start, dtype=tokens.dtype).expand(config.num_probes, -1)
     return torch.cat([begin, tokens], 1).to(_device(model))
 
 
-def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, first: int) -> Tensor:
+def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, first: int) -> Tensor:
     """Prompts `first`, `first + 1`, ..., up to one generation batch."""
     count = min(_GENERATION_BATCH, config.num_probes - first)
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "seed tokens", first))
     text, start = _text_tokens(model), _start(model)
     seeds = text[torch.randint(len(text), (count, _MAX_SEED_TOKENS), generator=generator)]
-    lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator)
+    seed_lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator)
     pad = _token_id(model, "pad_token_id", "eos_token_id") or 0
     width = len(start) + _MAX_SEED_TOKENS
     ids = torch.full((count, width), pad)
     mask = torch.zeros_like(ids)
-    for row, (seed, length) in enumerate(zip(seeds, lengths.tolist(), strict=True)):
-        beginning = torch.cat([torch.tensor(start, dtype=ids.dtype), seed[:length]])
+    for row, (seed, seed_length) in enumerate(zip(seeds, seed_lengths.tolist(), strict=True)):
+        beginning = torch.cat([torch.tensor(start, dtype=ids.dtype), seed[:seed_length]])
         ids[row, width - len(beginning) :] = beginning
         mask[row, width - len(beginning) :] = 1
-    new = config.probe_length - len(start)
+    new = length - len(start)
     torch.manual_seed(derived_seed(config.seed, "sampling", first))
     with torch.no_grad():
         written = model.generate(
@@ -250,11 +263,11 @@ def _processed(processor: Any, image: Any) -> Prompt:
     return {key: value for key, value in inputs.items() if isinstance(value, Tensor)}
 
 
-def _after_image(prefix: Prompt, ids: Tensor) -> Prompt:
+def _after_image(image: Prompt, ids: Tensor) -> Prompt:
     """A prompt that continues an image with text: token-wise inputs grow along."""
-    shape = prefix["input_ids"].shape
+    shape = image["input_ids"].shape
     prompt = {}
-    for key, value in prefix.items():
+    for key, value in image.items():
         if key == "input_ids":
             value = torch.cat([value, ids.to(value.device)], 1)
         elif value.shape == shape:

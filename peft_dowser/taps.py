@@ -41,6 +41,9 @@ class Tap:
         if by_prompt is None:
             return
         tokens, weights = by_prompt
+        # Until here the forward ran without a graph, so that it begins at the first probed modules even where a hook of
+        # the caller makes the embeddings require grad.
+        torch.set_grad_enabled(True)
         if not output.requires_grad:
             output.requires_grad_(True)
             self.starts.append(output)

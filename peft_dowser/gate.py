@@ -1,0 +1,103 @@
+"""The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .codec import DeltaFormatError, decode
+from .layer import DowserLayer
+
+
+def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
+    """Trained weights by module, read off the tensors of a saved adapter."""
+    if state_dict is None:
+        return None
+    suffix = ".dowser_values.weight"
+    return {key.removesuffix(suffix): value.numel() for key, value in state_dict.items() if key.endswith(suffix)}
+
+
+def check_counts(counts: Mapping[str, int], layers: Mapping[str, nn.Module], adapter_name: str) -> None:
+    """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
+    unknown = [name for name in counts if name not in layers]
+    if unknown:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
+            f"{_few(unknown)}. It was made for another base model, or its config was edited."
+        )
+    for name, nnz in counts.items():
+        numel = layers[name].weight.numel()
+        if isinstance(nnz, bool) or not isinstance(nnz, int) or not 0 < nnz <= numel:
+            raise DeltaFormatError(
+                f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
+                f"weight has {numel} entries {tuple(layers[name].weight.shape)}. It was made for another base "
+                "model, or its config was edited."
+            )
+
+
+def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Check every tensor of a saved adapter against the layers that it is loaded into.
+
+    Raises:
+        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
+    """
+    where = f"Adapter '{adapter_name}'"
+    expected = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
+            expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
+            expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
+    missing = [key for key in expected if key not in state_dict]
+    if missing:
+        found = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
+        raise DeltaFormatError(
+            f"{where}: the file should have {len(expected)} Dowser tensors and has {found}; missing: "
+            f"{_few(missing)}. The file is incomplete, or belongs to another adapter or base model."
+        )
+    unknown = [key for key in state_dict if ".dowser_" in key and key not in expected]
+    if unknown:
+        raise DeltaFormatError(
+            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {_few(unknown)}. It "
+            "belongs to another adapter or base model."
+        )
+    for key, layer in expected.items():
+        index, tensor = layer.dowser_index[adapter_name], state_dict[key]
+        module = f"{where}, module '{layer.module_name}'"
+        if key.endswith(".code"):
+            try:
+                decode(tensor, index.numel, index.nnz)
+            except DeltaFormatError as error:
+                raise DeltaFormatError(f"{module}: {error}.") from error
+        elif not tensor.is_floating_point() or tuple(tensor.shape) != (index.nnz,):
+            raise DeltaFormatError(
+                f"{module}: expected {index.nnz} floating-point values, the file has {tensor.dtype} of shape "
+                f"{tuple(tensor.shape)}. The adapter in the file was made with another update_ratio or base model."
+            )
+        elif not bool(torch.isfinite(tensor).all()):
+            raise DeltaFormatError(f"{module}: the file has values that are not finite.")
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that could not be loaded out of the model again."""
+    layers = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
+    ]
+    if any(layer.dowser_index[adapter_name].positions is not None for _, layer in layers):
+        return  # an adapter that works, into which another state should have been loaded
+    for name, layer in layers:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT announces the next active adapter
+            layer.delete_adapter(adapter_name)
+        if not layer.dowser_values:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    model.peft_config.pop(adapter_name, None)
+
+
+def _few(names: list[str]) -> str:
+    """The first names of a list that may be long and come from a stranger's file."""
+    shown = ", ".join(repr(name[:100]) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,46 @@
+"""Small models and configs that many tests use."""
+
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from peft_dowser import DowserConfig, DowserLayer
+
+
+def tiny_llama(
+    dtype: torch.dtype = torch.float32, layers: int = 2, seed: int = 0, hidden: int = 32
+) -> LlamaForCausalLM:
+    """A random Llama in eval mode; one seed gives one model."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            vocab_size=64,
+            max_position_embeddings=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+    )
+    torch.set_rng_state(generator_state)
+    return model.to(dtype).eval()
+
+
+def config(**overrides) -> DowserConfig:
+    """A config whose probe takes milliseconds."""
+    small = {"num_probes": 4, "num_rademacher": 2, "probe_length": 12, "task_type": "CAUSAL_LM"}
+    return DowserConfig(**(small | overrides))
+
+
+def set_values(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
+    """Give every adapter values as if it had been trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer):
+            for values in layer.dowser_values.values():
+                values.weight.data.copy_(std * torch.randn(values.weight.shape, generator=generator))
