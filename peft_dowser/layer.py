@@ -195,7 +195,7 @@ class DowserLayer(BaseTunerLayer):
 
     def _check_finite(self, adapter_name: str, originals: Tensor, values: Tensor) -> None:
         wide = torch.promote_types(originals.dtype, torch.float32)
-        merged = originals.to(wide).add_(values).to(originals.dtype)
+        merged = (originals.to(wide) + values).to(originals.dtype)
         bad = int((~torch.isfinite(merged)).sum())
         if bad:
             raise ValueError(

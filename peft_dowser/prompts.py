@@ -136,12 +136,13 @@ def _token_configs(model: PreTrainedModel) -> list[Any]:
 
 
 def _token_id(model: PreTrainedModel, *names: str) -> int | None:
-    """The first of the named special tokens that the model has."""
+    """The first of the named special tokens that the model has and that lies in its vocabulary."""
     for name in names:
         for config in _token_configs(model):
             value = getattr(config, name, None)
-            if value is not None:
-                return value[0] if isinstance(value, list) else value
+            value = value[0] if isinstance(value, list) else value
+            if value is not None and 0 <= value < _vocabulary_size(model):
+                return value
     return None
 
 

@@ -122,7 +122,7 @@ class _Ranking:
         found = dict(zip(self.names, selected, strict=True))
         for name in [name for name in found if not found[name].numel()]:
             del found[name]
-            self.frozen[name] = f"a ratio of {ratios[name]} selects none of its weights"
+            self.frozen[name] = f"update ratio {ratios[name]} selects none of its weights"
         return {name: _as_stored(at, self.layers[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:

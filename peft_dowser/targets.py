@@ -42,7 +42,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, nn.Modu
     else:
         config = _maybe_include_all_linear_layers(copy.copy(config), model)
     names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
-    _check_matched(config.target_modules, names, model)
+    _check_matched(config.target_modules or set(), names, model)
     if config.last_layers is not None:
         names = _in_last_layers(names, config.last_layers)
     return {name: _base_layer(name, model.get_submodule(name)) for name in names}
@@ -135,23 +135,28 @@ def _base_layer(name: str, module: nn.Module) -> nn.Module:
 
 
 def _check_matched(targets: set[str] | str, names: list[str], model: nn.Module) -> None:
-    """Name the targets that match nothing: an error where nothing at all matches, otherwise a warning."""
+    """Name the targets that match nothing: an error where nothing at all is left, otherwise a warning."""
     asked = [targets] if isinstance(targets, str) else sorted(targets)
+    known = _adaptable_names(model)
     if not names:
-        leaves = sorted(
-            {name.rpartition(".")[2] for name in _adaptable_names(model) if _is_linear(model.get_submodule(name))}
-        )
+        leaves = sorted({name.rpartition(".")[2] for name in known if _is_linear(model.get_submodule(name))})
         raise NoMatchingPeftModuleError(
             f"Target modules {asked} not found in the base model, or all of them are excluded. Its linear modules are "
             f"called {leaves}; change target_modules or exclude_modules."
         )
     if isinstance(targets, str):
         return
-    unmatched = [target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names)]
+    suffixes = {name[at:] for name in known for at in _starts_of_parts(name)}
+    unmatched = [target for target in asked if target not in suffixes]
     if unmatched:
         warnings.warn(
             f"The following target_modules matched nothing and are ignored: {unmatched}.", UserWarning, stacklevel=2
         )
+
+
+def _starts_of_parts(name: str) -> list[int]:
+    """Where the dot-separated parts of a module name begin."""
+    return [0] + [at + 1 for at, letter in enumerate(name) if letter == "."]
 
 
 def _in_last_layers(names: list[str], last_layers: int) -> list[str]:
