@@ -3,6 +3,8 @@
 PEFT has no entry point for methods from outside: `register_peft_method` accepts only members of the enum `PeftType`.
 """
 
+from typing import Any
+
 from peft import mapping
 from peft.utils import PeftType
 
@@ -14,7 +16,7 @@ def ensure_peft_type() -> None:
     """Make `PeftType.DOWSER` exist. Harmless when it does already, also when PEFT itself brings it."""
     if NAME in PeftType.__members__:
         return
-    member = str.__new__(PeftType, NAME)
+    member: Any = str.__new__(PeftType, NAME)
     member._name_ = NAME
     member._value_ = NAME
     member.__objclass__ = PeftType

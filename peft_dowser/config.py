@@ -9,6 +9,8 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import PeftType
 
+from ._registry import NAME
+
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 SELECTS = ("low", "high")
 SCOPES = ("matrix", "row", "layer", "model")
@@ -82,7 +84,7 @@ class DowserConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.DOWSER
+        self.peft_type = PeftType[NAME]
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

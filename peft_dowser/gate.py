@@ -2,12 +2,15 @@
 
 import warnings
 from collections.abc import Mapping
+from typing import cast
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError, decode
 from .layer import DowserLayer
+from .targets import BaseLayer
 
 
 def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
@@ -18,7 +21,7 @@ def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
     return {key.removesuffix(suffix): value.numel() for key, value in state_dict.items() if key.endswith(suffix)}
 
 
-def check_counts(counts: Mapping[str, int], layers: Mapping[str, nn.Module], adapter_name: str) -> None:
+def check_counts(counts: Mapping[str, int], layers: Mapping[str, BaseLayer], adapter_name: str) -> None:
     """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
     unknown = [name for name in counts if name not in layers]
     if unknown:
@@ -62,7 +65,7 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
             "belongs to another adapter or base model."
         )
     for key, layer in expected.items():
-        index, tensor = layer.dowser_index[adapter_name], state_dict[key]
+        index, tensor = layer.index(adapter_name), state_dict[key]
         module = f"{where}, module '{layer.module_name}'"
         if key.endswith(".code"):
             try:
@@ -85,7 +88,7 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
     ]
-    if any(layer.dowser_index[adapter_name].positions is not None for _, layer in layers):
+    if any(layer.index(adapter_name).positions is not None for _, layer in layers):
         return  # an adapter that works, into which another state should have been loaded
     for name, layer in layers:
         with warnings.catch_warnings():
@@ -94,7 +97,8 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         if not layer.dowser_values:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, layer.base_layer)
-    model.peft_config.pop(adapter_name, None)
+    configs = cast(dict[str, PeftConfig], model.peft_config)
+    configs.pop(adapter_name, None)
 
 
 def _few(names: list[str]) -> str:

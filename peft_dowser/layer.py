@@ -1,7 +1,7 @@
 """`DowserLayer`: one adapted weight matrix, its sparse deltas, and their merge into the base."""
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -14,6 +14,8 @@ from .targets import is_transposed
 
 class Values(nn.Module):
     """The trained values of one adapter: `weight`, shape `(nnz,)`, float32 unless the user says otherwise."""
+
+    weight: nn.Parameter
 
     def __init__(self, values: Tensor) -> None:
         super().__init__()
@@ -90,9 +92,17 @@ class DowserLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
-        weight = self.get_base_layer().weight
-        shape = reversed(weight.shape) if is_transposed(self.get_base_layer()) else weight.shape
-        self.out_features, self.in_features = shape
+        rows, columns = self.weight.shape
+        transposed = is_transposed(self.get_base_layer())
+        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+
+    def values(self, adapter_name: str) -> nn.Parameter:
+        """The trained values of an adapter, shape `(nnz,)`."""
+        return cast(Values, self.dowser_values[adapter_name]).weight
+
+    def index(self, adapter_name: str) -> Index:
+        """The positions of an adapter."""
+        return cast(Index, self.dowser_index[adapter_name])
 
     def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
@@ -102,7 +112,7 @@ class DowserLayer(BaseTunerLayer):
             positions: flat positions in the stored weight, strictly increasing, shape `(nnz,)`.
             init_weights: True starts from a delta of zero, False from random values of the size of the weights.
         """
-        weight = self.get_base_layer().weight
+        weight = self.weight
         values = torch.zeros(positions.numel(), device=weight.device)
         if not init_weights:
             values.normal_(std=float(weight.detach().float().std()))
@@ -114,7 +124,7 @@ class DowserLayer(BaseTunerLayer):
         Raises:
             DeltaFormatError: more values than the weight has entries.
         """
-        weight = self.get_base_layer().weight
+        weight = self.weight
         if nnz > weight.numel():
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
@@ -126,12 +136,12 @@ class DowserLayer(BaseTunerLayer):
 
     def add_copy(self, adapter_name: str, of: str) -> None:
         """Add an adapter with the positions and values of another one."""
-        values, index = self.dowser_values[of], self.dowser_index[of]
-        positions = index.positions.clone() if index.positions is not None else None
-        self._add(adapter_name, values.weight.detach().clone(), index.code.clone(), positions)
+        index = self.index(of)
+        positions = None if index.positions is None else index.positions.clone()
+        self._add(adapter_name, self.values(of).detach().clone(), index.code.clone(), positions)
 
     def _add(self, adapter_name: str, values: Tensor, code: Tensor, positions: Tensor | None) -> None:
-        numel = self.get_base_layer().weight.numel()
+        numel = self.weight.numel()
         self.dowser_values[adapter_name] = Values(values)
         self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel)
 
@@ -139,11 +149,10 @@ class DowserLayer(BaseTunerLayer):
         # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.
         if adapter_name not in self.dowser_values:
             return
-        values, index = self.dowser_values[adapter_name], self.dowser_index[adapter_name]
-        device = self.get_base_layer().weight.device if device is None else device
-        if not values.weight.is_meta:
-            values.to(device)
-        index.to(device)
+        device = self.weight.device if device is None else device
+        if not self.values(adapter_name).is_meta:
+            self.dowser_values[adapter_name].to(device)
+        self.dowser_index[adapter_name].to(device)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + D of the given adapters into the base weight, keeping the entries that it overwrites.
@@ -158,8 +167,8 @@ class DowserLayer(BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.dowser_values:
                 continue
-            weight = self.get_base_layer().weight.data
-            values, index = self.dowser_values[name].weight.detach(), self.dowser_index[name]
+            weight = self.weight.data
+            values, index = self.values(name).detach(), self.index(name)
             originals = weight.view(-1).index_select(0, index.decoded())
             if safe_merge:
                 self._check_finite(name, originals, values)
@@ -174,23 +183,20 @@ class DowserLayer(BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight.data
+        weight = self.weight.data
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             del self.vanished[name]
-            index = self.dowser_index[name]
-            weight.view(-1).index_copy_(0, index.decoded().long(), index.originals.to(weight.dtype))
+            index = self.index(name)
+            originals = cast(Tensor, index.originals).to(weight.dtype)
+            weight.view(-1).index_copy_(0, index.decoded().long(), originals)
             index.originals = None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape and dtype of the stored weight; for inspection."""
-        weight = self.get_base_layer().weight
+        weight = self.weight
         delta = torch.zeros_like(weight).requires_grad_(False)
-        add_delta_(
-            delta,
-            self.dowser_index[adapter_name].decoded(),
-            self.dowser_values[adapter_name].weight.detach(),
-        )
+        add_delta_(delta, self.index(adapter_name).decoded(), self.values(adapter_name).detach())
         return delta
 
     def _check_finite(self, adapter_name: str, originals: Tensor, values: Tensor) -> None:
@@ -227,8 +233,8 @@ class Linear(nn.Module, DowserLayer):
             x,
             base.weight,
             base.bias,
-            [self.dowser_values[name].weight for name in active],
-            [self.dowser_index[name].decoded() for name in active],
+            [self.values(name) for name in active],
+            [self.index(name).decoded() for name in active],
             is_transposed(base),
         )
 

@@ -23,7 +23,7 @@ from .probe import check_materialized, probe_layers
 from .ranks import same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .statistics import ProbeStatistics
-from .targets import resolve_targets
+from .targets import BaseLayer, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,8 @@ class DowserModel(BaseTuner):
     module is replaced; a loaded one takes its mask from the file.
     """
 
+    peft_config: dict[str, DowserConfig]
+    trainable_before: list[nn.Parameter]
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
     # Empty: the default targets are found in the structure of the model, see `targets.py`.
@@ -99,7 +101,7 @@ class DowserModel(BaseTuner):
         _log_selection(self._masks, layers, time.perf_counter() - started)
 
     @staticmethod
-    def _statistics(model: nn.Module, layers: Mapping[str, nn.Module], config: DowserConfig) -> ProbeStatistics | None:
+    def _statistics(model: nn.Module, layers: Mapping[str, BaseLayer], config: DowserConfig) -> ProbeStatistics | None:
         if config.score not in PROBED_SCORES:
             return None
         if config.statistics is not None:
@@ -180,10 +182,10 @@ class DowserModel(BaseTuner):
         # Only the counts are kept: each layer's state is freed as soon as it is merged.
         vanished = [layer.vanished for layer in layers]
         del layers
-        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             _report_vanished(vanished)
-        return unloaded
+        return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         if autocast_adapter_dtype:
@@ -191,7 +193,7 @@ class DowserModel(BaseTuner):
             return
         for layer in _dowser_layers(self.model):
             if adapter_name in layer.dowser_values:
-                layer.dowser_values[adapter_name].to(layer.get_base_layer().weight.dtype)
+                layer.dowser_values[adapter_name].to(layer.weight.dtype)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -259,8 +261,8 @@ def _thaw(model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _report_unmatched_ratios(config: DowserConfig, layers: Mapping[str, nn.Module]) -> None:
-    matched = {get_pattern_key(config.ratio_pattern.keys(), name) for name in layers}
+def _report_unmatched_ratios(config: DowserConfig, layers: Mapping[str, BaseLayer]) -> None:
+    matched = {get_pattern_key(list(config.ratio_pattern), name) for name in layers}
     unmatched = sorted(set(config.ratio_pattern) - matched)
     if unmatched:
         warnings.warn(
@@ -283,7 +285,7 @@ def _report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
         )
 
 
-def _log_selection(masks: Mapping[str, Tensor], layers: Mapping[str, nn.Module], seconds: float) -> None:
+def _log_selection(masks: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], seconds: float) -> None:
     nnz = sum(mask.numel() for mask in masks.values())
     numel = sum(layers[name].weight.numel() for name in masks)
     logger.info(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .batches import alike, collate, last_positions
@@ -27,7 +27,7 @@ from .prompts import Kind, Prompt, kind_of, prompt_length, synthetic_prompts
 from .seeds import derived_seed
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
 from .taps import Tap, tapped
-from .targets import is_transposed, resolve_targets
+from .targets import BaseLayer, is_transposed, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def probe(
 
 def probe_layers(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
+    layers: Mapping[str, BaseLayer],
     config: DowserConfig,
     prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
 ) -> ProbeStatistics:
@@ -128,6 +128,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    owner: Any = model
     generation_config = getattr(model, "generation_config", None)
     devices = {parameter.device for parameter in model.parameters()}
     cuda = [device for device in devices if device.type == "cuda"]
@@ -141,7 +142,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             model.requires_grad_(False)
             if generation_config is not None:
                 # `generate` fills what we leave open from the model's own defaults, such as beam search.
-                model.generation_config = _only_tokens(generation_config)
+                owner.generation_config = _only_tokens(generation_config)
             yield
         finally:
             for module, was_training in training:
@@ -149,7 +150,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             for parameter in trainable:
                 parameter.requires_grad_(True)
             if generation_config is not None:
-                model.generation_config = generation_config
+                owner.generation_config = generation_config
 
 
 def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:
@@ -163,12 +164,13 @@ class _Run:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, BaseLayer],
         config: DowserConfig,
         prompts: list[Prompt],
     ) -> None:
         self.model, self.layers, self.config, self.prompts = model, layers, config, prompts
         self.kind = kind_of(model)
+        self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(model.parameters()).device
         self.wants_gradient = config.score == "gradient"
         self.found: dict[str, ModuleStatistics] = {}
@@ -237,7 +239,7 @@ class _Run:
             return self.model(**inputs)
         options: dict[str, Any] = {"attention_mask": mask.long()}
         accepted = inspect.signature(self.model.forward).parameters
-        if not self.model.can_generate():
+        if not self.has_head:
             options["output_hidden_states"] = True
         if "use_cache" in accepted:
             options["use_cache"] = False
@@ -250,7 +252,7 @@ class _Run:
         if self.kind is Kind.OTHER or mask is None:
             output = outputs if isinstance(outputs, Tensor) else outputs[0]
             return output[:, -1] if output.dim() == 3 else output
-        if self.model.can_generate():
+        if self.has_head:
             output = outputs.logits
         else:
             output = outputs.get("last_hidden_state")

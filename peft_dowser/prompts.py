@@ -58,7 +58,7 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
     Raises:
         ValueError: the model has no vocabulary, or cannot generate.
     """
-    _check_promptable(model)
+    model = _promptable(model)
     length = prompt_length(model, config)
     if length < config.probe_length:
         logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
@@ -76,38 +76,39 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
     if kind_of(model) is Kind.SEQ2SEQ:
-        start = _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id")
+        start = _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
         for prompt in prompts:
             ids = prompt["input_ids"]
             prompt["decoder_input_ids"] = torch.cat([ids.new_full((1, 1), start), ids[:, :-1]], 1)
     return prompts
 
 
-def prompt_length(model: nn.Module, config: DowserConfig) -> int:
+def prompt_length(model: Any, config: DowserConfig) -> int:
     """T, or the longest prompt that the model can write where that is shorter."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = config.probe_length if limit is None else limit - _MAX_SEED_TOKENS
     return min(config.probe_length, longest)
 
 
-def _check_promptable(model: nn.Module) -> None:
+def _promptable(model: nn.Module) -> PreTrainedModel:
+    """The model, if it can write prompts."""
     name = type(model).__name__
     way_out = (
         "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
         "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
     )
-    vocabulary = isinstance(model, PreTrainedModel) and _vocabulary_size(model)
-    if not vocabulary:
+    if not isinstance(model, PreTrainedModel) or not _vocabulary_size(model):
         raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {way_out}")
     if kind_of(model) is not Kind.ENCODER and not model.can_generate():
         raise ValueError(
             f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
             f"base loaded with its head (AutoModelForCausalLM), or: {way_out[0].lower()}{way_out[1:]}"
         )
+    return model
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:
-    embeddings = model.get_input_embeddings()
+    embeddings: Any = model.get_input_embeddings()
     size = getattr(model.config.get_text_config(), "vocab_size", 0)
     return min(size, embeddings.weight.shape[0]) if embeddings is not None and size else 0
 
@@ -159,7 +160,8 @@ def _text_tokens(model: PreTrainedModel) -> Tensor:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    return model.get_input_embeddings().weight.device
+    embeddings: Any = model.get_input_embeddings()
+    return embeddings.weight.device
 
 
 def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:
@@ -189,7 +191,8 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
     new = length - len(start)
     torch.manual_seed(derived_seed(config.seed, "sampling", first))
     with torch.no_grad():
-        written = model.generate(
+        generate: Any = model.generate
+        written = generate(
             input_ids=ids.to(_device(model)),
             attention_mask=mask.to(_device(model)),
             generation_config=_sampling(model, new, pad),

@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from .codec import decode, encode
+from .targets import BaseLayer
 
 
-def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
     """Choose the masks on rank 0 and hand them to the others; an error there is raised on every rank."""
     if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return choose()
@@ -27,7 +28,7 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[s
     received: dict[str, Tensor] = {}
     for name, nnz in outcome[0].items():
         weight = layers[name].weight
-        code = [encode(masks[name], weight.numel()).cpu() if masks else None]
+        code: list[Any] = [encode(masks[name], weight.numel()).cpu() if masks else None]
         dist.broadcast_object_list(code, src=0)
         if dist.get_rank() != 0:
             received[name] = decode(code[0], weight.numel(), nnz).to(weight.device)

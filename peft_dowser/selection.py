@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import scores
 from .config import DowserConfig
@@ -18,14 +18,14 @@ from .masks import (
 )
 from .seeds import derived_seed
 from .statistics import ProbeStatistics
-from .targets import is_transposed, layer_of
+from .targets import BaseLayer, is_transposed, layer_of
 
 # Scores that need statistics of the model.
 PROBED_SCORES = ("dowser", "wanda", "gradient")
 
 
 def choose_masks(
-    layers: Mapping[str, nn.Module], config: DowserConfig, statistics: ProbeStatistics | None
+    layers: Mapping[str, BaseLayer], config: DowserConfig, statistics: ProbeStatistics | None
 ) -> dict[str, Tensor]:
     """Choose which weights of every module train.
 
@@ -51,7 +51,7 @@ def choose_masks(
     return {name: masks[name] for name in layers if name in masks}
 
 
-def score_module(name: str, layer: nn.Module, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
+def score_module(name: str, layer: BaseLayer, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
     """Scores of one module, shape `(out, in)` whatever the layout of its weight, float32."""
     weight = layer.weight.detach()
     if is_transposed(layer):
@@ -70,7 +70,7 @@ def score_module(name: str, layer: nn.Module, config: DowserConfig, statistics: 
 
 
 def _ratio(name: str, config: DowserConfig) -> float:
-    key = get_pattern_key(config.ratio_pattern.keys(), name)
+    key = get_pattern_key(list(config.ratio_pattern), name)
     return config.ratio_pattern.get(key, config.update_ratio)
 
 
@@ -96,7 +96,7 @@ class _Ranking:
     def __init__(
         self,
         group: list[str],
-        layers: Mapping[str, nn.Module],
+        layers: Mapping[str, BaseLayer],
         config: DowserConfig,
         statistics: ProbeStatistics | None,
     ) -> None:
@@ -128,8 +128,7 @@ class _Ranking:
     def _joins(self, name: str, alone: bool) -> bool:
         if _ratio(name, self.config) == 0:
             return False
-        needs_probe = self.config.score in PROBED_SCORES and self.statistics is not None
-        if needs_probe and name not in self.statistics.modules:
+        if self.statistics is not None and name not in self.statistics.modules:
             self.frozen[name] = "no probe reached it"
             return False
         score = self._score(name)
@@ -146,7 +145,7 @@ class _Ranking:
         return score_module(name, self.layers[name], self.config, self.statistics)
 
 
-def _as_stored(positions: Tensor, layer: nn.Module) -> Tensor:
+def _as_stored(positions: Tensor, layer: BaseLayer) -> Tensor:
     if not is_transposed(layer):
         return positions
     rows, columns = layer.weight.shape

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from typing import TypeAlias, cast
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -18,10 +19,13 @@ from .config import DowserConfig
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
+# A transformers Conv1D counts too: it has the same weight and bias, stored transposed.
+BaseLayer: TypeAlias = nn.Linear
+
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, nn.Module]:
+def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, BaseLayer]:
     """Find the modules that a config targets.
 
     Args:
@@ -40,7 +44,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, nn.Modu
         config = copy.copy(config)
         config.target_modules = names
     else:
-        config = _maybe_include_all_linear_layers(copy.copy(config), model)
+        config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
     names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
     _check_matched(config.target_modules or set(), names, model)
     if config.last_layers is not None:
@@ -109,7 +113,7 @@ def _language_model(model: PreTrainedModel) -> nn.Module:
         return model
     decoder = model.get_decoder()
     inside = decoder is not None and any(module is decoder for module in model.modules())
-    return decoder if inside else model
+    return cast(nn.Module, decoder) if inside else model
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -118,7 +122,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _base_layer(name: str, module: nn.Module) -> nn.Module:
+def _base_layer(name: str, module: nn.Module) -> BaseLayer:
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     if not isinstance(module, nn.Linear | Conv1D):
@@ -131,10 +135,10 @@ def _base_layer(name: str, module: nn.Module) -> nn.Module:
             f"Target module '{name}' has a weight of {module.weight.dtype}. This release adapts weights of float16, "
             "bfloat16, float32 and float64; load the base without quantization."
         )
-    return module
+    return cast(BaseLayer, module)
 
 
-def _check_matched(targets: set[str] | str, names: list[str], model: nn.Module) -> None:
+def _check_matched(targets: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:
     """Name the targets that match nothing: an error where nothing at all is left, otherwise a warning."""
     asked = [targets] if isinstance(targets, str) else sorted(targets)
     known = _adaptable_names(model)
