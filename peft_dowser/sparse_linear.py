@@ -5,7 +5,9 @@ forward to backward, and the output is bit for bit that of the merged layer. The
 `torch.compile` sees them as one node each.
 """
 
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,8 @@ _PRODUCT_BLOCK = 64 << 20
 # On CPU in float32 the sampled product beats the dense one below this density (28 ms against 68 ms at 0.1, 129 ms at
 # 0.5; 2048 x 2048, 512 tokens, one core); elsewhere the dense product wins.
 _SAMPLED_DENSITY = 0.2
+# Tokens of a sampled product at a time: the factors then stay in the cache (12 ms instead of 20 ms, 1024 x 2816).
+_TOKEN_BLOCK = 64
 
 
 def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -163,7 +167,16 @@ def _product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     return _dense_product(rows, columns, positions)
 
 
+@cache
+def _expect_csr() -> None:
+    """Let torch say once, unheard, that CSR tensors are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+
+
 def _sampled_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
+    _expect_csr()
     height, width = rows.shape[1], columns.shape[1]
     starts = torch.arange(height + 1, device=positions.device, dtype=positions.dtype) * width
     pattern = torch.sparse_csr_tensor(
@@ -173,7 +186,9 @@ def _sampled_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor
         (height, width),
         check_invariants=False,
     )
-    return torch.sparse.sampled_addmm(pattern, rows.T, columns, beta=0.0).values()
+    for row_block, column_block in zip(rows.split(_TOKEN_BLOCK), columns.split(_TOKEN_BLOCK), strict=True):
+        torch.sparse.sampled_addmm(pattern, row_block.T, column_block, out=pattern)
+    return pattern.values()
 
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:

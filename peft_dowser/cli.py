@@ -1,0 +1,118 @@
+"""The command `peft-dowser`: probe a model once, look into an adapter."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; 0 on success, 2 on an error of the user's, which is printed as one line."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"peft-dowser: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-dowser", description="Model-Dowser for Hugging Face PEFT.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
+    probe.add_argument("model", help="folder or Hub id of the base model")
+    probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
+    probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
+    probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
+    probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
+    probe.add_argument(
+        "--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)"
+    )
+    probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
+    probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
+    probe.add_argument("--device", help="device to probe on (default: where the model loads)")
+    probe.set_defaults(run=_probe)
+
+    inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
+    inspect.add_argument("adapter", help="folder of the adapter")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    inspect.set_defaults(run=_inspect)
+    return parser
+
+
+def _probe(options: argparse.Namespace) -> None:
+    from .config import DowserConfig
+    from .probe import probe
+
+    config = DowserConfig(
+        num_probes=options.num_probes,
+        num_rademacher=options.num_rademacher,
+        probe_length=options.probe_length,
+        probe_images=options.probe_images,
+        last_layers=options.last_layers,
+        seed=options.seed,
+    )
+    model = _load(options.model)
+    if options.device is not None:
+        model.to(options.device)
+    statistics = probe(model, config)
+    statistics.save(options.output)
+    size = Path(options.output).stat().st_size
+    print(f"{len(statistics.modules)} modules, {statistics.info.num_probes} probes, {size} bytes: {options.output}")
+
+
+def _load(name: str) -> Any:
+    """Load a model with the class that its config names."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(name)
+    if not config.architectures:
+        raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
+    return getattr(transformers, config.architectures[0]).from_pretrained(name, dtype="auto")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from safetensors import safe_open
+
+    folder = Path(options.adapter)
+    path = folder / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"'{folder}' holds no adapter_model.safetensors.")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if config.get("peft_type") != "DOWSER":
+        raise ValueError(f"'{folder}' holds a {config.get('peft_type')} adapter, not a Dowser adapter.")
+    modules = []
+    with safe_open(path, framework="pt") as file:
+        for key in sorted(file.keys()):
+            if key.endswith(".dowser_values.weight"):
+                values = file.get_tensor(key)
+                code = file.get_slice(key.replace("dowser_values.weight", "dowser_index.code"))
+                modules.append(
+                    {
+                        "module": key.removeprefix("base_model.model.").removesuffix(".dowser_values.weight"),
+                        "trained": values.numel(),
+                        "dtype": str(values.dtype).removeprefix("torch."),
+                        "index_bits": 8 * code.get_shape()[0],
+                        "delta_norm": float(values.float().norm()),
+                    }
+                )
+    chosen = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
+    summary = {key: config.get(key) for key in chosen} | {
+        "trained": sum(module["trained"] for module in modules),
+        "bytes": path.stat().st_size,
+        "modules": modules,
+    }
+    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+
+
+def _table(summary: dict[str, Any]) -> str:
+    lines = [f"{key}: {value}" for key, value in summary.items() if key != "modules"]
+    lines.append(f"{'trained':>12} {'bits/index':>10} {'|delta|':>10}  module")
+    for module in summary["modules"]:
+        bits = module["index_bits"] / max(1, module["trained"])
+        lines.append(f"{module['trained']:>12} {bits:>10.2f} {module['delta_norm']:>10.4g}  {module['module']}")
+    return "\n".join(lines)
