@@ -29,9 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
     probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
-    probe.add_argument(
-        "--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)"
-    )
+    probe.add_argument("--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)")
     probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
     probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
     probe.add_argument("--device", help="device to probe on (default: where the model loads)")

@@ -55,9 +55,7 @@ MIXTURE = {
 }
 
 
-def train_vision(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int
-) -> None:
+def train_vision(model: LlavaForConditionalGeneration, processor: LlavaProcessor, seed: int) -> None:
     """Stage 0: train the vision tower through a throw-away classifier of its four patches."""
     tower = model.model.vision_tower
     head = torch.nn.Linear(tower.config.hidden_size, EMPTY + 1)
@@ -80,9 +78,7 @@ def draw_vision_batch(rng: np.random.Generator) -> tuple[list[Image.Image], torc
     return [image for image, _ in scenes], torch.tensor(digits)
 
 
-def train_jointly(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int
-) -> None:
+def train_jointly(model: LlavaForConditionalGeneration, processor: LlavaProcessor, steps: int, seed: int) -> None:
     """Stage 1: train all weights on the mixture of upstream tasks."""
     parameters = list(model.parameters())
     optimizer = AdamW(
@@ -108,16 +104,13 @@ def draw_batches(steps: int, seed: int) -> Iterator[Sequence[Example]]:
     shares = np.array(list(MIXTURE.values())) / sum(MIXTURE.values())
     order = rng.choice(len(names), size=(steps, BATCH_SIZE), p=shares)
     sources = [
-        iter(UPSTREAM[name].sample(int((order == index).sum()), seed, "train"))
-        for index, name in enumerate(names)
+        iter(UPSTREAM[name].sample(int((order == index).sum()), seed, "train")) for index, name in enumerate(names)
     ]
     for row in order:
         yield [next(sources[index]) for index in row]
 
 
-def language_loss(
-    model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]
-) -> torch.Tensor:
+def language_loss(model: LlavaForConditionalGeneration, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Mean cross-entropy of the next token, where answers weigh 1 and prompts `PROMPT_WEIGHT`."""
     answered = batch.pop("labels")[:, 1:] != -100
     targets = batch["input_ids"][:, 1:]

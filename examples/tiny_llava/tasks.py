@@ -220,9 +220,7 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _hits(
-    model: torch.nn.Module, processor: LlavaProcessor, examples: Sequence[Example]
-) -> list[float]:
+def _hits(model: torch.nn.Module, processor: LlavaProcessor, examples: Sequence[Example]) -> list[float]:
     """Per example, 1 or 0 for the whole answer, or the fraction right if it is open-ended."""
     device = next(model.parameters()).device
     batch = {key: value.to(device) for key, value in collate(examples, processor).items()}
@@ -230,10 +228,7 @@ def _hits(
     answered = labels != -100
     right = (model(**batch).logits[:, :-1].argmax(dim=-1) == labels) & answered
     fraction = (right.sum(dim=1) / answered.sum(dim=1)).tolist()
-    return [
-        hit if example.open_ended else float(hit == 1)
-        for hit, example in zip(fraction, examples, strict=True)
-    ]
+    return [hit if example.open_ended else float(hit == 1) for hit, example in zip(fraction, examples, strict=True)]
 
 
 @torch.no_grad()
@@ -262,16 +257,13 @@ def accuracy(
     return 100 * statistics.fmean(hit for batch in batches for hit in batch)
 
 
-def upstream_accuracy(
-    model: torch.nn.Module, processor: LlavaProcessor, count: int = 200
-) -> dict[str, float]:
+def upstream_accuracy(model: torch.nn.Module, processor: LlavaProcessor, count: int = 200) -> dict[str, float]:
     """Score every upstream task on its first `count` test examples.
 
     Returns:
         Percent per task, and under `"mean"` the unweighted mean over tasks, which is A_up.
     """
     scores = {
-        name: accuracy(model, processor, task.sample(count, seed=0, split="test"))
-        for name, task in UPSTREAM.items()
+        name: accuracy(model, processor, task.sample(count, seed=0, split="test")) for name, task in UPSTREAM.items()
     }
     return {**scores, "mean": statistics.fmean(scores.values())}
