@@ -219,7 +219,7 @@ class _Run:
 
     def _probe_batch(self, chosen: list[int], bar: tqdm) -> None:
         inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
-        taps = {name: Tap(mask, len(chosen)) for name in self.layers}
+        taps = {name: Tap(mask, len(chosen), self.wants_gradient) for name in self.layers}
         with tapped(self.layers, taps):
             with torch.no_grad():  # the taps turn it on
                 outputs = self._forward(inputs, mask)

@@ -15,6 +15,7 @@ class Tap:
     Attributes:
         mask: real tokens of the batch, `(batch, tokens)`, float32; None where the inputs have no tokens.
         batch: number of prompts in the batch.
+        wants_gradient: inputs are kept until the backward of a loss needs them.
         calls: how often the module was called with tokens that can be told apart by prompt.
         activity: sum over calls of the mean |h|, `(batch, in)`.
         energy: sum over calls and real tokens of h squared, `(in,)`.
@@ -26,6 +27,7 @@ class Tap:
 
     mask: Tensor | None
     batch: int
+    wants_gradient: bool = False
     calls: int = 0
     activity: Tensor | None = None
     energy: Tensor | None = None
@@ -47,13 +49,14 @@ class Tap:
         if not output.requires_grad:
             output.requires_grad_(True)
             self.starts.append(output)
-        output.register_hook(lambda grad: self._backward(grad.detach(), hidden))
+        kept = hidden if self.wants_gradient else None
+        output.register_hook(lambda grad: self._backward(grad.detach(), kept))
         self.calls += 1
         self.activity = _plus(self.activity, _weighted_sum(tokens.abs(), weights))
         self.energy = _plus(self.energy, (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1)))
 
-    def _backward(self, grad: Tensor, hidden: Tensor) -> None:
-        if self.of_loss:
+    def _backward(self, grad: Tensor, hidden: Tensor | None) -> None:
+        if self.of_loss and hidden is not None:
             rows, columns = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
             self.gradient = _plus(self.gradient, (rows.T @ columns).float())
         elif by_prompt := self._by_prompt(grad):

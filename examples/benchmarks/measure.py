@@ -1,0 +1,126 @@
+"""What all benchmarks share: fresh processes, peak memory, the machine, and the small Llamas that they measure."""
+
+import json
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of a module in a new process, so that nothing of an earlier measurement lives on."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def llama(hidden: int, layers: int = 4, dtype: str = "float32", vocabulary: int = 1000) -> LlamaForCausalLM:
+    """A random Llama with the proportions of a real one."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=hidden * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 64,
+        vocab_size=vocabulary,
+        tie_word_embeddings=True,
+        max_position_embeddings=2048,
+    )
+    with torch.device(device()):
+        return LlamaForCausalLM(config).to(getattr(torch, dtype))
+
+
+def linear_weights(model: torch.nn.Module) -> int:
+    """Number of weights in the adapted linears."""
+    return sum(
+        p.numel() for name, p in model.named_parameters() if name.endswith(tuple(f"{n}.weight" for n in LINEARS))
+    )
+
+
+def synchronize() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Callable[[], Any], repetitions: int, warmups: int = 1) -> float:
+    """Median time of a call."""
+    for _ in range(warmups):
+        function()
+    times = []
+    for _ in range(repetitions):
+        synchronize()
+        started = time.perf_counter()
+        function()
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+class Memory:
+    """Peak of allocated memory above the moment of creation, in bytes: of the process (Linux), or of the GPU."""
+
+    def __init__(self) -> None:
+        self.before = self._now()
+
+    def restart(self) -> None:
+        """Forget the peak so far, but not the moment of creation."""
+        if device() == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> int:
+        if device() == "cuda":
+            return torch.cuda.max_memory_allocated() - self.before
+        return _status("VmHWM") - self.before
+
+    @staticmethod
+    def _now() -> int:
+        return torch.cuda.memory_allocated() if device() == "cuda" else _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"This system does not tell the {field} of a process.")
+
+
+def report(name: str, results: dict[str, Any], output: Path | None) -> None:
+    """Print results as JSON with the machine and the versions they were measured with; keep them if asked to."""
+    document = {"benchmark": name, "date": date.today().isoformat(), "machine": _machine(), "results": results}
+    text = json.dumps(document, indent=2)
+    print(text)
+    if output is not None:
+        output.write_text(text + "\n")
+
+
+def _machine() -> dict[str, Any]:
+    if device() == "cuda":
+        processor = torch.cuda.get_device_name()
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else platform.processor()
+    packages = ("torch", "transformers", "peft", "peft-dowser")
+    return {
+        "processor": processor,
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "versions": {package: version(package) for package in packages},
+    }
