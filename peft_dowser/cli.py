@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except (OSError, ValueError) as error:
-        print(f"peft-dowser: {error}", file=sys.stderr)
+        print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -54,6 +54,9 @@ def _probe(options: argparse.Namespace) -> None:
         last_layers=options.last_layers,
         seed=options.seed,
     )
+    _check_output(Path(options.output))
+    if options.device is not None:
+        _check_device(options.device)
     model = _load(options.model)
     if options.device is not None:
         model.to(options.device)
@@ -63,6 +66,20 @@ def _probe(options: argparse.Namespace) -> None:
     print(f"{len(statistics.modules)} modules, {statistics.info.num_probes} probes, {size} bytes: {options.output}")
 
 
+def _check_output(path: Path) -> None:
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"'{path.parent}' is no folder, so '{path}' cannot be written.")
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
+        raise ValueError(f"--device {name} is no device of this machine ({error}).") from error
+
+
 def _load(name: str) -> Any:
     """Load a model with the class that its config names."""
     import transformers
@@ -70,19 +87,48 @@ def _load(name: str) -> Any:
     config = transformers.AutoConfig.from_pretrained(name)
     if not config.architectures:
         raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
-    return getattr(transformers, config.architectures[0]).from_pretrained(name, dtype="auto")
+    model_class = getattr(transformers, config.architectures[0], None)
+    if model_class is None:
+        raise ValueError(f"'{name}' is a {config.architectures[0]}, which this version of transformers does not know.")
+    return model_class.from_pretrained(name, dtype="auto")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from safetensors import safe_open
+    from safetensors import SafetensorError
 
     folder = Path(options.adapter)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' holds no adapter_model.safetensors.")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = _read_config(folder / "adapter_config.json")
     if config.get("peft_type") != "DOWSER":
         raise ValueError(f"'{folder}' holds a {config.get('peft_type')} adapter, not a Dowser adapter.")
+    try:
+        modules = _modules(path)
+    except SafetensorError as error:
+        raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
+    chosen = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
+    summary = {key: config.get(key) for key in chosen} | {
+        "trained": sum(module["trained"] for module in modules),
+        "bytes": path.stat().st_size,
+        "modules": modules,
+    }
+    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"'{path}' is not JSON ({error}).") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' holds no configuration.")
+    return config
+
+
+def _modules(path: Path) -> list[dict[str, Any]]:
+    from safetensors import safe_open
+
     modules = []
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):
@@ -98,13 +144,7 @@ def _inspect(options: argparse.Namespace) -> None:
                         "delta_norm": float(values.float().norm()),
                     }
                 )
-    chosen = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
-    summary = {key: config.get(key) for key in chosen} | {
-        "trained": sum(module["trained"] for module in modules),
-        "bytes": path.stat().st_size,
-        "modules": modules,
-    }
-    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+    return modules
 
 
 def _table(summary: dict[str, Any]) -> str:

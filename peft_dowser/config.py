@@ -30,8 +30,8 @@ class DowserConfig(PeftConfig):
         target_modules: modules to adapt: names or their ends, a regular expression, or "all-linear". None takes the
             linears of the language model: never a vision tower, a connector, an output head or a router.
         exclude_modules: modules to leave out: names or their ends, or a regular expression.
-        layers_to_transform: indices of the layers to adapt; only where `target_modules` is a list.
-        layers_pattern: name of the layer list that the indices refer to.
+        layers_to_transform: indices of the layers to adapt; not with a regular expression or "all-linear".
+        layers_pattern: name of the layer list that the indices refer to; only where `target_modules` is a list.
         last_layers: train only the last L layers of the language model (the paper's L).
         modules_to_save: further modules to train and save as a whole.
         trainable_token_indices: token indices whose embeddings train, or indices by embedding name.
@@ -85,13 +85,21 @@ class DowserConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[NAME]
+        # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
+        # make a second adapter, which must choose its own weights.
+        self._selected: dict[str, int] | None = None
+        self.check()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
-        # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
-        # make a second adapter, which must choose its own weights.
-        self._selected: dict[str, int] | None = None
+
+    def check(self) -> None:
+        """Refuse values that make no sense; called again before a model is changed.
+
+        Raises:
+            ValueError: one or more values are out of range; the message lists all of them.
+        """
         if problems := list(self._problems()):
             raise ValueError("DowserConfig: " + "; ".join(problems) + ".")
 
@@ -112,11 +120,13 @@ class DowserConfig(PeftConfig):
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, one clause each."""
         yield from _outside("update_ratio", self.update_ratio, 0, 1, open_low=True)
-        if isinstance(self.ratio_pattern, dict):
+        if _is_map(self.ratio_pattern):
             for key, ratio in self.ratio_pattern.items():
                 yield from _outside(f"ratio_pattern['{key}']", ratio, 0, 1)
         else:
             yield f"ratio_pattern must map module names to ratios, got {self.ratio_pattern!r}"
+        if self.nnz_pattern is not None and not _is_map(self.nnz_pattern):
+            yield f"nnz_pattern must map module names to counts, got {self.nnz_pattern!r}"
         yield from _outside("probe_images", self.probe_images, 0, 1)
         yield from _not_one_of("score", self.score, SCORES)
         yield from _not_one_of("select", self.select, SELECTS)
@@ -138,14 +148,42 @@ class DowserConfig(PeftConfig):
         yield from self._target_problems()
 
     def _target_problems(self) -> Iterator[str]:
+        for name in ("target_modules", "exclude_modules", "layers_pattern"):
+            value = getattr(self, name)
+            if not (value is None or isinstance(value, str) or _is_list(value, str)):
+                yield f"{name} must be a string or a list of strings, got {value!r}"
+        if not (self.modules_to_save is None or _is_list(self.modules_to_save, str)):
+            yield f"modules_to_save must be a list of module names, got {self.modules_to_save!r}"
+        layers, tokens = self.layers_to_transform, self.trainable_token_indices
+        if not (layers is None or _is_index(layers) or _is_list(layers, int)):
+            yield f"layers_to_transform must be an index or a list of indices, got {layers!r}"
+        lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
+        if not (tokens is None or all(_is_list(indices, int) for indices in lists)):
+            yield f"trainable_token_indices must be a list of indices, or such lists by module name, got {tokens!r}"
         if self.target_parameters:
-            yield ("target_parameters is not supported by this release; name the linear modules in target_modules")
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            yield "target_parameters is not supported by this release; name the linear modules in target_modules"
+        if isinstance(self.target_modules, str) and layers is not None:
             yield "layers_to_transform needs target_modules as a list, got the string " + repr(self.target_modules)
-        if self.layers_pattern and self.layers_to_transform is None:
+        if self.layers_pattern and layers is None:
             yield "layers_pattern needs layers_to_transform"
-        if self.last_layers is not None and self.layers_to_transform is not None:
+        elif self.layers_pattern and self.target_modules is None:
+            yield "layers_pattern needs target_modules as a list"
+        if self.last_layers is not None and layers is not None:
             yield "last_layers and layers_to_transform exclude each other"
+
+
+def _is_map(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) for key in value)
+
+
+def _is_list(value: Any, kind: type) -> bool:
+    return isinstance(value, list | set) and all(
+        isinstance(entry, kind) and not isinstance(entry, bool) for entry in value
+    )
+
+
+def _is_index(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _outside(name: str, value: Any, low: float, high: float, open_low: bool = False) -> Iterator[str]:
@@ -155,10 +193,10 @@ def _outside(name: str, value: Any, low: float, high: float, open_low: bool = Fa
 
 
 def _not_one_of(name: str, value: Any, known: tuple[str, ...]) -> Iterator[str]:
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         yield f"{name} must be one of {', '.join(known)}, got {value!r}"
 
 
 def _not_an_integer(name: str, value: Any, at_least: int) -> Iterator[str]:
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+    if not _is_index(value) or value < at_least:
         yield f"{name} must be an integer of at least {at_least}, got {value!r}"

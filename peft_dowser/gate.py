@@ -23,6 +23,11 @@ def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
 
 def check_counts(counts: Mapping[str, int], layers: Mapping[str, BaseLayer], adapter_name: str) -> None:
     """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
+    if not counts:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}' is that of a saved adapter, but has values for no module. The file is "
+            "incomplete, or its config was edited."
+        )
     unknown = [name for name in counts if name not in layers]
     if unknown:
         raise DeltaFormatError(

@@ -79,6 +79,7 @@ class DowserModel(BaseTuner):
 
     def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
         """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
+        peft_config.check()
         layers = resolve_targets(model, peft_config)
         if peft_config.target_modules is None or peft_config.last_layers is not None:
             peft_config.target_modules = set(layers)

@@ -212,9 +212,9 @@ def _sampled_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor
 
 def _token_blocks(values: Tensor) -> list[Tensor]:
     """Blocks of tokens, each transposed to `(features, tokens)` and contiguous."""
-    whole = len(values) // _TOKEN_BLOCK * _TOKEN_BLOCK
-    blocks = [*values[:whole].unflatten(0, (-1, _TOKEN_BLOCK)).transpose(1, 2).contiguous()] if whole else []
-    return blocks + [values[whole:].T.contiguous()] if whole < len(values) else blocks
+    count, rest = divmod(len(values), _TOKEN_BLOCK)
+    blocks = values[: count * _TOKEN_BLOCK].reshape(count, _TOKEN_BLOCK, values.shape[1]).transpose(1, 2).contiguous()
+    return [*blocks, values[-rest:].T.contiguous()] if rest else list(blocks)
 
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:

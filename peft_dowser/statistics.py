@@ -118,11 +118,19 @@ def _check_version(metadata: dict[str, str], path: str | Path) -> None:
 
 
 def _check_module(name: str, module: ModuleStatistics, num_probes: int, path: str | Path) -> None:
-    rows = {module.sensitivity.shape[0], module.activity.shape[0]}
-    width = module.activity.shape[-1]
-    shapes_agree = rows == {num_probes} and module.energy.shape == (width,)
-    dense = (module.sensitivity.shape[-1], width)
-    if not shapes_agree or (module.gradient is not None and module.gradient.shape != dense):
-        raise ValueError(f"'{path}': the statistics of module '{name}' have shapes that disagree.")
-    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in vars(module).values()):
-        raise ValueError(f"'{path}': the statistics of module '{name}' are not float32.")
+    where = f"'{path}': the statistics of module '{name}'"
+    factors = (module.sensitivity, module.activity)
+    out, width = (factor.shape[-1] if factor.dim() == 2 else 0 for factor in factors)
+    shapes = {
+        "sensitivity": (num_probes, out),
+        "activity": (num_probes, width),
+        "energy": (width,),
+        "gradient": (out, width),
+    }
+    tensors = {field: tensor for field, tensor in vars(module).items() if tensor is not None}
+    if any(tuple(tensor.shape) != shapes[field] for field, tensor in tensors.items()):
+        raise ValueError(f"{where} have shapes that disagree.")
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise ValueError(f"{where} are not float32.")
+    if any(bool((tensor < 0).any()) for tensor in (*factors, module.energy)):
+        raise ValueError(f"{where} have negative entries, which no probe gives. The file is damaged; probe again.")

@@ -41,6 +41,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, BaseLay
     """
     if config.target_modules is None:
         names = _default_targets(model)
+        if config.layers_to_transform is not None:
+            names = _in_layers(names, config.layers_to_transform)
         config = copy.copy(config)
         config.target_modules = names
     else:
@@ -161,6 +163,16 @@ def _check_matched(targets: set[str] | list[str] | str, names: list[str], model:
 def _starts_of_parts(name: str) -> list[int]:
     """Where the dot-separated parts of a module name begin."""
     return [0] + [at + 1 for at, letter in enumerate(name) if letter == "."]
+
+
+def _in_layers(names: set[str], layers: list[int] | int) -> set[str]:
+    """Those in the layers of the given indices."""
+    wanted = {layers} if isinstance(layers, int) else set(layers)
+    indices = {name: int(found[1]) for name in names if (found := _LAYER_INDEX.search(name))}
+    last = max(indices.values())
+    if unknown := sorted(wanted - set(indices.values())):
+        raise ValueError(f"layers_to_transform names layers {unknown}, but the model has layers 0 to {last}.")
+    return {name for name, index in indices.items() if index in wanted}
 
 
 def _in_last_layers(names: list[str], last_layers: int) -> list[str]:

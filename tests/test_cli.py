@@ -1,0 +1,218 @@
+"""The command: what it writes, what it prints, and one line for every mistake of the user's."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from helpers import config, set_values, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
+
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, probe
+from peft_dowser.cli import main
+
+QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_llama(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def adapter(folder: Path, **overrides) -> PeftModel:
+    """A trained adapter, saved to `folder`."""
+    model = get_peft_model(tiny_llama(), config(score="random", **overrides))
+    set_values(model)
+    model.save_pretrained(folder)
+    return model
+
+
+def expected_modules(model: PeftModel, dtype: str) -> list[dict]:
+    """What the adapter itself says about its modules."""
+    layers = {layer.module_name: layer for layer in model.modules() if isinstance(layer, DowserLayer)}
+    return [
+        {
+            "module": name,
+            "trained": layers[name].dowser_values["default"].weight.numel(),
+            "dtype": dtype,
+            "index_bits": 8 * layers[name].dowser_index["default"].code.numel(),
+            "delta_norm": layers[name].dowser_values["default"].weight.to(getattr(torch, dtype)).float().norm().item(),
+        }
+        for name in sorted(layers)
+    ]
+
+
+# probe
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [([], {}), (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5})],
+)
+def test_probe_writes_what_the_function_returns(
+    options: list[str], fields: dict, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "probe.safetensors"
+    assert main(["probe", str(base), "-o", str(path), *QUICK, *options]) == 0
+    given = DowserConfig(num_probes=3, num_rademacher=2, probe_length=10, **fields)
+    expected = probe(LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16), given)
+    found = ProbeStatistics.load(path)
+    assert found.info == expected.info
+    assert found.info.base_model == str(base)
+    assert found.modules.keys() == expected.modules.keys()
+    for name, module in expected.modules.items():
+        for field in ("sensitivity", "activity", "energy"):
+            assert torch.equal(getattr(found.modules[name], field), getattr(module, field))
+    printed = capsys.readouterr().out
+    assert printed == f"{len(found.modules)} modules, 3 probes, {path.stat().st_size} bytes: {path}\n"
+
+
+def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    assert main(["probe", str(base), "--output", str(path)]) == 0
+    info, default = ProbeStatistics.load(path).info, DowserConfig()
+    for field in ("num_probes", "num_rademacher", "probe_length", "probe_images", "seed"):
+        assert getattr(info, field) == getattr(default, field)
+
+
+# inspect
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inspect_json_has_the_numbers_of_the_adapter(dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = adapter(tmp_path, update_ratio=0.05, ratio_pattern={"q_proj": 0.5}, save_dtype=dtype, seed=4)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    modules = expected_modules(model, dtype)
+    norms = [module.pop("delta_norm") for module in modules]
+    assert [module.pop("delta_norm") for module in found["modules"]] == pytest.approx(norms, rel=1e-6)
+    assert found == {
+        "base_model_name_or_path": None,
+        "update_ratio": 0.05,
+        "score": "random",
+        "select": "low",
+        "scope": "matrix",
+        "seed": 4,
+        "trained": model.get_nb_trainable_parameters()[0],
+        "bytes": (tmp_path / "adapter_model.safetensors").stat().st_size,
+        "modules": modules,
+    }
+
+
+def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = adapter(tmp_path, last_layers=1)
+    assert main(["inspect", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    assert {"update_ratio: 0.1", f"trained: {model.get_nb_trainable_parameters()[0]}", f"bytes: {size}"} < set(lines)
+    modules = expected_modules(model, "float32")
+    header, *rows = (line.split() for line in lines[-len(modules) - 1 :])
+    assert header == ["trained", "bits/index", "|delta|", "module"]
+    for (trained, bits, norm, name), module in zip(rows, modules, strict=True):
+        assert (int(trained), name) == (module["trained"], module["module"])
+        assert float(bits) == pytest.approx(module["index_bits"] / module["trained"], abs=0.005)
+        assert float(norm) == pytest.approx(module["delta_norm"], rel=1e-3)
+
+
+# Mistakes
+
+
+def line_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line that a mistake prints, less the progress bars before it."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    (line,) = [line for line in printed.err.split("\n") if line and "\r" not in line]
+    assert line.startswith("peft-dowser: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("base", ["--num-probes", "0"], "DowserConfig: num_probes must be an integer of at least 1, got 0."),
+        ("base", ["--probe-images", "nan"], "DowserConfig: probe_images must be a number in [0, 1], got nan."),
+        ("base", ["--last-layers", "9"], "last_layers=9, but 'model.layers' has only 2 layers."),
+        ("base", ["--device", "nowhere"], "nowhere"),
+        ("base", ["--output", "missing/probe.safetensors"], "missing"),
+        ("no/such/folder", [], "no/such/folder"),
+        ("nobody/has-this-model", [], "couldn't connect to 'https://huggingface.co'"),
+        ("odd", [], "NoSuchModel"),
+    ],
+)
+def test_a_probe_that_cannot_be_is_refused_in_one_line(
+    model: str,
+    options: list[str],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("base").symlink_to(base)
+    Path("odd").mkdir()
+    Path("odd/config.json").write_text((base / "config.json").read_text().replace("LlamaForCausalLM", "NoSuchModel"))
+    assert message in line_of(["probe", model, "-o", "probe.safetensors", *QUICK, *options], capsys)
+    assert not Path("probe.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("adapter_model.safetensors", None, "holds no adapter_model.safetensors."),
+        ("adapter_model.safetensors", "{", "adapter_model.safetensors"),
+        ("adapter_config.json", None, "adapter_config.json"),
+        ("adapter_config.json", "{", "line 1 column 2"),
+        ("adapter_config.json", "[]", "adapter_config.json"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_in_one_line(
+    name: str, content: str | None, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter(tmp_path)
+    (tmp_path / name).unlink()
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert message in line_of(["inspect", str(tmp_path)], capsys)
+
+
+def test_a_folder_without_a_dowser_adapter_is_refused_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    line = line_of(["inspect", str(tmp_path)], capsys)
+    assert line == f"peft-dowser: '{tmp_path}' holds a LORA adapter, not a Dowser adapter."
+    line = line_of(["inspect", str(tmp_path / "none")], capsys)
+    assert line == f"peft-dowser: '{tmp_path / 'none'}' holds no adapter_model.safetensors."
+
+
+@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"]])
+def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: peft-dowser", *command]))
+
+
+@pytest.mark.parametrize("arguments", [[], ["merge"], ["probe", "folder"], ["probe", "f", "-o", "s", "--seed", "x"]])
+def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+
+
+def test_the_console_script_is_declared() -> None:
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="peft-dowser")
+    assert script.load() is main

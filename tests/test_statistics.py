@@ -1,0 +1,201 @@
+"""Statistics on disk: exact, small, checked on the way in, and as good as a probe."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, tiny_llama
+from peft import get_peft_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import peft_dowser.model
+from peft_dowser import DowserLayer, ProbeStatistics, probe
+from peft_dowser.statistics import ProbeInfo
+
+MODULE = "model.layers.0.mlp.down_proj"
+N, OUT, IN = 4, 32, 64
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Path of statistics of the small model, with a gradient."""
+    path = tmp_path_factory.mktemp("statistics") / "probe.safetensors"
+    probe(tiny_llama(), config(score="gradient")).save(path)
+    return str(path)
+
+
+def contents(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}, file.metadata()
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    return {m.module_name: m.dowser_index["default"].positions for m in model.modules() if isinstance(m, DowserLayer)}
+
+
+# The file
+
+
+@pytest.mark.parametrize("score", ["dowser", "gradient"])
+def test_what_is_saved_is_loaded_bit_for_bit(score: str, tmp_path: Path) -> None:
+    expected = probe(tiny_llama(), config(score=score, seed=3))
+    expected.save(tmp_path / "probe.safetensors")
+    found = ProbeStatistics.load(tmp_path / "probe.safetensors")
+    assert found.info == expected.info
+    assert found.modules.keys() == expected.modules.keys()
+    for name, module in expected.modules.items():
+        assert (module.gradient is not None) == (score == "gradient")
+        for field, tensor in vars(module).items():
+            other = getattr(found.modules[name], field)
+            assert other is tensor is None or (other.dtype == torch.float32 and torch.equal(other, tensor))
+
+
+@pytest.mark.parametrize("num_probes", [1, 4])
+def test_the_file_grows_with_rows_and_columns_never_with_their_product(num_probes: int, tmp_path: Path) -> None:
+    model, path = tiny_llama(hidden=128), tmp_path / "probe.safetensors"
+    statistics = probe(model, config(num_probes=num_probes))
+    statistics.save(path)
+    content = path.read_bytes()
+    header = int.from_bytes(content[:8], "little")
+    shapes = [model.get_submodule(name).weight.shape for name in statistics.modules]
+    assert len(content) - 8 - header == sum(4 * (num_probes * (out + width) + width) for out, width in shapes)
+    assert header < 500 * len(shapes)
+    assert len(content) < sum(out * width for out, width in shapes)
+
+
+def test_saving_into_a_missing_folder_is_an_error(saved: str, tmp_path: Path) -> None:
+    with pytest.raises((OSError, SafetensorError), match="No such file or directory"):
+        ProbeStatistics.load(saved).save(tmp_path / "missing" / "probe.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+# Files that are refused
+
+
+@pytest.mark.parametrize("damage", [lambda good: b"", lambda good: b"\xff" * 100, lambda good: good[:-100]])
+def test_a_damaged_file_is_refused(damage, saved: str, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    path.write_bytes(damage(Path(saved).read_bytes()))
+    with pytest.raises(ValueError, match=rf"'{re.escape(str(path))}' is not a readable safetensors file \(.+\)\."):
+        ProbeStatistics.load(path)
+
+
+@pytest.mark.parametrize("name", ["none.safetensors", "."])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"No probe statistics at '{re.escape(str(tmp_path / name))}'"):
+        ProbeStatistics.load(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": None}, r"holds no probe statistics: write it with ProbeStatistics\.save"),
+        ({"format": "pt"}, r"holds no probe statistics: write it with ProbeStatistics\.save"),
+        ({"version": "2"}, "written in format 2 of the probe statistics, this release reads format 1: upgrade"),
+        ({"info": None}, r"lacks a part of the probe statistics \('info'\)"),
+        ({"info": "{"}, "lacks a part of the probe statistics"),
+        ({"info": "[]"}, "lacks a part of the probe statistics"),
+        ({"info": json.dumps({"seed": 1})}, "lacks a part of the probe statistics .*base_model"),
+        (
+            {"info": json.dumps(vars(ProbeInfo("", N + 1, 2, 12, 0.0, 0)))},
+            "statistics of module '.*have shapes that disagree",
+        ),
+    ],
+)
+def test_a_file_with_other_metadata_is_refused(change: dict, message: str, saved: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(saved)
+    changed = {key: value for key, value in (metadata | change).items() if value is not None}
+    save_file(tensors, tmp_path / "probe.safetensors", metadata=changed)
+    with pytest.raises(ValueError, match="probe.safetensors'.*" + message):
+        ProbeStatistics.load(tmp_path / "probe.safetensors")
+
+
+SHAPES = f"the statistics of module '{MODULE}' have shapes that disagree"
+DTYPE = f"the statistics of module '{MODULE}' are not float32"
+VALUES = f"the statistics of module '{MODULE}'"
+
+
+@pytest.mark.parametrize(
+    ("field", "tensor", "message"),
+    [
+        ("sensitivity", None, "lacks a part of the probe statistics .*sensitivity"),
+        ("activity", None, "lacks a part of the probe statistics .*activity"),
+        ("energy", None, "lacks a part of the probe statistics .*energy"),
+        ("hessian", torch.ones(N), "lacks a part of the probe statistics .*hessian"),
+        ("sensitivity", torch.ones(N - 1, OUT), SHAPES),
+        ("sensitivity", torch.ones(()), SHAPES),
+        ("sensitivity", torch.ones(N), SHAPES),
+        ("sensitivity", torch.ones(N, 2, OUT), SHAPES),
+        ("activity", torch.ones(N + 1, IN), SHAPES),
+        ("activity", torch.ones(()), SHAPES),
+        ("activity", torch.ones(N, IN - 1), SHAPES),
+        ("activity", torch.ones(N, 2, IN), SHAPES),
+        ("energy", torch.ones(1, IN), SHAPES),
+        ("gradient", torch.ones(IN, OUT), SHAPES),
+        ("sensitivity", torch.ones(N, OUT).half(), DTYPE),
+        ("activity", torch.ones(N, IN).double(), DTYPE),
+        ("energy", torch.ones(IN).long(), DTYPE),
+        ("gradient", torch.ones(OUT, IN).bfloat16(), DTYPE),
+        ("sensitivity", -torch.ones(N, OUT), VALUES),
+        ("activity", -torch.ones(N, IN), VALUES),
+        ("energy", -torch.ones(IN), VALUES),
+    ],
+)
+def test_a_file_with_another_tensor_is_refused(field, tensor, message: str, saved: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(saved)
+    tensors[f"{MODULE}:{field}"] = tensor
+    kept = {key: value for key, value in tensors.items() if value is not None}
+    save_file(kept, tmp_path / "probe.safetensors", metadata=metadata)
+    with pytest.raises(ValueError, match="probe.safetensors'.*" + message):
+        ProbeStatistics.load(tmp_path / "probe.safetensors")
+
+
+# Masks from a file
+
+
+@pytest.mark.parametrize("update_ratio", [0.03, 0.5])
+@pytest.mark.parametrize(
+    "choice",
+    [
+        {"score": "dowser", "scope": "model"},
+        {"score": "wanda", "scope": "row"},
+        {"score": "gradient", "select": "high"},
+        {"score": "dowser", "last_layers": 1},
+        {"score": "dowser", "target_modules": ["o_proj", "up_proj"]},
+    ],
+    ids=str,
+)
+def test_a_file_gives_the_masks_of_a_probe(
+    choice: dict, update_ratio: float, saved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio)))
+    monkeypatch.setattr(peft_dowser.model, "probe_layers", lambda *args: pytest.fail("probed again"))
+    found = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio, statistics=saved)))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("probed", "score", "message"),
+    [
+        ({"hidden": 64}, "dowser", r"q_proj': The probe statistics belong to a weight of shape \(64, 64\), this one"),
+        ({"hidden": 16}, "wanda", r"q_proj': The probe statistics belong to a weight of shape \(32, 16\), this one"),
+        ({}, "gradient", r"q_proj': The probe statistics hold no gradient; probe with DowserConfig\(score='gradient'"),
+    ],
+)
+def test_statistics_that_do_not_fit_leave_the_model_untouched(
+    probed: dict, score: str, message: str, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "probe.safetensors")
+    probe(tiny_llama(**probed), config()).save(path)
+    base = tiny_llama()
+    with pytest.raises(ValueError, match="Module 'model.layers.0.self_attn." + message):
+        get_peft_model(base, config(score=score, statistics=path))
+    fresh = tiny_llama().state_dict()
+    assert list(base.state_dict()) == list(fresh)
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.state_dict().items())
+    assert all(parameter.requires_grad for parameter in base.parameters())
