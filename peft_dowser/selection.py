@@ -122,7 +122,12 @@ class _Ranking:
         found = dict(zip(self.names, selected, strict=True))
         for name in [name for name in found if not found[name].numel()]:
             del found[name]
-            self.frozen[name] = f"update ratio {ratios[name]} selects none of its weights"
+            alone = len(self.names) == 1
+            self.frozen[name] = (
+                f"update ratio {ratios[name]} selects none of its weights"
+                if alone
+                else f"none of its weights is among those selected in its {self.config.scope}"
+            )
         return {name: _as_stored(at, self.layers[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:

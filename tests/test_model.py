@@ -94,6 +94,7 @@ def test_init_weights_false_changes_something() -> None:
     assert not torch.equal(logits(get_peft_model(base, config(init_weights=False))), before)
 
 
+@pytest.mark.filterwarnings("ignore:.*none of its weights is among those selected")
 @pytest.mark.parametrize("score", ["dowser", "random", "magnitude", "wanda", "gradient"])
 @pytest.mark.parametrize("scope", ["matrix", "row", "layer", "model"])
 @pytest.mark.parametrize("select", ["low", "high"])
@@ -591,6 +592,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_untouched(fault: str,
     assert_same_bits(base_bits(base), base_bits(tiny_llama()))
 
 
+@pytest.mark.filterwarnings("ignore:The following target_modules matched nothing")
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     for other in (tiny_llama(hidden=64), tiny_llama(hidden=16), tiny_llama(layers=1)):

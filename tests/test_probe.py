@@ -12,6 +12,8 @@ from peft_dowser import DowserConfig, probe, scores
 from peft_dowser.seeds import derived_seed
 from peft_dowser.targets import resolve_targets
 
+# jacrev batches the backward of attention by running it once per output, and says that this is slow.
+slow_attention = pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 LAYERS = [
     "model.layers.0.self_attn.q_proj",
     "model.layers.0.mlp.down_proj",
@@ -52,6 +54,7 @@ def model() -> nn.Module:
     return tiny_llama(torch.float64).eval()
 
 
+@slow_attention
 @pytest.mark.parametrize("name", LAYERS)
 def test_factors_are_those_of_the_brute_force_jacobian(model: nn.Module, name: str) -> None:
     statistics = probe(model, config(target_modules=[name], num_rademacher=3, seed=7), prompts=PROMPTS)
@@ -77,6 +80,7 @@ def test_sensitivity_estimates_the_norm_of_the_jacobian(model: nn.Module) -> Non
     assert ratio.max() < 1.05
 
 
+@slow_attention
 def test_score_is_equation_5_summed_densely_per_sample(model: nn.Module) -> None:
     name = LAYERS[1]
     weight = model.get_submodule(name).weight.detach()
