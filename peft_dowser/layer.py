@@ -113,7 +113,7 @@ class DowserLayer(BaseTunerLayer):
             init_weights: True starts from a delta of zero, False from random values of the size of the weights.
         """
         weight = self.weight
-        values = torch.zeros(positions.numel(), device=weight.device)
+        values = torch.zeros(positions.numel(), device=weight.device, dtype=torch.float32)
         if not init_weights:
             values.normal_(std=float(weight.detach().float().std()))
         self._add(adapter_name, values, encode(positions, weight.numel()), positions)
@@ -132,7 +132,7 @@ class DowserLayer(BaseTunerLayer):
             )
         device = weight.device
         code = torch.zeros(code_length(weight.numel(), nnz), dtype=torch.uint8, device=device)
-        self._add(adapter_name, torch.zeros(nnz, device=device), code, None)
+        self._add(adapter_name, torch.zeros(nnz, device=device, dtype=torch.float32), code, None)
 
     def add_copy(self, adapter_name: str, of: str) -> None:
         """Add an adapter with the positions and values of another one."""

@@ -93,7 +93,7 @@ def select_rows(score: Tensor, count: int, largest: bool = False) -> Tensor:
     for first, rows in _row_blocks(score):
         columns = rows.sort(dim=1, descending=largest, stable=True).indices[:, :count]
         row = torch.arange(first, first + rows.shape[0], device=score.device)[:, None]
-        selected.append((columns.sort(dim=1).values + row * width).view(-1).to(dtype))
+        selected.append((columns.sort(dim=1).values + row * width).reshape(-1).to(dtype))
     return torch.cat(selected)
 
 
@@ -135,9 +135,14 @@ def _histogram(
 ) -> Tensor:
     total = torch.zeros(bins, dtype=torch.int64)
     for score in scores:
-        for block in _keys(score(), largest).split(_BLOCK):
-            total += torch.bincount(digit(block), minlength=bins).cpu()
+        _count(total, _keys(score(), largest), digit)
     return total
+
+
+def _count(total: Tensor, keys: Tensor, digit: Callable[[Tensor], Tensor]) -> None:
+    """Add the digits of all keys to a histogram; a function, so that no loop variable keeps keys of this matrix."""
+    for block in keys.split(_BLOCK):
+        total += torch.bincount(digit(block), minlength=len(total)).cpu()
 
 
 def _bin_of(histogram: Tensor, rank: int) -> tuple[int, int]:

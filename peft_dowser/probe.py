@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
@@ -288,11 +289,12 @@ class _Run:
         module = self.found.get(name)
         if module is None:
             out, width = self._features(name)
+            zeros = partial(torch.zeros, dtype=torch.float32)
             module = ModuleStatistics(
-                sensitivity=torch.zeros(len(self.prompts), out),
-                activity=torch.zeros(len(self.prompts), width),
-                energy=torch.zeros(width),
-                gradient=torch.zeros(out, width) if self.wants_gradient else None,
+                sensitivity=zeros(len(self.prompts), out),
+                activity=zeros(len(self.prompts), width),
+                energy=zeros(width),
+                gradient=zeros(out, width) if self.wants_gradient else None,
             )
             self.found[name] = module
         module.activity[chosen] = (tap.activity / tap.calls).cpu()
@@ -315,7 +317,7 @@ def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor 
     Each prompt has a generator of its own, so its signs depend neither on the batch nor on the padding.
     """
     if output.dim() == 3 and mask is not None:
-        projection = torch.zeros(output.shape)
+        projection = torch.zeros(output.shape, dtype=torch.float32)
         for row, generator in enumerate(generators):
             real = mask[row].cpu() > 0
             projection[row, real] = _signs((int(real.sum()), output.shape[2]), generator)

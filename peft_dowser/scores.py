@@ -38,7 +38,7 @@ def random(weight: Tensor, seed: int) -> Tensor:
         Scores, shape `(out, in)`, float32.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(weight.shape, generator=generator).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
 
 
 def magnitude(weight: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     flat = weight.view(-1)
-    wide = torch.promote_types(weight.dtype, torch.float32)
+    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), values.dtype)
     if weight.dtype == wide:
         flat.index_add_(0, positions, values.to(wide))
         return

@@ -168,6 +168,21 @@ def test_statistics_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert torch.equal(one.dowser_index["default"].code, other.dowser_index["default"].code)
 
 
+@pytest.mark.parametrize("score", ["dowser", "random"])
+def test_the_default_dtype_of_the_caller_plays_no_part(score: str) -> None:
+    expected = dowser_layers(get_peft_model(tiny_llama(), config(score=score)))
+    base = tiny_llama()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = dowser_layers(get_peft_model(base, config(score=score)))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dowser_values["default"].weight.dtype == torch.float32
+        assert torch.equal(one.dowser_index["default"].code, other.dowser_index["default"].code)
+
+
 def test_the_callers_config_is_not_changed_and_can_be_used_again() -> None:
     given = config(last_layers=1)
     before = given.to_dict()
