@@ -35,7 +35,7 @@ def encode(positions: Tensor, numel: int) -> Tensor:
     """Encode sorted flat positions.
 
     Args:
-        positions: strictly increasing positions in `[0, numel)`, shape `(nnz,)`, any integer dtype.
+        positions: strictly increasing positions in `[0, numel)`, shape `(nnz,)`, int32 or int64.
         numel: number of entries of the weight.
 
     Returns:
@@ -75,6 +75,8 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     """
     if code.dtype != torch.uint8 or code.dim() != 1:
         raise DeltaFormatError(f"the index code must be one row of uint8, got {code.dtype} of {tuple(code.shape)}")
+    if nnz > numel:
+        raise DeltaFormatError(f"there are {nnz} values, but the weight has only {numel} entries")
     expected = code_length(numel, nnz)
     if code.numel() != expected:
         raise DeltaFormatError(f"the index code of {nnz} of {numel} weights takes {expected} bytes, got {code.numel()}")
@@ -89,8 +91,6 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
         positions -= torch.arange(nnz, device=code.device)
         positions <<= low_bits
         positions += _unpack_low(code[:low_length], nnz, low_bits)
-    elif not _is_mask(numel, nnz):
-        positions -= torch.arange(nnz, device=code.device)
     if problem := _order_problem(positions, numel):
         raise DeltaFormatError(f"the index code is damaged: {problem}")
     return positions.to(position_dtype(numel))

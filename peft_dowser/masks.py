@@ -133,7 +133,7 @@ def _histogram(
     bins: int,
     digit: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    total = torch.zeros(bins, dtype=torch.int64)
+    total = torch.zeros(bins, dtype=torch.int64, device="cpu")
     for score in scores:
         _count(total, _keys(score(), largest), digit)
     return total

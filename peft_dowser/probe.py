@@ -289,7 +289,7 @@ class _Run:
         module = self.found.get(name)
         if module is None:
             out, width = self._features(name)
-            zeros = partial(torch.zeros, dtype=torch.float32)
+            zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
             module = ModuleStatistics(
                 sensitivity=zeros(len(self.prompts), out),
                 activity=zeros(len(self.prompts), width),
@@ -317,7 +317,7 @@ def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor 
     Each prompt has a generator of its own, so its signs depend neither on the batch nor on the padding.
     """
     if output.dim() == 3 and mask is not None:
-        projection = torch.zeros(output.shape, dtype=torch.float32)
+        projection = torch.zeros(output.shape, dtype=torch.float32, device="cpu")
         for row, generator in enumerate(generators):
             real = mask[row].cpu() > 0
             projection[row, real] = _signs((int(real.sum()), output.shape[2]), generator)
@@ -327,7 +327,8 @@ def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor 
 
 
 def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    return torch.randint(2, tuple(shape), generator=generator, dtype=torch.int8).mul_(2).sub_(1).float()
+    signs = torch.randint(2, tuple(shape), generator=generator, dtype=torch.int8, device="cpu")
+    return signs.mul_(2).sub_(1).float()
 
 
 def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], mask: Tensor | None) -> Tensor:

@@ -154,7 +154,7 @@ def _start(model: PreTrainedModel) -> list[int]:
 
 def _text_tokens(model: PreTrainedModel) -> Tensor:
     """All token ids that a prompt may contain."""
-    allowed = torch.ones(_vocabulary_size(model), dtype=torch.bool)
+    allowed = torch.ones(_vocabulary_size(model), dtype=torch.bool, device="cpu")
     allowed[_special_ids(model)] = False
     return allowed.nonzero().view(-1)
 
@@ -168,8 +168,8 @@ def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) ->
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "tokens"))
     text, start = _text_tokens(model), _start(model)
     shape = (config.num_probes, length - len(start))
-    tokens = text[torch.randint(len(text), shape, generator=generator)]
-    begin = torch.tensor(start, dtype=tokens.dtype).expand(config.num_probes, -1)
+    tokens = text[torch.randint(len(text), shape, generator=generator, device="cpu")]
+    begin = torch.tensor(start, dtype=tokens.dtype, device="cpu").expand(config.num_probes, -1)
     return torch.cat([begin, tokens], 1).to(_device(model))
 
 
@@ -178,14 +178,14 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
     count = min(_GENERATION_BATCH, config.num_probes - first)
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "seed tokens", first))
     text, start = _text_tokens(model), _start(model)
-    seeds = text[torch.randint(len(text), (count, _MAX_SEED_TOKENS), generator=generator)]
-    seed_lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator)
+    seeds = text[torch.randint(len(text), (count, _MAX_SEED_TOKENS), generator=generator, device="cpu")]
+    seed_lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator, device="cpu")
     pad = _token_id(model, "pad_token_id", "eos_token_id") or 0
     width = len(start) + _MAX_SEED_TOKENS
-    ids = torch.full((count, width), pad)
+    ids = torch.full((count, width), pad, device="cpu")
     mask = torch.zeros_like(ids)
     for row, (seed, seed_length) in enumerate(zip(seeds, seed_lengths.tolist(), strict=True)):
-        beginning = torch.cat([torch.tensor(start, dtype=ids.dtype), seed[:seed_length]])
+        beginning = torch.cat([torch.tensor(start, dtype=ids.dtype, device="cpu"), seed[:seed_length]])
         ids[row, width - len(beginning) :] = beginning
         mask[row, width - len(beginning) :] = 1
     new = length - len(start)
@@ -240,7 +240,7 @@ def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]
     height, width = _image_size(processor.image_processor)
     prefixes = []
     for _ in range(count):
-        noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
+        noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8, device="cpu")
         inputs = _processed(processor, Image.fromarray(noise.numpy()))
         prefixes.append({key: value.to(_device(model)) for key, value in inputs.items()})
     return prefixes

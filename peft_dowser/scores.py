@@ -19,7 +19,7 @@ def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     Raises:
         ValueError: the statistics belong to a weight of another shape.
 
-    Note: allocates the scores and nothing else of their size.
+    Note: allocates the scores and, on CPU, a float32 copy of a weight of another dtype; nothing else of their size.
     """
     sensitivity, activity = statistics.sensitivity, statistics.activity
     _check_shape(weight, (sensitivity.shape[1], activity.shape[1]))
@@ -38,7 +38,7 @@ def random(weight: Tensor, seed: int) -> Tensor:
         Scores, shape `(out, in)`, float32.
     """
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(weight.shape, generator=generator, dtype=torch.float32).to(weight.device)
+    return torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
 
 
 def magnitude(weight: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def _dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     count = math.prod(shape)
     buffer: Tensor | None = getattr(_thread, "buffer", None)
     if buffer is None or buffer.numel() < count * like.element_size():
-        buffer = _thread.buffer = torch.empty(count * like.element_size(), dtype=torch.uint8)
+        buffer = _thread.buffer = torch.empty(count * like.element_size(), dtype=torch.uint8, device="cpu")
     return buffer[: count * like.element_size()].view(like.dtype).view(shape)
 
 

@@ -271,3 +271,8 @@ def test_a_damaged_code_is_refused_with_its_fault(code: torch.Tensor, numel: int
 def test_positions_that_are_no_mask_are_not_written(positions: list[int], problem: str) -> None:
     with pytest.raises(ValueError, match=rf"^Cannot encode positions: {problem}\.$"):
         encode(torch.tensor(positions), 100)
+
+
+def test_more_values_than_weights_are_refused() -> None:
+    with pytest.raises(DeltaFormatError, match="there are 6 values, but the weight has only 5 entries"):
+        decode(torch.zeros(1, dtype=torch.uint8), 5, 6)
