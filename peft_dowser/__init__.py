@@ -8,10 +8,12 @@ from ._registry import ensure_peft_type
 
 ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
-from . import scores  # noqa: E402
+from . import metrics, postmerge, scores  # noqa: E402
 from ._registry import register  # noqa: E402
+from .callbacks import ForgettingCallback, SpiderCallback  # noqa: E402
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
+from .extract import extract  # noqa: E402
 from .layer import DowserLayer  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .probe import probe  # noqa: E402
@@ -24,7 +26,12 @@ __all__ = [
     "DowserConfig",
     "DowserLayer",
     "DowserModel",
+    "ForgettingCallback",
     "ProbeStatistics",
+    "SpiderCallback",
+    "extract",
+    "metrics",
+    "postmerge",
     "probe",
     "scores",
 ]

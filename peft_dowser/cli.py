@@ -1,4 +1,4 @@
-"""The command `peft-dowser`: probe a model once, look into an adapter."""
+"""The command `peft-dowser`: probe a model once, look into an adapter, make one from a fine-tuned model."""
 
 import argparse
 import json
@@ -39,6 +39,24 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("adapter", help="folder of the adapter")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=_inspect)
+
+    extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
+    extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
+    extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
+    extract.add_argument("-o", "--output", required=True, help="folder for the adapter, new or empty")
+    extract.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction to keep (default: 0.1)")
+    extract.add_argument(
+        "--method",
+        choices=["top_delta", "dare", "graft"],
+        default="top_delta",
+        help="keep the largest changes of each matrix, random ones, or the largest of all (default: top_delta)",
+    )
+    extract.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
+    )
+    extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
+    extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
+    extract.set_defaults(run=_extract)
     return parser
 
 
@@ -66,6 +84,26 @@ def _probe(options: argparse.Namespace) -> None:
     print(f"{len(statistics.modules)} modules, {statistics.info.num_probes} probes, {size} bytes: {options.output}")
 
 
+def _extract(options: argparse.Namespace) -> None:
+    from .extract import extract
+
+    try:
+        counts = extract(
+            options.base,
+            options.tuned,
+            options.output,
+            update_ratio=options.update_ratio,
+            method=options.method,
+            target_modules="all-linear" if options.target_modules == ["all-linear"] else options.target_modules,
+            scale=options.scale,
+            seed=options.seed,
+        )
+    except TypeError as error:  # a target module is no linear
+        raise ValueError(error) from error
+    size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
+    print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
+
+
 def _check_output(path: Path) -> None:
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"'{path.parent}' is no folder, so '{path}' cannot be written.")
@@ -82,15 +120,11 @@ def _check_device(name: str) -> None:
 
 def _load(name: str) -> Any:
     """Load a model with the class that its config names."""
-    import transformers
+    from transformers import AutoConfig
 
-    config = transformers.AutoConfig.from_pretrained(name)
-    if not config.architectures:
-        raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
-    model_class = getattr(transformers, config.architectures[0], None)
-    if model_class is None:
-        raise ValueError(f"'{name}' is a {config.architectures[0]}, which this version of transformers does not know.")
-    return model_class.from_pretrained(name, dtype="auto")
+    from .checkpoints import model_class
+
+    return model_class(AutoConfig.from_pretrained(name), name).from_pretrained(name, dtype="auto")
 
 
 def _inspect(options: argparse.Namespace) -> None:

@@ -77,7 +77,7 @@ def probe_layers(
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
         )
-    with _left_as_it_was(model):
+    with left_as_it_was(model):
         if prompts is None:
             inputs = synthetic_prompts(model, config)
             length = prompt_length(model, config)
@@ -125,7 +125,7 @@ def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: in
 
 
 @contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
     training = [(module, module.training) for module in model.modules()]
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -123,7 +123,7 @@ def _special_tokens(config: Any) -> Iterator[int]:
             yield from _special_tokens(part)
 
 
-def _special_ids(model: PreTrainedModel) -> list[int]:
+def special_ids(model: PreTrainedModel) -> list[int]:
     found = {0} if _token_id(model, "pad_token_id") == 0 else set()
     for config in _token_configs(model):
         found.update(_special_tokens(config))
@@ -155,7 +155,7 @@ def _start(model: PreTrainedModel) -> list[int]:
 def _text_tokens(model: PreTrainedModel) -> Tensor:
     """All token ids that a prompt may contain."""
     allowed = torch.ones(_vocabulary_size(model), dtype=torch.bool, device="cpu")
-    allowed[_special_ids(model)] = False
+    allowed[special_ids(model)] = False
     return allowed.nonzero().view(-1)
 
 
@@ -211,7 +211,7 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
         repetition_penalty=1.05,
         max_new_tokens=new_tokens,
         min_new_tokens=new_tokens,
-        suppress_tokens=_special_ids(model) or None,
+        suppress_tokens=special_ids(model) or None,
         pad_token_id=pad,
         bos_token_id=_token_id(model, "bos_token_id"),
         eos_token_id=_token_id(model, "eos_token_id"),

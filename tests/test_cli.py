@@ -11,7 +11,7 @@ from helpers import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
 from peft_dowser.cli import main
 
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
@@ -124,6 +124,45 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -
         assert float(norm) == pytest.approx(module["delta_norm"], rel=1e-3)
 
 
+# extract
+
+
+def tuned(folder: Path) -> Path:
+    """A fine-tuned model, saved to `folder`."""
+    model = tiny_llama(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:
+            parameter.data *= 1.25
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ([], {}),
+        (["--update-ratio", "0.3", "--method", "dare", "--seed", "4"], {"method": "dare", "seed": 4}),
+        (["--update-ratio", "0.3", "--method", "graft", "--scale", "0.5"], {"method": "graft", "scale": 0.5}),
+        (["--target-modules", "q_proj", "up_proj"], {"target_modules": ["q_proj", "up_proj"]}),
+        (["--target-modules", "all-linear"], {"target_modules": "all-linear"}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*tensors outside the target weights differ")
+def test_extract_writes_what_the_function_writes(
+    options: list[str], arguments: dict, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    other = tuned(tmp_path / "tuned")
+    capsys.readouterr()
+    assert main(["extract", str(base), str(other), "-o", str(tmp_path / "command"), *options]) == 0
+    ratio = {"update_ratio": 0.3} if "--update-ratio" in options else {}
+    counts = extract(base, other, tmp_path / "function", **ratio, **arguments)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
+    size = (tmp_path / "function/adapter_model.safetensors").stat().st_size
+    printed = capsys.readouterr().out
+    assert printed == f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {tmp_path / 'command'}\n"
+
+
 # Mistakes
 
 
@@ -198,7 +237,41 @@ def test_a_folder_without_a_dowser_adapter_is_refused_in_one_line(
     assert line == f"peft-dowser: '{tmp_path / 'none'}' holds no adapter_model.safetensors."
 
 
-@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"]])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--update-ratio", "0"], "DowserConfig: update_ratio must be a number in (0, 1], got 0.0."),
+        (["--scale", "nan"], "scale must be a finite number other than 0, got nan."),
+        (["--output", "tuned"], "'tuned' is not an empty folder; choose another output, or empty it first."),
+        (["--target-modules", "nope"], "Target modules ['nope'] not found in the base model"),
+        (["--target-modules", "embed_tokens"], "Target module 'model.embed_tokens' is a Embedding."),
+    ],
+)
+def test_an_extraction_that_cannot_be_is_refused_in_one_line(
+    options: list[str],
+    message: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuned(Path("tuned"))
+    assert message in line_of(["extract", str(base), "tuned", "-o", "adapter", *options], capsys)
+    assert not Path("adapter").exists()
+
+
+def test_models_that_cannot_be_compared_are_refused_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    output = ["-o", str(tmp_path / "adapter")]
+    line = line_of(["extract", str(base), str(base), *output], capsys)
+    assert line == f"peft-dowser: base and tuned are the same checkpoint, '{base}'."
+    line = line_of(["extract", str(base), "nobody/has-this-model", *output], capsys)
+    assert "'nobody/has-this-model' is neither a folder nor a model on the Hub that can be read (" in line
+
+
+@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"], ["extract"]])
 def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -206,7 +279,17 @@ def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -
     assert capsys.readouterr().out.startswith(" ".join(["usage: peft-dowser", *command]))
 
 
-@pytest.mark.parametrize("arguments", [[], ["merge"], ["probe", "folder"], ["probe", "f", "-o", "s", "--seed", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["merge"],
+        ["probe", "folder"],
+        ["probe", "f", "-o", "s", "--seed", "x"],
+        ["extract", "base", "tuned"],
+        ["extract", "base", "tuned", "-o", "adapter", "--method", "ties"],
+    ],
+)
 def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(arguments)

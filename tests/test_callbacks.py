@@ -1,0 +1,528 @@
+"""The callbacks: SPIDER against numpy, forgetting against one text at a time."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from datasets import Dataset
+from helpers import config, set_values, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DeviceMesh, distribute_tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
+
+from peft_dowser import ForgettingCallback, SpiderCallback
+from peft_dowser.callbacks import SPIDER_FILE, _pull_back, _rank
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
+QUIET = {
+    "report_to": [],
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "constant",
+}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+
+
+def rows(count: int = 16, seed: int = 0) -> list[dict[str, list[int]]]:
+    ids = torch.randint(3, 64, (count, 10), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+TEXTS = [row["input_ids"][: 3 + number] for number, row in enumerate(rows(7, seed=1))]
+
+
+class Recorder:
+    """A collator that remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+
+    def __call__(self, samples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+        batch = torch.tensor([sample["input_ids"] for sample in samples])
+        self.batches.append(batch)
+        return {"input_ids": batch, "labels": batch}
+
+
+def trained(
+    model: nn.Module, folder: Path, callbacks: list[TrainerCallback], resume: str | None = None, **options: Any
+) -> tuple[Trainer, Recorder]:
+    recorder = Recorder()
+    arguments = {"max_steps": 4, "per_device_train_batch_size": 2} | QUIET | options
+    trainer = Trainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(folder), **arguments),
+        data_collator=recorder,
+        train_dataset=rows(),
+        eval_dataset=rows(4, seed=2) if "eval_strategy" in options else None,
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer, recorder
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+# SPIDER
+
+
+def rank(x: np.ndarray) -> np.ndarray:
+    magnitude = np.abs(x)
+    if not magnitude.any():
+        return np.zeros_like(x)
+    if (magnitude == magnitude.flat[0]).all():
+        return np.full_like(x, 0.5)
+    return 1 / (1 + np.exp(-(magnitude - magnitude.mean()) / magnitude.std(ddof=1)))
+
+
+def spider(weight: np.ndarray, base: np.ndarray, gradient: np.ndarray) -> np.ndarray:
+    challenger, defender = rank(gradient), rank(base)
+    wins = challenger > defender
+    share = np.zeros_like(weight)
+    share[wins] = challenger[wins] / (challenger[wins] + defender[wins])
+    if wins.any():
+        share = np.minimum(1, share / share[wins].mean())
+    return base * (1 - share) + weight * share
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch"])
+@pytest.mark.parametrize(("accumulation", "clip"), [(1, 0.0), (2, 0.5)])
+def test_spider_equals_the_formulas(tmp_path: Path, optimizer: str, accumulation: int, clip: float) -> None:
+    options = {"optim": optimizer, "gradient_accumulation_steps": accumulation, "max_grad_norm": clip}
+    model = tiny_llama(torch.float64)
+    model.lm_head.requires_grad_(False)
+    _, recorder = trained(model, tmp_path, [SpiderCallback()], **options)
+    twin = tiny_llama(torch.float64)
+    twin.lm_head.requires_grad_(False)
+    parameters = [p for p in twin.parameters() if p.requires_grad]
+    base = [p.detach().numpy().copy() for p in parameters]
+    total = [np.zeros_like(weight) for weight in base]
+    kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.AdamW
+    stepper = kind(parameters, lr=1e-2, weight_decay=0)
+    for step in range(4):
+        stepper.zero_grad()
+        for batch in recorder.batches[step * accumulation : (step + 1) * accumulation]:
+            (twin(input_ids=batch, labels=batch).loss / accumulation).backward()
+        if clip:
+            norm = nn.utils.clip_grad_norm_(parameters, clip)
+            assert norm > clip
+        total = [g + p.grad.numpy() for g, p in zip(total, parameters, strict=True)]
+        stepper.step()
+        for parameter, start, gradient in zip(parameters, base, total, strict=True):
+            parameter.data = torch.from_numpy(spider(parameter.detach().numpy(), start, gradient))
+    start = tiny_llama(torch.float64).state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, twin.state_dict()[name], rtol=0, atol=1e-9)
+        moved = (tensor != start[name]).double().mean()
+        assert moved == 0 if name == "lm_head.weight" else 0.2 < moved <= 1
+
+
+def test_spider_computes_in_float32_and_rounds_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, weight = (torch.randn(50, 40, generator=generator).bfloat16() for _ in range(2))
+    gradient = torch.randn(50, 40, generator=generator)
+    expected = spider(weight.double().numpy(), base.double().numpy(), gradient.double().numpy())
+    wide = weight.float()
+    _pull_back(wide, base.float(), gradient)
+    _pull_back(weight, base, gradient)
+    assert torch.equal(weight, wide.bfloat16())
+    torch.testing.assert_close(wide.double(), torch.from_numpy(expected), rtol=0, atol=1e-5)
+
+
+def test_spider_is_exact_where_nothing_moved() -> None:
+    base = torch.randn(30, 30, generator=torch.Generator().manual_seed(0))
+    weight = base.clone()
+    _pull_back(weight, base, torch.randn(30, 30, generator=torch.Generator().manual_seed(1)))
+    assert torch.equal(weight, base)
+
+
+def test_spider_ranks_every_tensor() -> None:
+    assert torch.equal(_rank(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(_rank(torch.tensor([2.0, -2.0])), torch.full((2,), 0.5))
+    assert torch.equal(_rank(torch.tensor(-3.0)), torch.tensor(0.5))
+    gradient, weight = torch.zeros(4), torch.ones(4)
+    _pull_back(weight, torch.arange(4.0), gradient)
+    assert torch.equal(weight, torch.arange(4.0))  # no gradient: nothing may move
+
+
+def test_spider_resumes_bit_for_bit(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    straight, _ = trained(tiny_llama(), tmp_path, [SpiderCallback()], **options)
+    resumed, _ = trained(tiny_llama(), tmp_path, [SpiderCallback()], str(tmp_path / "checkpoint-2"), **options)
+    assert same(weights(straight.model), weights(resumed.model))
+    assert not same(weights(straight.model), weights(tiny_llama()))
+
+
+def test_spider_refuses_to_resume_from_the_wrong_file(tmp_path: Path) -> None:
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trained(tiny_llama(), tmp_path / "a", [SpiderCallback()], **options)
+    trained(tiny_llama(), tmp_path / "b", [SpiderCallback()], seed=1, **options)
+    foreign = str(tmp_path / "b" / "checkpoint-2")
+    with pytest.raises(ValueError, match=r"belongs to other weights .* 'model.embed_tokens.weight' the first\. Resume"):
+        trained(tiny_llama(), tmp_path / "a", [SpiderCallback()], foreign, **options)
+    path = tmp_path / "b" / "checkpoint-2" / SPIDER_FILE
+    assert load_file(path)["gradient.model.norm.weight"].shape == (32,)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"cannot resume: '.*spider\.safetensors' is missing"):
+        trained(tiny_llama(), tmp_path / "b", [SpiderCallback()], foreign, **options)
+
+
+def stepped(model: nn.Module, callback: SpiderCallback, optimizer: torch.optim.Optimizer) -> None:
+    """One optimizer step, with the hooks in the order of the Trainer."""
+    callback.on_pre_optimizer_step(*HOOK, model=model)
+    optimizer.step()
+    callback.on_optimizer_step(*HOOK, model=model)
+
+
+class State:
+    global_step = 0
+
+
+HOOK: Any = (None, State(), None)
+
+
+def test_spider_ignores_a_step_that_the_scaler_skips() -> None:
+    model = nn.Linear(4, 4)
+    callback = SpiderCallback()
+    callback.on_train_begin(*HOOK, model=model)
+    model.weight.grad = torch.full((4, 4), math.inf)
+    callback.on_pre_optimizer_step(*HOOK, model=model)
+    callback.on_optimizer_step(*HOOK, model=model)
+    assert not callback.gradients["weight"].any()
+    model.weight.grad = torch.arange(16.0).view(4, 4)
+    stepped(model, callback, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert torch.equal(callback.gradients["weight"], model.weight.grad)
+    callback.on_train_end(*HOOK)
+    assert not callback.base and not callback.gradients
+
+
+def test_spider_refuses_what_it_cannot_train() -> None:
+    callback = SpiderCallback()
+    with pytest.raises(ValueError, match="no parameter of Linear requires a gradient"):
+        callback.on_train_begin(*HOOK, model=nn.Linear(2, 2).requires_grad_(False))
+    with pytest.raises(ValueError, match="this model trains an adapter of PEFT"):
+        callback.on_train_begin(*HOOK, model=get_peft_model(tiny_llama(), config(score="random")))
+    model = nn.Linear(2, 2)
+    callback.on_train_begin(*HOOK, model=model)
+    with pytest.raises(ValueError, match=r"found no gradient at an optimizer step.*DeepSpeed"):
+        callback.on_pre_optimizer_step(*HOOK, model=model)
+
+
+def test_spider_refuses_sharded_parameters() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(2, 2)
+        model.weight = nn.Parameter(distribute_tensor(model.weight.data, DeviceMesh("cpu", [0])))
+        with pytest.raises(ValueError, match=r"1 are sharded \(FSDP, ZeRO-3 or tensor parallelism\), 'weight' the"):
+            SpiderCallback().on_train_begin(*HOOK, model=model)
+    finally:
+        dist.destroy_process_group()
+
+
+# Forgetting
+
+
+def loss_of(model: nn.Module, texts: Sequence[Sequence[int]] = TEXTS) -> float:
+    """Cross-entropy per token, one text at a time."""
+    losses = []
+    with torch.no_grad():
+        for text in texts:
+            logits = model(input_ids=torch.tensor([text])).logits[0, :-1].double()
+            losses += F.cross_entropy(logits, torch.tensor(text[1:]), reduction="none").tolist()
+    return sum(losses) / len(losses)
+
+
+def history(trainer: Trainer, key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
+
+
+def test_upstream_loss_and_forgetting_at_every_evaluation(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS, batch_size=3, kl=True)], **EVALUATED)
+    losses, rises = history(trainer, "upstream_loss"), history(trainer, "forgetting")
+    assert [step for step, _ in losses] == [0, 2, 4]  # the end is the last evaluation
+    assert losses[0][1] == pytest.approx(loss_of(tiny_llama()), rel=1e-5)
+    assert losses[2][1] == pytest.approx(loss_of(model.eval()), rel=1e-5)
+    assert rises[0][1] == 0
+    assert [rise for _, rise in rises] == [loss - losses[0][1] for _, loss in losses]
+    assert rises[2][1] != 0
+    kl = history(trainer, "upstream_kl")
+    assert kl[0][1] == 0
+    with torch.no_grad():
+        now, base = (
+            torch.cat([m(input_ids=torch.tensor([text])).logits[0, :-1].double() for text in TEXTS]).log_softmax(-1)
+            for m in (model, tiny_llama())
+        )
+    assert kl[2][1] == pytest.approx(float((base.exp() * (base - now)).sum(-1).mean()), rel=1e-3)
+
+
+def test_the_baseline_is_exactly_that_of_the_bare_base(tmp_path: Path) -> None:
+    """Also with modules_to_save, a second adapter, and an adapter that has been trained before."""
+    model = get_peft_model(tiny_llama(), config(modules_to_save=["lm_head"]))
+    model.add_adapter("other", config(score="random"))
+    set_values(model)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    trainable = [p.requires_grad for p in model.parameters()]
+    callback = ForgettingCallback(TEXTS)
+    trainer, _ = trained(model, tmp_path, [callback], max_steps=1)
+    dense = ForgettingCallback(TEXTS)
+    trained(tiny_llama(), tmp_path, [dense], max_steps=1)
+    assert callback.baseline == dense.baseline
+    assert history(trainer, "forgetting")[0][1] > 0
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert model.training  # as the Trainer left it
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_measuring_changes_no_trained_weight(tmp_path: Path, adapted: bool) -> None:
+    def run(callbacks: list[TrainerCallback]) -> dict[str, Tensor]:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.2  # training draws random numbers
+        if adapted:
+            model = get_peft_model(model, config())
+        torch.manual_seed(0)
+        trained(model, tmp_path, callbacks, **EVALUATED)
+        return weights(model)
+
+    callback = ForgettingCallback(config=config(), kl=adapted, accuracy=lambda model: float(torch.rand(())))
+    expected = run([])
+    assert same(run([callback]), expected)
+
+
+def test_prompts_of_the_model_need_no_data(tmp_path: Path) -> None:
+    callbacks = [ForgettingCallback(config=config()) for _ in range(2)]
+    for callback, model in zip(callbacks, (tiny_llama(), get_peft_model(tiny_llama(), config())), strict=True):
+        before = model.generation_config
+        trainer, _ = trained(model, tmp_path, [callback], max_steps=1)
+        assert [step for step, _ in history(trainer, "forgetting")] == [0, 1]
+        assert model.generation_config is before
+    plain, adapted = ([prompt["input_ids"] for prompt in callback.prompts] for callback in callbacks)
+    assert all(torch.equal(a, b) for a, b in zip(plain, adapted, strict=True))
+    assert [ids.shape for ids in plain] == [(1, 12)] * 4
+    assert callbacks[0].baseline == callbacks[1].baseline
+    assert callbacks[0].baseline["upstream_loss"] == pytest.approx(
+        loss_of(tiny_llama(), [ids[0].tolist() for ids in plain]), rel=1e-5
+    )
+
+
+def test_labels_padding_and_length_decide_which_tokens_count(tmp_path: Path) -> None:
+    ids = torch.tensor([TEXTS[6]])
+    padded = {"input_ids": F.pad(ids, (0, 2)), "attention_mask": F.pad(torch.ones_like(ids), (0, 2))}
+    callback = ForgettingCallback([padded, TEXTS[0]], max_length=3)
+    trained(tiny_llama(), tmp_path, [callback], max_steps=1)
+    assert callback.baseline["upstream_loss"] == pytest.approx(loss_of(tiny_llama(), [TEXTS[6], TEXTS[0]]), rel=1e-5)
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    callback = ForgettingCallback([{"input_ids": ids, "labels": labels}])
+    trained(tiny_llama(), tmp_path, [callback], max_steps=1)
+    assert callback.baseline["upstream_loss"] == pytest.approx(loss_of(tiny_llama(), [TEXTS[6][:3]]), rel=1e-5)
+    with pytest.raises(ValueError, match="No token of the upstream texts counts"):
+        nothing = ForgettingCallback([{"input_ids": ids, "labels": labels - labels - 100}])
+        trained(tiny_llama(), tmp_path, [nothing], max_steps=1)
+
+
+class Seen(TrainerCallback):
+    """Stands for a report integration: what it is told, and the metrics of the evaluations."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        self.logs.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        self.metrics.append(dict(metrics))
+
+
+def test_a_trainer_lets_the_values_reach_report_integrations(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, eval_on_start=True, **QUIET, **EVALUATED)
+    seen = Seen()
+    trainer = Trainer(
+        tiny_llama(), arguments, train_dataset=rows(), eval_dataset={"a": rows(2), "b": rows(2)}, callbacks=[seen]
+    )
+    trainer.add_callback(ForgettingCallback(TEXTS, trainer=trainer))
+    trainer.train()
+    reported = [logs["forgetting"] for logs in seen.logs if "forgetting" in logs]
+    assert reported == [value for _, value in history(trainer, "forgetting")]
+    assert [step for step, _ in history(trainer, "forgetting")] == [0, 2]  # once for both evaluation sets
+    after = trainer.evaluate(rows(2))
+    assert after["eval_forgetting"] == reported[-1]
+
+
+def test_the_best_model_can_be_the_one_that_forgot_least(tmp_path: Path) -> None:
+    options = EVALUATED | {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    trainer, _ = trained(
+        model,
+        tmp_path,
+        [ForgettingCallback(TEXTS)],
+        metric_for_best_model="forgetting",
+        greater_is_better=False,
+        **options,
+    )
+    found = history(trainer, "forgetting")
+    best = min(found[1:3], key=lambda entry: entry[1])
+    assert trainer.state.best_global_step == best[0]
+    assert trainer.state.best_metric == best[1]
+    assert len(found) == 4  # the end measures the model that was loaded
+    assert found[3] == (4, best[1])
+    with pytest.raises(ValueError, match=r"'forgetting' with greater_is_better=True would keep .* set greater_is"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], metric_for_best_model="eval_forgetting", **options)
+
+
+def test_training_stops_at_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    callback = ForgettingCallback(TEXTS, max_forgetting=0.001)
+    trainer, _ = trained(model, tmp_path, [callback], max_steps=20, learning_rate=0.1, **EVALUATED)
+    assert trainer.state.global_step == 2
+    assert [record.message for record in caplog.records if record.name == "peft_dowser.callbacks"] == [
+        f"Training stops at step 2: the upstream loss has risen by {history(trainer, 'forgetting')[-1][1]:.4g}, "
+        "more than max_forgetting=0.001."
+    ]
+    with pytest.raises(ValueError, match=r"max_forgetting=1 could never stop .* eval_strategy is 'no'"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS, max_forgetting=1)])
+
+
+def test_an_accuracy_of_the_users_own(tmp_path: Path) -> None:
+    def bias(model: nn.Module) -> float:
+        assert not model.training and not torch.is_grad_enabled()
+        return float(model.lm_head.weight.sum())
+
+    model = tiny_llama()
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS, accuracy=bias)], **EVALUATED)
+    found, change = history(trainer, "upstream_accuracy"), history(trainer, "upstream_accuracy_change")
+    assert found[0][1] == float(tiny_llama().lm_head.weight.sum())
+    assert change == [(step, value - found[0][1]) for step, value in found]
+    assert change[2][1] != 0
+
+
+def test_a_resumed_training_keeps_its_baseline(tmp_path: Path) -> None:
+    options = EVALUATED | {"save_strategy": "steps", "save_steps": 2}
+    resume = str(tmp_path / "checkpoint-2")
+    straight, _ = trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], **options)
+    resumed, _ = trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], resume, **options)
+    assert history(resumed, "forgetting") == history(straight, "forgetting")
+    with pytest.raises(ValueError, match="cannot resume without texts: the dense model that wrote the prompts"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback()], resume, **options)
+    with pytest.raises(ValueError, match="has no upstream_loss and upstream_accuracy of step 0"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS, accuracy=lambda model: 1)], resume, **options)
+
+
+def test_an_evaluation_outside_a_training(tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_llama(),
+        TrainingArguments(output_dir=str(tmp_path), **QUIET),
+        eval_dataset=rows(2),
+        callbacks=[ForgettingCallback(TEXTS, max_forgetting=0)],
+    )
+    assert "eval_forgetting" not in trainer.evaluate()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(TINY_LLAVA)
+
+
+def test_sft_with_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    texts = ["rev ab?", "ba cd ef"]
+    data = Dataset.from_list([{"prompt": f"rev {a}{b}?", "completion": f"{b}{a}"} for a in "abcd" for b in "efgh"])
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    expected = loss_of(model, ids)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=4, **QUIET, **EVALUATED),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.add_callback(ForgettingCallback(texts, kl=True, trainer=trainer))
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    found = history(trainer, "upstream_loss")
+    assert [step for step, _ in found] == [0, 2, 4]
+    assert found[0][1] == pytest.approx(expected, rel=1e-5)
+    assert history(trainer, "forgetting")[2][1] != 0
+    assert history(trainer, "upstream_kl")[2][1] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": []}, "texts is empty: pass at least one text"),
+        ({"texts": "a text"}, r"got a single string; pass \[text\]"),
+        ({"texts": TEXTS, "config": config()}, "config is for the prompts that the model writes"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2, .* got 1"),
+        ({"max_forgetting": math.nan}, "max_forgetting must be a finite number of at least 0, got nan"),
+        ({"max_forgetting": -1}, "got -1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForgettingCallback(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": ["a text"]}, "they are strings, and the trainer has no processing_class"),
+        ({"texts": [[1, 2], [3]]}, r"texts\[1\] must be .* two tokens or more .* shape \(1, 1\)"),
+        ({"texts": [{"pixel_values": torch.zeros(1)}]}, r"texts\[0\] must be a text, a row of token ids or a mapping"),
+        ({"texts": TEXTS, "kl": True}, "but LlamaForCausalLM is no PeftModel: its base is gone"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_train_begin(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(**arguments)])
+
+
+def test_a_model_that_cannot_write_or_predict_is_refused(tmp_path: Path) -> None:
+    headless = LlamaModel(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    with pytest.raises(ValueError, match=r"LlamaModel cannot write its own: it is no causal .* Pass texts="):
+        trained(headless, tmp_path, [ForgettingCallback()])
+    with pytest.raises(ValueError, match=r"LlamaModel gives logits of shape none for \(7, 9\) tokens"):
+        trained(headless, tmp_path, [ForgettingCallback(TEXTS)])
+    seq2seq = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot write its own"):
+        trained(seq2seq, tmp_path, [ForgettingCallback()])
