@@ -103,14 +103,14 @@ def _status(field: str) -> int:
 
 def report(name: str, results: dict[str, Any], output: Path | None) -> None:
     """Print results as JSON with the machine and the versions they were measured with; keep them if asked to."""
-    document = {"benchmark": name, "date": date.today().isoformat(), "machine": _machine(), "results": results}
+    document = {"benchmark": name, "date": date.today().isoformat(), "machine": machine(), "results": results}
     text = json.dumps(document, indent=2)
     print(text)
     if output is not None:
         output.write_text(text + "\n")
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     if device() == "cuda":
         processor = torch.cuda.get_device_name()
     else:

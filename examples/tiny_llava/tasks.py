@@ -14,6 +14,7 @@ Images are those of `scenes`, text is that of `prose`. One character is one toke
 | `docs`  | upstream   | 16 characters of English      | 1/10 of the paragraphs |
 | `style` | downstream | pale image, `class?` -> `kva` | the digit images       |
 | `desc`  | downstream | image, `describe?` -> `a3 c7` | the digit images       |
+| `name`  | downstream | image, `name c?` -> `kva`     | the digit images       |
 
 Every example is a function of task, split, seed and position. Only `docs` also depends, a little,
 on the Python version: see `prose`.
@@ -107,6 +108,12 @@ def _desc(rng: np.random.Generator, split: Split) -> Example:
     return Example("describe?", answer, image)
 
 
+def _name(rng: np.random.Generator, split: Split) -> Example:
+    image, layout = draw_any_scene(rng, split)
+    place = str(rng.choice(list(layout)))
+    return Example(f"name {place}?", CLASS_WORDS[layout[place]], image)
+
+
 def _rev(rng: np.random.Generator, split: Split) -> Example:
     while True:
         letters = "".join(rng.choice(list("abcdefghijklmnop"), rng.integers(2, 4)))
@@ -144,7 +151,7 @@ def _by_name(*draws: Callable[[np.random.Generator, Split], Example]) -> dict[st
 
 
 UPSTREAM = _by_name(_read, _count, _max, _even, _rev, _add, _fact, _docs)
-DOWNSTREAM = _by_name(_style, _desc)
+DOWNSTREAM = _by_name(_style, _desc, _name)
 
 
 # From examples to tensors, and to TRL
@@ -209,7 +216,7 @@ def trl_records(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and each back to its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -220,10 +227,14 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _hits(model: torch.nn.Module, processor: LlavaProcessor, examples: Sequence[Example]) -> list[float]:
-    """Per example, 1 or 0 for the whole answer, or the fraction right if it is open-ended."""
+def hits(model: torch.nn.Module, batch: dict[str, torch.Tensor], examples: Sequence[Example]) -> list[float]:
+    """Score one batch of `collate` under teacher forcing.
+
+    Returns:
+        Per example, 1 or 0 for the whole answer, or the fraction right if it is open-ended.
+    """
     device = next(model.parameters()).device
-    batch = {key: value.to(device) for key, value in collate(examples, processor).items()}
+    batch = {key: value.to(device) for key, value in batch.items()}
     labels = batch.pop("labels")[:, 1:]
     answered = labels != -100
     right = (model(**batch).logits[:, :-1].argmax(dim=-1) == labels) & answered
@@ -252,8 +263,9 @@ def accuracy(
         fraction of their characters that are right.
     """
     starts = range(0, len(examples), batch_size)
-    with _evaluating(model):
-        batches = [_hits(model, processor, examples[i : i + batch_size]) for i in starts]
+    with evaluating(model):
+        parts = [examples[start : start + batch_size] for start in starts]
+        batches = [hits(model, collate(part, processor), part) for part in parts]
     return 100 * statistics.fmean(hit for batch in batches for hit in batch)
 
 
