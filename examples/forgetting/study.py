@@ -1,0 +1,179 @@
+"""Does it forget less? The paper's comparison on a small model, by one command:
+
+    python examples/forgetting/study.py --output FOLDER [--quick]
+
+Fine-tunes with every method, scores what was learned and what was lost, and writes `runs.jsonl`, `agreement.json`,
+plots and `report.md`. A study that was interrupted goes on where it stopped. `--quick` is the part on one model and one
+task with two seeds.
+
+For a real model and data sets with the columns image, question and answer (from the Hub, or folders):
+
+    python examples/forgetting/study.py --output FOLDER --model llava-hf/llava-1.5-7b-hf --dtype bfloat16 \
+        --upstream lmms-lab/textvqa --downstream my/captions --columns image question answer --rates 2e-5
+"""
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from multiprocessing import get_context
+from pathlib import Path
+
+import grids
+import torch
+import transformers
+from agreement import agreement
+from fine_tune import Record, Run, base_record, run_all
+from grids import Scope, post_merges
+from report import write_report
+from sources import TINY_LLAVA, Source, hub, tiny
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+from measure import machine  # noqa: E402
+
+SECOND_SEED = 2  # of the second pretrained model; the one that is shipped has seed 1
+
+
+class Study:
+    """The records of a study so far, in a file that grows by a line per record.
+
+    Attributes:
+        records: what was measured.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.path = options.output / "runs.jsonl"
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        self.records: list[Record] = [json.loads(line) for line in lines]
+
+    def do(self, title: str, runs: Iterable[Run]) -> None:
+        """Carry out the runs that have no record yet."""
+        known = {json.dumps(_named(record), sort_keys=True) for record in self.records}
+        missing = [run for run in dict.fromkeys(runs) if json.dumps(_named(asdict(run)), sort_keys=True) not in known]
+        if not missing:
+            return
+        workers = self.options.workers
+        with ProcessPoolExecutor(workers, get_context("spawn"), _quiet, (self.options.threads,)) as pool:
+            futures = [pool.submit(_work, self.options, run) for run in missing]
+            for future in tqdm(as_completed(futures), total=len(futures), desc=title):
+                self.add(future.result())
+
+    def add(self, records: Iterable[Record]) -> None:
+        with self.path.open("a") as file:
+            for record in records:
+                record = record | {"model": _short(record["model"])}
+                self.records.append(record)
+                file.write(json.dumps(record) + "\n")
+
+
+def _short(model: str) -> str:
+    """Folders by their name, so that a study can move to another machine."""
+    return Path(model).name if Path(model).exists() else model
+
+
+def _named(fields: Record) -> Record:
+    """The part of a record, or of a run, that says what was done."""
+    return {key: fields[key] for key in Run.__dataclass_fields__} | {"model": _short(fields["model"])}
+
+
+def _quiet(threads: int) -> None:
+    torch.set_num_threads(threads)
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    sys.stdout = open(os.devnull, "w")  # the Trainer prints a line at its end
+
+
+def _work(options: argparse.Namespace, run: Run) -> list[Record]:
+    return run_all(run, [_source(options, run.model, task) for task in run.task.split("+")], post_merges(run))
+
+
+def _source(options: argparse.Namespace, model: str, task: str) -> Source:
+    if options.model is None:
+        return tiny(model, task, options.examples)
+    return hub(model, options.upstream, task, options.examples, options.columns, options.dtype)
+
+
+def _second_model(folder: Path) -> str:
+    """Pretrain the small LLaVA once more, from another seed."""
+    if not (folder / "model.safetensors").exists():
+        command = [sys.executable, str(TINY_LLAVA / "pretrain.py"), "--seed", str(SECOND_SEED), "--out", str(folder)]
+        subprocess.run(command, check=True)
+    return str(folder)
+
+
+def _scope(options: argparse.Namespace) -> Scope:
+    if options.model is not None:
+        return Scope([options.model], options.downstream, options.seeds or [0, 1, 2, 3, 4], options.steps)
+    if options.quick:
+        return Scope([str(TINY_LLAVA)], ["style"], options.seeds or [0, 1], options.steps)
+    models = [str(TINY_LLAVA), _second_model(options.output / "second_tiny_llava")]
+    return Scope(models, ["style", "desc"], options.seeds or [0, 1, 2, 3, 4], options.steps)
+
+
+def small_study(study: Study, scope: Scope, quick: bool) -> None:
+    """All tables on the small model."""
+    study.do("one rate, rho 0.5", grids.common(scope))
+    if not quick:
+        study.do("sweep, rho 0.1", grids.sweep(scope, 0.1))
+        study.do("sweep, rho 0.5", grids.sweep(scope, 0.5))
+        study.do("tuned, rho 0.1", grids.tuned(scope, 0.1, study.records))
+        study.do("sequence", grids.sequence(scope))
+        study.do("depth", grids.depth(scope))
+        study.do("curve", grids.curve(scope))
+        study.do("tuned, rho 0.5", grids.tuned(scope, 0.5, study.records))
+
+
+def large_study(study: Study, scope: Scope, options: argparse.Namespace) -> None:
+    """The comparison on a model and data sets of the user's."""
+    for method in options.methods:
+        for ratio in options.ratios:
+            for rate in options.rates:
+                study.do(f"{method} {ratio} {rate}", scope.runs(method, ratio, rate))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Compare what fine-tuning methods learn and what they forget.")
+    parser.add_argument("--output", type=Path, required=True, help="folder for records, plots and report")
+    parser.add_argument("--quick", action="store_true", help="one model, one task, two seeds, one table")
+    parser.add_argument("--seeds", type=int, nargs="+")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a fine-tuning")
+    parser.add_argument("--examples", type=int, default=200, help="test examples of a task, at most")
+    parser.add_argument("--workers", type=int, default=1 if torch.cuda.is_available() else os.cpu_count())
+    parser.add_argument("--threads", type=int, default=1, help="threads of a worker")
+    parser.add_argument("--model", help="folder or Hub id; the rest of the options belong to it")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--upstream", nargs="+", default=[], help="data sets that the model knows")
+    parser.add_argument("--downstream", nargs="+", default=[], help="data sets to learn, one run each")
+    parser.add_argument("--columns", nargs=3, default=["image", "question", "answer"])
+    parser.add_argument("--methods", nargs="+", default=["dowser", "random", "magnitude", "full"])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-5])
+    options = parser.parse_args(arguments)
+    if options.model is not None and not (options.upstream and options.downstream):
+        parser.error("--model needs --upstream and --downstream data sets")
+    options.output.mkdir(parents=True, exist_ok=True)
+    (options.output / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
+    study, scope = Study(options), _scope(options)
+    if not any(record["method"] == "base" for record in study.records):
+        for model in scope.models:
+            study.add(base_record(_source(options, model, task)) | {"task": task} for task in scope.tasks)
+    if options.model is None:
+        small_study(study, scope, options.quick)
+        agreement(options.output / "agreement.json", quick=options.quick)
+    else:
+        large_study(study, scope, options)
+    print(write_report(study.records, options.output))
+
+
+if __name__ == "__main__":
+    main()
