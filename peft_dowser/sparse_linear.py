@@ -212,9 +212,7 @@ def _sampled_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor
 
 def _token_blocks(values: Tensor) -> list[Tensor]:
     """Blocks of tokens, each transposed to `(features, tokens)` and contiguous."""
-    count, rest = divmod(len(values), _TOKEN_BLOCK)
-    blocks = values[: count * _TOKEN_BLOCK].reshape(count, _TOKEN_BLOCK, values.shape[1]).transpose(1, 2).contiguous()
-    return [*blocks, values[-rest:].T.contiguous()] if rest else list(blocks)
+    return [block.T.contiguous() for block in values.split(_TOKEN_BLOCK)]
 
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
