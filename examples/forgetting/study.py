@@ -125,8 +125,8 @@ def small_study(study: Study, scope: Scope, quick: bool) -> None:
     study.do("one rate, rho 0.5", grids.common(scope))
     if not quick:
         study.do("sweep, rho 0.1", grids.sweep(scope, 0.1))
-        study.do("sweep, rho 0.5", grids.sweep(scope, 0.5))
         study.do("tuned, rho 0.1", grids.tuned(scope, 0.1, study.records))
+        study.do("sweep, rho 0.5", grids.sweep(scope, 0.5))
         study.do("sequence", grids.sequence(scope))
         study.do("depth", grids.depth(scope))
         study.do("curve", grids.curve(scope))
