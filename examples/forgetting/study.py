@@ -19,8 +19,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,12 +32,13 @@ import transformers
 from agreement import agreement
 from fine_tune import Record, Run, base_record, run_all
 from grids import Scope, post_merges
+from methods import AFTERWARDS, DENSE, PEERS, SPARSE
 from report import write_report
 from sources import TINY_LLAVA, Source, hub, tiny
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from measure import machine  # noqa: E402
+from measure import machine
 
 SECOND_SEED = 2  # of the second pretrained model; the one that is shipped has seed 1
 
@@ -58,13 +60,19 @@ class Study:
         """Carry out the runs that have no record yet."""
         known = {json.dumps(_named(record), sort_keys=True) for record in self.records}
         missing = [run for run in dict.fromkeys(runs) if json.dumps(_named(asdict(run)), sort_keys=True) not in known]
-        if not missing:
+        for found in tqdm(self._results(missing), total=len(missing), desc=title, disable=not missing):
+            self.add(found)
+
+    def _results(self, runs: Sequence[Run]) -> Iterator[list[Record]]:
+        """The records of every run, as they come."""
+        if self.options.workers == 1:
+            yield from (_work(self.options, run) for run in runs)
             return
-        workers = self.options.workers
-        with ProcessPoolExecutor(workers, get_context("spawn"), _quiet, (self.options.threads,)) as pool:
-            futures = [pool.submit(_work, self.options, run) for run in missing]
-            for future in tqdm(as_completed(futures), total=len(futures), desc=title):
-                self.add(future.result())
+        with ProcessPoolExecutor(
+            self.options.workers, get_context("spawn"), torch.set_num_threads, (self.options.threads,)
+        ) as pool:
+            futures = [pool.submit(_work, self.options, run) for run in runs]
+            yield from (future.result() for future in as_completed(futures))
 
     def add(self, records: Iterable[Record]) -> None:
         with self.path.open("a") as file:
@@ -84,17 +92,27 @@ def _named(fields: Record) -> Record:
     return {key: fields[key] for key in Run.__dataclass_fields__} | {"model": _short(fields["model"])}
 
 
-def _quiet(threads: int) -> None:
-    torch.set_num_threads(threads)
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    sys.stdout = open(os.devnull, "w")  # the Trainer prints a line at its end
-
-
 def _work(options: argparse.Namespace, run: Run) -> list[Record]:
-    return run_all(run, [_source(options, run.model, task) for task in run.task.split("+")], post_merges(run))
+    sources = [_source(options, run.model, task) for task in run.task.split("+")]
+    verbosity = transformers.logging.get_verbosity()
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the Trainer prints
+        warnings.simplefilter("ignore")
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.disable(logging.WARNING)
+        try:
+            return run_all(run, sources, _post_merges(options, run))
+        finally:
+            logging.disable(logging.NOTSET)
+            transformers.logging.set_verbosity(verbosity)
+            transformers.logging.enable_progress_bar()
+
+
+def _post_merges(options: argparse.Namespace, run: Run) -> Mapping[str, Sequence[float]]:
+    """What to make of a full fine-tuning: everything of the small model, what was asked for of a user's."""
+    if options.model is None or run.method != "full":
+        return post_merges(run)
+    return {method: options.ratios for method in AFTERWARDS if method in options.methods}
 
 
 def _source(options: argparse.Namespace, model: str, task: str) -> Source:
@@ -135,7 +153,7 @@ def small_study(study: Study, scope: Scope, quick: bool) -> None:
 
 def large_study(study: Study, scope: Scope, options: argparse.Namespace) -> None:
     """The comparison on a model and data sets of the user's."""
-    for method in options.methods:
+    for method in (name for name in options.methods if name not in AFTERWARDS):
         for ratio in options.ratios:
             for rate in options.rates:
                 study.do(f"{method} {ratio} {rate}", scope.runs(method, ratio, rate))
@@ -155,7 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--upstream", nargs="+", default=[], help="data sets that the model knows")
     parser.add_argument("--downstream", nargs="+", default=[], help="data sets to learn, one run each")
     parser.add_argument("--columns", nargs=3, default=["image", "question", "answer"])
-    parser.add_argument("--methods", nargs="+", default=["dowser", "random", "magnitude", "full"])
+    known = (*SPARSE, *PEERS, *DENSE, *AFTERWARDS)
+    parser.add_argument("--methods", nargs="+", choices=known, default=["dowser", "random", "magnitude", "full"])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5])
     parser.add_argument("--rates", type=float, nargs="+", default=[2e-5])
     options = parser.parse_args(arguments)
