@@ -8,7 +8,7 @@ from pathlib import Path
 
 import matplotlib
 from fine_tune import Record
-from grids import RATE, SEQUENCE, SWEEP_SEED, choose_rates
+from grids import HARSH_RATE, RATE, SEQUENCE, SWEEP_SEED, choose_rates
 from methods import AFTERWARDS, DENSE
 from scipy.stats import ttest_rel
 
@@ -56,12 +56,13 @@ def write_report(records: Sequence[Record], folder: Path) -> str:
     plain = [r for r in judged if r["last_layers"] is None and "+" not in r["task"] and r["method"] != "base"]
     parts = [_head(folder), _base(records)]
     rates = sorted({record["learning_rate"] for record in plain})
+    compared = [rate for rate in (RATE, HARSH_RATE) if rate in rates] or rates[:1]
     for ratio in sorted({r["update_ratio"] for r in plain if r["method"] not in (*DENSE, "wise-ft")}, reverse=True):
         if ratio in (0.25, 0.75, 0.9):
             continue
-        fixed = RATE if RATE in rates else rates[0]
-        at_one_rate = [r for r in plain if r["learning_rate"] == fixed and _at(r, ratio)]
-        parts.append(_comparison(f"All methods at rho = {ratio:g} and learning rate {fixed:g}", at_one_rate))
+        for rate in compared:
+            at_one_rate = [r for r in plain if r["learning_rate"] == rate and _at(r, ratio)]
+            parts.append(_comparison(f"All methods at rho = {ratio:g} and learning rate {rate:g}", at_one_rate))
         chosen = choose_rates(records, ratio)
         tuned = [r for r in plain if chosen.get(r["method"]) == r["learning_rate"] and _at(r, ratio)]
         if tuned:
