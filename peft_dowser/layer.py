@@ -7,7 +7,8 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from .codec import DeltaFormatError, code_length, decode, encode
+from .codec import DeltaFormatError, code_length, decode, encode, position_dtype
+from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
 from .targets import is_transposed
 
@@ -104,6 +105,14 @@ class DowserLayer(BaseTunerLayer):
         """The positions of an adapter."""
         return cast(Index, self.dowser_index[adapter_name])
 
+    def delta(self, adapter_name: str) -> Delta:
+        """The delta of an adapter, in the adapter's own memory; empty where the adapter has no values here."""
+        if adapter_name in self.dowser_values:
+            return Delta(self.index(adapter_name).decoded(), self.values(adapter_name).detach())
+        weight = self.weight
+        empty = torch.empty(0, dtype=torch.float32, device=weight.device)
+        return Delta(empty.to(position_dtype(weight.numel())), empty)
+
     def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
 
@@ -133,6 +142,11 @@ class DowserLayer(BaseTunerLayer):
         device = weight.device
         code = torch.zeros(code_length(weight.numel(), nnz), dtype=torch.uint8, device=device)
         self._add(adapter_name, torch.zeros(nnz, device=device, dtype=torch.float32), code, None)
+
+    def fill(self, adapter_name: str, delta: Delta) -> None:
+        """Give a placeholder its positions and values."""
+        self.values(adapter_name).data = delta.values
+        self.index(adapter_name).code = encode(delta.positions, self.weight.numel())
 
     def add_copy(self, adapter_name: str, of: str) -> None:
         """Add an adapter with the positions and values of another one."""
@@ -219,7 +233,10 @@ class Linear(nn.Module, DowserLayer):
         DowserLayer.__init__(self, base_layer, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives."""
+        """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives.
+
+        Where the base layer has hooks, they run: y = base_layer(x) + x D^T, equal up to rounding.
+        """
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [name for name in self.active_adapters if name in self.dowser_values]
@@ -229,14 +246,19 @@ class Linear(nn.Module, DowserLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        return sparse_linear(
-            x,
-            base.weight,
-            base.bias,
-            [self.values(name) for name in active],
-            [self.index(name).decoded() for name in active],
-            is_transposed(base),
-        )
+        values = [self.values(name) for name in active]
+        positions = [self.index(name).decoded() for name in active]
+        if _has_hooks(base):
+            nothing = x.new_zeros(()).expand(base.weight.shape)
+            added = sparse_linear(x, nothing, None, values, positions, is_transposed(base))
+            return self.base_layer(x, *args, **kwargs) + added
+        return sparse_linear(x, base.weight, base.bias, values, positions, is_transposed(base))
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than its forward says."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or hasattr(module, "_hf_hook")  # the latter is accelerate's

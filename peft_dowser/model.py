@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,9 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from .arithmetic import CombinationType, SignMethod
 from .codec import DeltaFormatError
+from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
 from .gate import check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
@@ -163,6 +165,41 @@ class DowserModel(BaseTuner):
             for layer in layers:
                 if layer.merged:
                     layer.unmerge()
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        density: float | None = None,
+        majority_sign_method: SignMethod = "total",
+        seed: int = 0,
+    ) -> None:
+        """Add an adapter that combines others: exactly, on the union of their positions, and not yet active.
+
+        Args:
+            adapters: names of one or more adapters; they may have different masks, ratios and modules.
+            weights: one factor each, of any sign.
+            adapter_name: name of the new adapter.
+            combination_type: "linear", the weighted sum of the deltas; "magnitude_prune", "ties", "dare_linear" or
+                "dare_ties", see `arithmetic.combine`.
+            density: fraction of each adapter's values to keep, in (0, 1]; not for "linear".
+            majority_sign_method: of "ties" and "dare_ties": "total" or "frequency".
+            seed: of "dare_linear" and "dare_ties"; the global generators are neither used nor changed.
+
+        Raises:
+            ValueError: an argument is out of range, an adapter is merged or trains more than sparse deltas, or nothing
+                is left. The model is unchanged.
+        """
+        layers = _dowser_layers(self.model)
+        check_sources(self.peft_config, layers, adapters, adapter_name)
+        deltas = combined_deltas(layers, adapters, weights, combination_type, density, majority_sign_method, seed)
+        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], deltas, layers)
+        self.inject_adapter(self.model, adapter_name)
+        for layer in layers:
+            if layer.module_name in deltas:
+                layer.fill(adapter_name, deltas[layer.module_name])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)

@@ -260,6 +260,31 @@ def test_a_plain_module_works_with_target_modules() -> None:
     assert torch.equal(model.merge_and_unload()(x), adapted_output)
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+def test_hooks_of_a_base_layer_run(kind: str) -> None:
+    model = adapted()
+    expected = logits(model)
+    layer = dowser_layers(model)[3]
+    base, factor = layer.get_base_layer(), 2.0
+    x = torch.randn(2, 5, layer.in_features)
+    seen = []
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
+        seen.append(module)
+        return (args[0] * factor,) if output is None else output * factor
+
+    handle = getattr(base, f"register_{kind}_hook")(hook)
+    found = layer(x)
+    delta = layer.get_delta_weight("default")
+    torch.testing.assert_close(found, factor * (x @ base.weight.T) + x @ delta.T)
+    assert seen == [base]
+    found.sum().backward()
+    assert layer.dowser_values["default"].weight.grad.count_nonzero()
+    assert not torch.equal(logits(model), expected)
+    handle.remove()
+    assert torch.equal(logits(model), expected)
+
+
 def test_mixed_batches_are_refused() -> None:
     with pytest.raises(ValueError, match="adapter_names: batches that mix adapters are not supported"):
         adapted()(input_ids=IDS, adapter_names=["default", "default"])

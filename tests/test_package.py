@@ -16,7 +16,18 @@ from peft_dowser._registry import ensure_peft_type
 
 FOLDER = Path(peft_dowser.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py")}
-FLOOR = {"codec", "grafting", "masks", "metrics", "postmerge", "scores", "seeds", "sparse_linear", "statistics"}
+FLOOR = {
+    "arithmetic",
+    "codec",
+    "grafting",
+    "masks",
+    "metrics",
+    "postmerge",
+    "scores",
+    "seeds",
+    "sparse_linear",
+    "statistics",
+}
 
 WITHOUT_PEFT = f"""
 import importlib, sys, types
