@@ -8,13 +8,14 @@ from ._registry import ensure_peft_type
 
 ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
-from . import metrics, postmerge, scores  # noqa: E402
+from . import arithmetic, metrics, postmerge, scores  # noqa: E402
 from ._registry import register  # noqa: E402
 from .callbacks import ForgettingCallback, SpiderCallback  # noqa: E402
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
 from .extract import extract  # noqa: E402
 from .layer import DowserLayer  # noqa: E402
+from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .probe import probe  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
@@ -29,11 +30,14 @@ __all__ = [
     "ForgettingCallback",
     "ProbeStatistics",
     "SpiderCallback",
+    "arithmetic",
     "extract",
+    "merge",
     "metrics",
     "postmerge",
     "probe",
     "scores",
+    "verify",
 ]
 
 register(DowserConfig, DowserModel)

@@ -16,7 +16,11 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-_SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# What makes a folder of weights a model: configurations, tokenizer, processor.
+_COMPANIONS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"]
+# What describes other weights in the same folder.
+_NO_COMPANIONS = ["*.index.json", "adapter_config.json", "trainer_state.json"]
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
@@ -40,13 +44,15 @@ class Checkpoint:
     Attributes:
         name: its folder or Hub id.
         model: its architecture, on the meta device.
-        tensors: by the name in the model, the open file that holds a tensor, and the tensor's name there.
+        files: by the name in the checkpoint, the open file that holds a tensor.
+        tensors: by the name in the model, a tensor's name in the checkpoint.
         twins: by the name of a tied tensor, the name that it is tied to; both ways.
     """
 
     name: str
     model: PreTrainedModel
-    tensors: dict[str, tuple[Any, str]]
+    files: dict[str, Any]
+    tensors: dict[str, str]
     twins: dict[str, str]
 
     def __contains__(self, name: str) -> bool:
@@ -54,21 +60,33 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, which is not read."""
-        file, key = self._entry(name)
-        return tuple(file.get_slice(key).get_shape())
+        return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """Dtype of a tensor, which is not read, as safetensors writes it: "BF16"."""
-        file, key = self._entry(name)
-        return file.get_slice(key).get_dtype()
+        return self._slice(name).get_dtype()
 
     def read(self, name: str) -> Tensor:
-        """A copy of a tensor, on the CPU."""
-        file, key = self._entry(name)
-        return file.get_tensor(key)
+        """A tensor, on the CPU: memory of the file, which must not be written."""
+        return self.stored(self.key(name))
 
-    def _entry(self, name: str) -> tuple[Any, str]:
+    def key(self, name: str) -> str:
+        """The name in the checkpoint of a tensor, or of the one that it is tied to."""
         return self.tensors[name if name in self.tensors else self.twins[name]]
+
+    def stored(self, key: str) -> Tensor:
+        """A tensor by its name in the checkpoint, as `read` gives it."""
+        return self.files[key].get_tensor(key)
+
+    def companions(self) -> tuple[Path, list[Path]]:
+        """The folder, downloaded where this is a Hub id, and the files that go with the weights, relative to it."""
+        folder = fetched(self.name, _COMPANIONS)
+        found = {path.relative_to(folder) for pattern in _COMPANIONS for path in folder.glob(pattern)}
+        return folder, sorted(path for path in found if not any(map(path.match, _NO_COMPANIONS)))
+
+    def _slice(self, name: str) -> Any:
+        key = self.key(name)
+        return self.files[key].get_slice(key)
 
 
 def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
@@ -93,38 +111,45 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
         opened.update(dict.fromkeys(file.keys(), file))
-    tensors = {given: (opened[key], key) for key, given in _names(opened, model).items()}
+    tensors = {given: key for key, given in _names(opened, model).items()}
     tied = model.all_tied_weights_keys
-    return Checkpoint(name, model, tensors, twins=tied | {other: one for one, other in tied.items()})
+    return Checkpoint(name, model, opened, tensors, twins=tied | {other: one for one, other in tied.items()})
 
 
-def _locate(name: str) -> tuple[Path, list[Path]]:
-    """The folder of a checkpoint and its safetensors files, downloaded where `name` is a Hub id."""
-    folder = _fetched(name, ["config.json", _SINGLE, _INDEX])
-    if (folder / _SINGLE).is_file():
-        return folder, [folder / _SINGLE]
-    if not (folder / _INDEX).is_file():
-        raise FileNotFoundError(
-            f"'{name}' holds neither {_SINGLE} nor {_INDEX}. Load the model and write it with save_pretrained(), "
-            "which makes one of them."
-        )
-    try:
-        shards = sorted(set(json.loads((folder / _INDEX).read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{folder / _INDEX}' is no index of a sharded checkpoint ({error!r}).") from error
-    folder = _fetched(name, shards)
-    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise FileNotFoundError(f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as '{missing[0]}'.")
-    return folder, [folder / shard for shard in shards]
+def check_output(folder: Path) -> None:
+    """Refuse to write into a folder that has files already."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' is not an empty folder; choose another output, or empty it first.")
 
 
-def _fetched(name: str, wanted: list[str]) -> Path:
+def fetched(name: str, wanted: list[str]) -> Path:
+    """The folder of that name, or a Hub id's snapshot with the wanted files, as far as they exist."""
     if Path(name).is_dir():
         return Path(name)
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise OSError(f"'{name}' is neither a folder nor a model on the Hub that can be read ({error}).") from error
+
+
+def _locate(name: str) -> tuple[Path, list[Path]]:
+    """The folder of a checkpoint and its safetensors files, downloaded where `name` is a Hub id."""
+    folder = fetched(name, ["config.json", SINGLE_FILE, INDEX_FILE])
+    if (folder / SINGLE_FILE).is_file():
+        return folder, [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise FileNotFoundError(
+            f"'{name}' holds neither {SINGLE_FILE} nor {INDEX_FILE}. Load the model and write it with "
+            "save_pretrained(), which makes one of them."
+        )
+    try:
+        shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'{folder / INDEX_FILE}' is no index of a sharded checkpoint ({error!r}).") from error
+    folder = fetched(name, shards)
+    if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+        raise FileNotFoundError(f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as '{missing[0]}'.")
+    return folder, [folder / shard for shard in shards]
 
 
 def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:

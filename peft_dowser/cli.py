@@ -1,4 +1,4 @@
-"""The command `peft-dowser`: probe a model once, look into an adapter, make one from a fine-tuned model."""
+"""The command `peft-dowser`: probe a model once; make, inspect, verify and merge adapters."""
 
 import argparse
 import json
@@ -12,11 +12,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 on an error of the user's, which is printed as one line."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.run(options) or 0
     except (OSError, ValueError) as error:
         print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +56,19 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
     extract.set_defaults(run=_extract)
+
+    merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
+    merge.add_argument("adapter", help="folder or Hub id of the adapter")
+    merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
+    merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    merge.add_argument("--max-shard-size", default="5GB", help="bound on a file and on the memory (default: 5GB)")
+    merge.set_defaults(run=_merge)
+
+    verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
+    verify.add_argument("adapter", help="folder or Hub id of the adapter")
+    verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
+    verify.set_defaults(run=_verify)
     return parser
 
 
@@ -102,6 +114,25 @@ def _extract(options: argparse.Namespace) -> None:
         raise ValueError(error) from error
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from .merging import merge
+
+    counts = merge(options.adapter, options.output, base=options.base, max_shard_size=options.max_shard_size)
+    print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from .merging import verify
+
+    problems = verify(options.adapter, base=options.base, merged=options.merged)
+    for problem in problems:
+        print(" ".join(problem.split()))
+    if not problems:
+        also = f", and '{options.merged}' is their sum" if options.merged else ""
+        print(f"OK: '{options.adapter}' fits {repr(options.base) if options.base else 'its base'}{also}.")
+    return 2 if problems else 0
 
 
 def _check_output(path: Path) -> None:

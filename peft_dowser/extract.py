@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .checkpoints import Checkpoint, open_checkpoint
+from .checkpoints import Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
 from .postmerge import Delta, dare, graft, top_delta
@@ -143,8 +143,7 @@ def _check(base: str, tuned: str, output: Path, method: str, scale: float) -> No
         raise ValueError(f"scale must be a finite number other than 0, got {scale!r}.")
     if base == tuned or (Path(base).is_dir() and Path(tuned).is_dir() and Path(base).samefile(tuned)):
         raise ValueError(f"base and tuned are the same checkpoint, '{base}'.")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"'{output}' is not an empty folder; choose another output, or empty it first.")
+    check_output(output)
 
 
 def _check_architecture(pair: _Pair) -> None:

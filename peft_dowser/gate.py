@@ -1,7 +1,7 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 import torch
@@ -56,34 +56,56 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
             expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
             expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
-    missing = [key for key in expected if key not in state_dict]
+    check_keys(expected, state_dict, where)
+    for key, layer in expected.items():
+        index, tensor = layer.index(adapter_name), state_dict[key]
+        module = f"{where}, module '{layer.module_name}'"
+        if key.endswith(".code"):
+            check_code(tensor, index.numel, index.nnz, module)
+        else:
+            check_values(tensor, index.nnz, module)
+
+
+def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
+    """Refuse a file that lacks Dowser tensors, or has some that the adapter has not.
+
+    Args:
+        expected: names of the Dowser tensors that the adapter has.
+        found: names of all tensors in the file.
+        where: the adapter, for the message.
+    """
+    missing = [key for key in expected if key not in found]
     if missing:
-        found = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
+        number = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
         raise DeltaFormatError(
-            f"{where}: the file should have {len(expected)} Dowser tensors and has {found}; missing: "
+            f"{where}: the file should have {len(expected)} Dowser tensors and has {number}; missing: "
             f"{_few(missing)}. The file is incomplete, or belongs to another adapter or base model."
         )
-    unknown = [key for key in state_dict if ".dowser_" in key and key not in expected]
+    unknown = [key for key in found if ".dowser_" in key and key not in expected]
     if unknown:
         raise DeltaFormatError(
             f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {_few(unknown)}. It "
             "belongs to another adapter or base model."
         )
-    for key, layer in expected.items():
-        index, tensor = layer.index(adapter_name), state_dict[key]
-        module = f"{where}, module '{layer.module_name}'"
-        if key.endswith(".code"):
-            try:
-                decode(tensor, index.numel, index.nnz)
-            except DeltaFormatError as error:
-                raise DeltaFormatError(f"{module}: {error}.") from error
-        elif not tensor.is_floating_point() or tuple(tensor.shape) != (index.nnz,):
-            raise DeltaFormatError(
-                f"{module}: expected {index.nnz} floating-point values, the file has {tensor.dtype} of shape "
-                f"{tuple(tensor.shape)}. The adapter in the file was made with another update_ratio or base model."
-            )
-        elif not bool(torch.isfinite(tensor).all()):
-            raise DeltaFormatError(f"{module}: the file has values that are not finite.")
+
+
+def check_code(code: Tensor, numel: int, nnz: int, where: str) -> Tensor:
+    """The positions in an index code; refuses one that `decode` refuses."""
+    try:
+        return decode(code, numel, nnz)
+    except DeltaFormatError as error:
+        raise DeltaFormatError(f"{where}: {error}.") from error
+
+
+def check_values(values: Tensor, nnz: int, where: str) -> None:
+    """Refuse values of another number or kind, or that are not finite."""
+    if not values.is_floating_point() or tuple(values.shape) != (nnz,):
+        raise DeltaFormatError(
+            f"{where}: expected {nnz} floating-point values, the file has {values.dtype} of shape "
+            f"{tuple(values.shape)}. The adapter in the file was made with another update_ratio or base model."
+        )
+    if not bool(torch.isfinite(values).all()):
+        raise DeltaFormatError(f"{where}: the file has values that are not finite.")
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:

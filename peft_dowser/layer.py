@@ -249,7 +249,7 @@ class Linear(nn.Module, DowserLayer):
         values = [self.values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if _has_hooks(base):
-            nothing = x.new_zeros(()).expand(base.weight.shape)
+            nothing = x.new_zeros(()).expand(self.weight.shape)
             added = sparse_linear(x, nothing, None, values, positions, is_transposed(base))
             return self.base_layer(x, *args, **kwargs) + added
         return sparse_linear(x, base.weight, base.bias, values, positions, is_transposed(base))

@@ -203,7 +203,7 @@ class DowserModel(BaseTuner):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        _report_vanished([layer.vanished for layer in _dowser_layers(self.model)])
+        report_vanished([layer.vanished for layer in _dowser_layers(self.model)])
 
     def _unload_and_optionally_merge(
         self,
@@ -222,7 +222,7 @@ class DowserModel(BaseTuner):
         del layers
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
-            _report_vanished(vanished)
+            report_vanished(vanished)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
@@ -310,7 +310,7 @@ def _report_unmatched_ratios(config: DowserConfig, layers: Mapping[str, BaseLaye
         )
 
 
-def _report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
+def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
     """Say once how many trained values a merge has rounded away."""
     lost = sum(counts[0] for layer in vanished for counts in layer.values())
     total = sum(counts[1] for layer in vanished for counts in layer.values())

@@ -271,7 +271,7 @@ def test_models_that_cannot_be_compared_are_refused_in_one_line(
     assert "'nobody/has-this-model' is neither a folder nor a model on the Hub that can be read (" in line
 
 
-@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"], ["extract"]])
+@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"], ["extract"], ["merge"], ["verify"]])
 def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -284,6 +284,8 @@ def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -
     [
         [],
         ["merge"],
+        ["merge", "adapter"],
+        ["verify"],
         ["probe", "folder"],
         ["probe", "f", "-o", "s", "--seed", "x"],
         ["extract", "base", "tuned"],

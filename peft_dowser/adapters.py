@@ -1,0 +1,176 @@
+"""Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .checkpoints import Checkpoint, fetched
+from .codec import DeltaFormatError
+from .config import DowserConfig
+from .gate import check_code, check_counts, check_keys, check_values
+from .targets import resolve_targets
+
+_PREFIX, _VALUES, _CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
+_DTYPES = ("F16", "BF16", "F32", "F64")
+
+
+@dataclass
+class SavedAdapter:
+    """An open adapter.
+
+    Attributes:
+        name: its folder or Hub id.
+        config: its configuration.
+        file: its open file.
+        counts: trained weights by module.
+        others: by the name in the base model, the name in the file of each tensor that is no delta: biases and modules
+            that were trained as a whole.
+    """
+
+    name: str
+    config: DowserConfig
+    file: Any
+    counts: dict[str, int]
+    others: dict[str, str]
+
+    def delta(self, module: str, numel: int) -> tuple[Tensor, Tensor]:
+        """The positions and the values of a module, checked.
+
+        Args:
+            module: its name in the base model.
+            numel: number of entries of its weight.
+
+        Raises:
+            DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
+        """
+        where = f"Adapter '{self.name}', module '{module}'"
+        values = self.file.get_tensor(f"{_PREFIX}{module}{_VALUES}")
+        check_values(values, self.counts[module], where)
+        positions = check_code(self.file.get_tensor(f"{_PREFIX}{module}{_CODE}"), numel, self.counts[module], where)
+        return positions, values.float()  # float32, as PEFT loads them
+
+    def other(self, name: str) -> Tensor:
+        """A tensor that is no delta, by its name in the base model."""
+        return self.file.get_tensor(self.others[name])
+
+    def problems(self, base: Checkpoint) -> Iterator[str]:
+        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits."""
+        try:
+            layers = resolve_targets(base.model, self.config)
+            check_counts(self.counts, layers, self.name)
+            expected = [f"{_PREFIX}{module}{part}" for module in self.counts for part in (_VALUES, _CODE)]
+            check_keys(expected, self.file.keys(), f"Adapter '{self.name}'")
+        except (ValueError, TypeError) as error:
+            yield str(error)
+            return
+        for module in self.counts:
+            weight = layers[module].weight
+            if problem := _weight_problem(base, f"{module}.weight", tuple(weight.shape)):
+                yield problem
+            try:
+                self.delta(module, weight.numel())
+            except DeltaFormatError as error:
+                yield str(error)
+        stored = [base.key(f"{module}.weight") for module in self.counts if f"{module}.weight" in base]
+        if shared := len(stored) - len(set(stored)):
+            yield (
+                f"Adapter '{self.name}': {shared} of its target weights are tied to others of them in '{base.name}'. "
+                "Merge in memory, with merge_and_unload()."
+            )
+        for name in self.others:
+            if problem := self._other_problem(base, name):
+                yield f"Adapter '{self.name}': {problem}"
+
+    def _other_problem(self, base: Checkpoint, name: str) -> str | None:
+        shown = repr(self.others[name][:100])
+        if name not in base.tensors or name in base.twins:
+            return (
+                f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "
+                "can only be merged in memory, with merge_and_unload()."
+            )
+        tensor = self.other(name)
+        if tuple(tensor.shape) != base.shape(name) or not tensor.is_floating_point():
+            return f"{shown} is {tensor.dtype} of shape {tuple(tensor.shape)}, the base has shape {base.shape(name)}."
+        if not bool(torch.isfinite(tensor).all()):
+            return f"{shown} has entries that are not finite."
+        return None
+
+
+def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why nothing can be added to a weight of the base, or None."""
+    if name not in base:
+        return (
+            f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
+            "transformers builds this weight from other tensors. Merge in memory, with merge_and_unload()."
+        )
+    if base.dtype(name) not in _DTYPES or base.shape(name) != shape:
+        return (
+            f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
+            f"be one of {', '.join(_DTYPES)}, of shape {shape}."
+        )
+    if name in base.tensors and base.twins.get(name) in base.tensors:
+        return (
+            f"'{base.name}' holds the target weight '{name}' twice, also as '{base.twins[name]}', which its config "
+            "ties to it. Merge in memory, with merge_and_unload()."
+        )
+    return None
+
+
+def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
+    """Open an adapter in a folder or, by its id, on the Hub.
+
+    Args:
+        name: the folder or the id.
+        files: closes the file of the adapter.
+
+    Raises:
+        OSError: there is no such adapter, or it is not in a safetensors file.
+        ValueError: it is no Dowser adapter, or a file is damaged.
+    """
+    folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
+    config = _config(folder, name)
+    try:
+        file = files.enter_context(safe_open(path, framework="pt"))
+    except SafetensorError as error:
+        raise DeltaFormatError(f"'{path}' is not a readable safetensors file ({error}).") from error
+    others = [key for key in file.keys() if ".dowser_" not in key]
+    return SavedAdapter(
+        name,
+        config,
+        file,
+        counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
+        others={key.removeprefix(_PREFIX).replace(".base_layer.", "."): key for key in others},
+    )
+
+
+def _config(folder: Path, name: str) -> DowserConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"'{name}' holds no {CONFIG_NAME}.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
+    if not isinstance(config, DowserConfig):
+        raise ValueError(f"'{name}' holds a {PeftType(config.peft_type).value} adapter, not a Dowser adapter.")
+    return config
+
+
+def _counts(file: Any) -> dict[str, int]:
+    """Trained weights by module, read off the header of a file whose config does not give them."""
+    return {
+        key.removeprefix(_PREFIX).removesuffix(_VALUES): math.prod(file.get_slice(key).get_shape())
+        for key in file.keys()
+        if key.endswith(_VALUES)
+    }

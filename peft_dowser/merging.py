@@ -1,0 +1,215 @@
+"""`merge` and `verify`: a base checkpoint plus a saved adapter, one tensor at a time and without building a model."""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils.hub import convert_file_size_to_int
+from transformers.utils.logging import is_progress_bar_enabled
+
+from .adapters import SavedAdapter, open_adapter
+from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
+from .codec import DeltaFormatError
+from .model import report_vanished
+from .sparse_linear import add_delta_
+
+
+def merge(
+    adapter: str | Path, output: str | Path, base: str | Path | None = None, max_shard_size: int | str = "5GB"
+) -> dict[str, int]:
+    """Write the model that `merge_and_unload` and `save_pretrained` make, bit for bit, without loading it whole.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        output: folder for the merged model; new or empty. It gets the tensors of the base checkpoint, under their
+            names and in their dtypes, with its configuration, tokenizer and processor.
+        base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
+        max_shard_size: size of a file of weights, in bytes or as "5GB"; a larger tensor gets a file of its own. The
+            changed weights of one file are in memory together.
+
+    Returns:
+        Number of values merged by module.
+
+    Raises:
+        ValueError: the adapter is damaged or does not fit the base, the base is damaged, or a sum is not finite.
+        OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written.
+
+    Note: nothing is written before the whole adapter is checked, and no file has its name before all are written:
+    what an interrupted merge leaves is no model.
+    """
+    folder = Path(output)
+    check_output(folder)
+    limit = convert_file_size_to_int(max_shard_size)
+    with ExitStack() as files:
+        total = _open(str(adapter), base, files)
+        for problem in total.adapter.problems(total.base):
+            raise DeltaFormatError(problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
+            _write(Path(work), total, limit)
+            _copy_companions(total.base, Path(work))
+            _publish(Path(work), folder)
+    report_vanished([total.vanished])
+    return total.adapter.counts
+
+
+def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Path | None = None) -> list[str]:
+    """Check a saved adapter against its base, and a merged model against both, without loading a model.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
+        merged: folder or Hub id of a model in which every tensor must be that of the base plus the adapter, bit for
+            bit; None checks the adapter alone, for which only the headers of the base are read.
+
+    Returns:
+        A message for every problem; empty where all is well.
+
+    Raises:
+        ValueError: a file is damaged as a whole, or the adapter is no Dowser adapter.
+        OSError: a checkpoint cannot be found.
+    """
+    with ExitStack() as files:
+        total = _open(str(adapter), base, files)
+        problems = list(total.adapter.problems(total.base))
+        if merged is not None and not problems:
+            problems = list(_differences(total, open_checkpoint(str(merged), files)))
+    return problems
+
+
+class _Sum:
+    """A base checkpoint plus an adapter.
+
+    Attributes:
+        adapter: the adapter.
+        base: the checkpoint.
+        vanished: by module, how many non-zero values changed no weight, of how many values; filled as tensors are read.
+    """
+
+    def __init__(self, adapter: SavedAdapter, base: Checkpoint) -> None:
+        self.adapter = adapter
+        self.base = base
+        self.vanished: dict[str, tuple[int, int]] = {}
+        weights = {module: f"{module}.weight" for module in adapter.counts}
+        self._modules = {base.key(name): module for module, name in weights.items() if name in base}
+        self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the sum, by its name in the base checkpoint; must not be written."""
+        tensor = self.base.stored(key)
+        if key in self._others:
+            tensor = self.adapter.other(self._others[key]).to(tensor.dtype)
+        return self._added(tensor, self._modules[key]) if key in self._modules else tensor
+
+    def _added(self, weight: Tensor, module: str) -> Tensor:
+        positions, values = self.adapter.delta(module, weight.numel())
+        originals = weight.view(-1).index_select(0, positions)
+        weight = weight.clone()  # what was read is memory of the file
+        add_delta_(weight, positions, values)
+        changed = weight.view(-1).index_select(0, positions)
+        if bad := int((~torch.isfinite(changed)).sum()):
+            raise ValueError(
+                f"Adapter '{self.adapter.name}': merging would write {bad} values that are not finite in "
+                f"{weight.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "
+                "large for the dtype of the base."
+            )
+        self.vanished[module] = (int(((changed == originals) & (values != 0)).sum()), values.numel())
+        return weight
+
+
+def _open(adapter: str, base: str | Path | None, files: ExitStack) -> _Sum:
+    saved = open_adapter(adapter, files)
+    if base is None:
+        base = saved.config.base_model_name_or_path
+        if not base:
+            raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
+        if saved.config.revision:
+            raise ValueError(
+                f"Adapter '{adapter}' was made for revision '{saved.config.revision}' of '{base}'; download that "
+                "revision and give its folder as the base."
+            )
+    return _Sum(saved, open_checkpoint(str(base), files))
+
+
+def _write(work: Path, total: _Sum, limit: int) -> None:
+    """Write the weights, as one file or as shards with their index."""
+    keys = list(total.base.files)
+    bar = tqdm(keys, desc="Merging", unit="tensor", disable=not is_progress_bar_enabled())
+    contents, size = [], 0
+    for number, shard in enumerate(_shards(((key, total.read(key)) for key in bar), limit)):
+        try:
+            save_file(shard, work / str(number), metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"The merged model cannot be written to '{work.parent}' ({error}).") from error
+        contents.append(list(shard))
+        size += sum(tensor.nbytes for tensor in shard.values())
+    if len(contents) == 1:
+        (work / "0").rename(work / SINGLE_FILE)
+        return
+    weight_map = {}
+    for number, names in enumerate(contents):
+        name = f"model-{number + 1:05d}-of-{len(contents):05d}.safetensors"
+        (work / str(number)).rename(work / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Group tensors up to a size in bytes; a group is emptied when the next one is asked for."""
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for key, tensor in tensors:
+        if shard and size + tensor.nbytes > limit:
+            yield shard
+            shard.clear()
+            size = 0
+        shard[key] = tensor
+        size += tensor.nbytes
+    yield shard
+
+
+def _copy_companions(base: Checkpoint, work: Path) -> None:
+    folder, names = base.companions()
+    for name in names:
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, work / name)
+
+
+def _publish(work: Path, folder: Path) -> None:
+    """Give all files their place; config.json, without which nothing loads, comes last."""
+    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
+        path.rename(folder / path.name)
+
+
+def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
+    """How a checkpoint differs from the sum, one message per tensor."""
+    base = total.base
+    bar = tqdm(base.tensors.items(), desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled())
+    for name, key in bar:
+        if name not in merged:
+            yield f"'{merged.name}' lacks the tensor '{name}'."
+            continue
+        expected, found = total.read(key), merged.read(name)
+        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+            yield (
+                f"'{merged.name}': tensor '{name}' is {found.dtype} of shape {tuple(found.shape)}, expected "
+                f"{expected.dtype} of shape {tuple(expected.shape)}."
+            )
+        elif different := int((_bits(found) != _bits(expected)).any(-1).sum()):
+            yield f"'{merged.name}': {different} of {expected.numel()} entries of tensor '{name}' are not base + delta."
+    if unknown := sorted(name for name in merged.tensors if name not in base):
+        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as '{unknown[0]}'."
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of every entry, shape `(numel, bytes)`."""
+    return tensor.reshape(-1, 1).view(torch.uint8)
