@@ -8,6 +8,7 @@ alone, Wanda, the probe's factors shuffled over the neurons, and the factors wit
 import json
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def _kinds(quick: bool) -> list[tuple[str, dict[str, int]]]:
 
 
 def _prompts(examples: list, source: Any, processor: ProcessorMixin) -> list[Mapping[str, Tensor]]:
-    batches = [source.collate([example], processor) for example in examples]
+    # Up to where the answer begins, so that the last token is one that the model answers to.
+    asked = [one if one.open_ended else replace(one, answer="", open_ended=True) for one in examples]
+    batches = [source.collate([example], processor) for example in asked]
     return [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
 
 

@@ -63,11 +63,21 @@ def write_report(records: Sequence[Record], folder: Path) -> str:
         for rate in compared:
             at_one_rate = [r for r in plain if r["learning_rate"] == rate and _at(r, ratio)]
             parts.append(_comparison(f"All methods at rho = {ratio:g} and learning rate {rate:g}", at_one_rate))
+            if parts[-1]:
+                chart = f"methods_rho{ratio:g}_rate{rate:g}.png"
+                _chart(at_one_rate, folder / chart)
+                parts.append(f"![H of every method]({chart})")
         chosen = choose_rates(records, ratio)
         tuned = [r for r in plain if chosen.get(r["method"]) == r["learning_rate"] and _at(r, ratio)]
         if tuned:
             parts.append(_comparison(f"All methods at rho = {ratio:g}, each at its own learning rate", tuned, chosen))
-    parts += [_curve(plain, folder), _depth(judged), _sequence(judged), _agreement(folder), _pareto(records, folder)]
+    parts += [
+        _curve(plain, folder),
+        _depth(judged),
+        _sequence(judged),
+        _agreement(folder),
+        _pareto(plain, records, folder),
+    ]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text)
     return text
@@ -146,6 +156,21 @@ def _comparison(title: str, records: Sequence[Record], rates: dict[str, float] |
     if rates:
         header, rows = ["rate", *header], rows
     return f"## {title}\n\n{_table(header, rows)}\n\n{_verdict(dowser, methods)}\n\n{_cells(methods)}"
+
+
+def _chart(records: Sequence[Record], path: Path) -> None:
+    """Draw H of every cell and its mean, method by method."""
+    methods = {method: [r["h"] for r in found.values()] for method, found in _by_method(records).items()}
+    order = sorted(methods, key=lambda method: statistics.fmean(methods[method]))
+    figure, axes = plt.subplots(figsize=(7, 0.3 * len(order) + 1))
+    for row, method in enumerate(order):
+        colour = "tab:red" if method.startswith("dowser") else "tab:blue"
+        axes.plot(methods[method], [row] * len(methods[method]), "o", markersize=4, alpha=0.35, color=colour)
+        axes.plot([statistics.fmean(methods[method])], [row], "|", markersize=14, markeredgewidth=3, color=colour)
+    axes.set_yticks(range(len(order)), order)
+    axes.set_xlabel("H: harmonic mean of what was kept and what was learned (dots: model, task, seed; bar: mean)")
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
 
 
 def _paired(first: dict[Cell, Record], second: dict[Cell, Record], key: str) -> tuple[str, str, str]:
@@ -284,33 +309,33 @@ def _agreement(folder: Path) -> str:
     )
 
 
-def _pareto(records: Sequence[Record], folder: Path) -> str:
-    """Retention against plasticity, one point per method and learning rate of the sweep."""
-    sweep = [r for r in records if r["seed"] == SWEEP_SEED]
+def _pareto(plain: Sequence[Record], records: Sequence[Record], folder: Path) -> str:
+    """Retention against plasticity, one point per method and learning rate."""
     base = {(r["model"], r["task"]): r["upstream_mean"] for r in records if r["method"] == "base"}
-    if not sweep:
-        return ""
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    best = max(statistics.fmean(r["downstream"] for r in at) for at in _points(sweep).values())
-    for axes, ratio in zip(panels, (0.5, 0.1), strict=True):
+    ratios = [ratio for ratio in (0.5, 0.1) if any(r["method"] == "dowser" and _at(r, ratio) for r in plain)]
+    best = max((statistics.fmean(r["downstream"] for r in at) for at in _points(plain).values()), default=0.0)
+    if not ratios or not base or not min(best, *base.values()):
+        return ""  # nothing was known, or nothing learned: there are no fractions of it
+    figure, panels = plt.subplots(1, len(ratios), figsize=(1.5 + 5 * len(ratios), 4.5), sharey=True, squeeze=False)
+    for axes, ratio in zip(panels[0], ratios, strict=True):
         lines: dict[str, list[tuple[float, float]]] = {}
-        for (method, _), at in sorted(_points(r for r in sweep if _at(r, ratio)).items()):
+        for (method, _), at in sorted(_points(r for r in plain if _at(r, ratio)).items()):
             kept = statistics.fmean(metrics.retention(r["upstream_mean"], base[r["model"], r["task"]]) for r in at)
             learned = metrics.plasticity(statistics.fmean(r["downstream"] for r in at), best)
             lines.setdefault(method, []).append((learned, kept))
-        for method, points in lines.items():
-            style = {"linestyle": ":"} if method in AFTERWARDS else {}
-            marked = {"linewidth": 3} if method.startswith("dowser") else {}
-            axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **style, **marked)
+        for number, (method, points) in enumerate(lines.items()):
+            style = {"linestyle": ":" if method in AFTERWARDS else "-", "marker": "os^Dv<>"[number // 10]}
+            width = 3 if method.startswith("dowser") else 1
+            axes.plot(*zip(*points, strict=True), markersize=5, linewidth=width, label=method, **style)
         axes.set_title(f"rho = {ratio:g}")
         axes.set_xlabel("plasticity: A_down / best A_down")
-    panels[0].set_ylabel("retention: A_up / A_up of the base")
-    panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    panels[0][0].set_ylabel("retention: A_up / A_up of the base")
+    panels[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(folder / "pareto.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
     return (
-        "## Retention against plasticity\n\nOne point per learning rate of the sweep (a seed of its own, mean over the "
-        "tasks); up and to the right is better.\n\n![Retention against plasticity](pareto.png)"
+        "## Retention against plasticity\n\nOne point per method and learning rate, mean over models, tasks and seeds; "
+        "up and to the right is better.\n\n![Retention against plasticity](pareto.png)"
     )
 
 
