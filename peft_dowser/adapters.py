@@ -13,14 +13,11 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .checkpoints import Checkpoint, fetched
+from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError
 from .config import DowserConfig
-from .gate import check_code, check_counts, check_keys, check_values
+from .gate import CODE, PREFIX, VALUES, check_code, check_counts, check_keys, check_values
 from .targets import resolve_targets
-
-_PREFIX, _VALUES, _CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
-_DTYPES = ("F16", "BF16", "F32", "F64")
 
 
 @dataclass
@@ -53,9 +50,9 @@ class SavedAdapter:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
         where = f"Adapter '{self.name}', module '{module}'"
-        values = self.file.get_tensor(f"{_PREFIX}{module}{_VALUES}")
+        values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
         check_values(values, self.counts[module], where)
-        positions = check_code(self.file.get_tensor(f"{_PREFIX}{module}{_CODE}"), numel, self.counts[module], where)
+        positions = check_code(self.file.get_tensor(f"{PREFIX}{module}{CODE}"), numel, self.counts[module], where)
         return positions, values.float()  # float32, as PEFT loads them
 
     def other(self, name: str) -> Tensor:
@@ -67,7 +64,7 @@ class SavedAdapter:
         try:
             layers = resolve_targets(base.model, self.config)
             check_counts(self.counts, layers, self.name)
-            expected = [f"{_PREFIX}{module}{part}" for module in self.counts for part in (_VALUES, _CODE)]
+            expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
             check_keys(expected, self.file.keys(), f"Adapter '{self.name}'")
         except (ValueError, TypeError) as error:
             yield str(error)
@@ -112,10 +109,10 @@ def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str 
             f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
             "transformers builds this weight from other tensors. Merge in memory, with merge_and_unload()."
         )
-    if base.dtype(name) not in _DTYPES or base.shape(name) != shape:
+    if base.dtype(name) not in FLOAT_DTYPES or base.shape(name) != shape:
         return (
             f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
-            f"be one of {', '.join(_DTYPES)}, of shape {shape}."
+            f"be one of {', '.join(FLOAT_DTYPES)}, of shape {shape}."
         )
     if name in base.tensors and base.twins.get(name) in base.tensors:
         return (
@@ -151,7 +148,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
         config,
         file,
         counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
-        others={key.removeprefix(_PREFIX).replace(".base_layer.", "."): key for key in others},
+        others={key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in others},
     )
 
 
@@ -170,7 +167,7 @@ def _config(folder: Path, name: str) -> DowserConfig:
 def _counts(file: Any) -> dict[str, int]:
     """Trained weights by module, read off the header of a file whose config does not give them."""
     return {
-        key.removeprefix(_PREFIX).removesuffix(_VALUES): math.prod(file.get_slice(key).get_shape())
+        key.removeprefix(PREFIX).removesuffix(VALUES): math.prod(file.get_slice(key).get_shape())
         for key in file.keys()
-        if key.endswith(_VALUES)
+        if key.endswith(VALUES)
     }

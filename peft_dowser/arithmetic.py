@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, TypeGuard, get_args
 import torch
 from torch import Tensor
 
-from .masks import select, trained_count
+from .masks import select, select_at_random, trained_count
 from .postmerge import Delta
 from .seeds import derived_seed
 
@@ -99,9 +99,8 @@ def keep_random(delta: Delta, density: float, seed: int) -> Delta:
         density: expected fraction of the stored entries to keep, in (0, 1].
         seed: one seed keeps the same entries on every device.
     """
-    generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(delta.values.numel(), generator=generator, dtype=torch.float32, device="cpu")
-    kept = _at(delta, (chance < density).nonzero().view(-1).to(delta.values.device))
+    chosen = select_at_random(delta.values.numel(), density, seed)
+    kept = _at(delta, chosen.to(delta.values.device))
     return Delta(kept.positions, kept.values.to(_wide([delta])).div_(density))
 
 

@@ -17,6 +17,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+# Dtypes of weights that a delta can be added to, as safetensors writes them.
+FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 # What makes a folder of weights a model: configurations, tokenizer, processor.
 _COMPANIONS = ["*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "additional_chat_templates/*.jinja"]
 # What describes other weights in the same folder.

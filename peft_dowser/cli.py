@@ -194,15 +194,17 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _modules(path: Path) -> list[dict[str, Any]]:
     from safetensors import safe_open
 
+    from .gate import CODE, PREFIX, VALUES
+
     modules = []
     with safe_open(path, framework="pt") as file:
         for key in sorted(file.keys()):
-            if key.endswith(".dowser_values.weight"):
+            if key.endswith(VALUES):
                 values = file.get_tensor(key)
-                code = file.get_slice(key.replace("dowser_values.weight", "dowser_index.code"))
+                code = file.get_slice(key.removesuffix(VALUES) + CODE)
                 modules.append(
                     {
-                        "module": key.removeprefix("base_model.model.").removesuffix(".dowser_values.weight"),
+                        "module": key.removeprefix(PREFIX).removesuffix(VALUES),
                         "trained": values.numel(),
                         "dtype": str(values.dtype).removeprefix("torch."),
                         "index_bits": 8 * code.get_shape()[0],

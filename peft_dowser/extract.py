@@ -22,15 +22,15 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .checkpoints import Checkpoint, check_output, open_checkpoint
+from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
+from .gate import CODE, PREFIX, VALUES
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets
 
 METHODS = ("top_delta", "dare", "graft")
-_DTYPES = ("F16", "BF16", "F32", "F64")
 # How often `graft` reads a pair.
 _GRAFT_READS = 5
 
@@ -92,8 +92,8 @@ def extract(
             positions, values = _changed(delta, scale)
             if counted := positions.numel():
                 counts[name] = counted
-                tensors[f"base_model.model.{name}.dowser_values.weight"] = values
-                tensors[f"base_model.model.{name}.dowser_index.code"] = encode(positions, pair.numel(name))
+                tensors[f"{PREFIX}{name}{VALUES}"] = values
+                tensors[f"{PREFIX}{name}{CODE}"] = encode(positions, pair.numel(name))
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts
@@ -170,11 +170,11 @@ def _check_targets(pair: _Pair, modules: Iterable[str]) -> None:
                     "target_modules."
                 )
         found = [(checkpoint.dtype(name), checkpoint.shape(name)) for checkpoint in (pair.base, pair.tuned)]
-        if found[0] != found[1] or found[0][0] not in _DTYPES:
+        if found[0] != found[1] or found[0][0] not in FLOAT_DTYPES:
             raise ValueError(
                 f"The target weight '{name}' is {found[0][0]} of shape {found[0][1]} in '{pair.base.name}' and "
                 f"{found[1][0]} of shape {found[1][1]} in '{pair.tuned.name}'; it must be the same in both, of one of "
-                f"{', '.join(_DTYPES)}."
+                f"{', '.join(FLOAT_DTYPES)}."
             )
 
 

@@ -12,13 +12,15 @@ from .codec import DeltaFormatError, decode
 from .layer import DowserLayer
 from .targets import BaseLayer
 
+# How a saved adapter calls the tensors of a module: its values and its index code.
+PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
+
 
 def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
     """Trained weights by module, read off the tensors of a saved adapter."""
     if state_dict is None:
         return None
-    suffix = ".dowser_values.weight"
-    return {key.removesuffix(suffix): value.numel() for key, value in state_dict.items() if key.endswith(suffix)}
+    return {key.removesuffix(VALUES): value.numel() for key, value in state_dict.items() if key.endswith(VALUES)}
 
 
 def check_counts(counts: Mapping[str, int], layers: Mapping[str, BaseLayer], adapter_name: str) -> None:

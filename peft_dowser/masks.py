@@ -97,6 +97,22 @@ def select_rows(score: Tensor, count: int, largest: bool = False) -> Tensor:
     return torch.cat(selected)
 
 
+def select_at_random(numel: int, probability: float, seed: int) -> Tensor:
+    """Select every entry of a matrix with a probability, so the number of them is random too (DARE).
+
+    Args:
+        numel: number of entries of the matrix.
+        probability: that an entry is selected, in [0, 1].
+        seed: one seed selects the same entries on every device.
+
+    Returns:
+        Flat positions, strictly increasing, on the CPU, int32 (int64 above 2**31 - 1 entries).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    chance = torch.rand(numel, generator=generator, dtype=torch.float32, device="cpu")
+    return (chance < probability).nonzero().view(-1).to(position_dtype(numel))
+
+
 def transpose_positions(positions: Tensor, shape: tuple[int, int]) -> Tensor:
     """Positions in a matrix of `shape`, expressed as positions in its transpose, sorted."""
     rows, columns = shape

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .codec import position_dtype
-from .masks import select, select_jointly, trained_count
+from .masks import select, select_at_random, select_jointly, trained_count
 
 COMPENSATIONS = ("obs", "official", None)
 
@@ -66,9 +66,8 @@ def dare(base: Tensor, tuned: Tensor, update_ratio: float, seed: int, rescale: b
     """
     _check_ratio(update_ratio)
     delta = _difference(base, tuned)
-    generator = torch.Generator().manual_seed(seed)
-    chance = torch.rand(delta.numel(), generator=generator, dtype=torch.float32, device="cpu")
-    positions, values = _kept(delta, _positions((chance < update_ratio).to(delta.device)))
+    chosen = select_at_random(delta.numel(), update_ratio, seed)
+    positions, values = _kept(delta, chosen.to(delta.device))
     return Delta(positions, values.div_(update_ratio) if rescale else values)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from methods import adapt, after_training, decoder_linears
 from sources import Batch, Example, Source
-from tasks import evaluating, hits
+from tasks import accuracy
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
@@ -76,7 +76,7 @@ def run_all(
     scores = []
     for number, source in enumerate(sources):
         train(adapted, processor, source, run, callbacks)
-        scores.append([accuracy(adapted, processor, seen.test, seen) for seen in sources[: number + 1]])
+        scores.append([score(adapted, processor, seen.test, seen) for seen in sources[: number + 1]])
     seconds = time.perf_counter() - started
     records = [_record(run, adapted, processor, sources[0], scores, trained, seconds)]
     for method, ratios in (afterwards or {}).items():
@@ -114,14 +114,9 @@ def train(model: nn.Module, processor: ProcessorMixin, source: Source, run: Run,
         trainer.train()
 
 
-@torch.no_grad()
-def accuracy(model: nn.Module, processor: ProcessorMixin, examples: Sequence[Example], source: Source) -> float:
+def score(model: nn.Module, processor: ProcessorMixin, examples: Sequence[Example], source: Source) -> float:
     """Percent of the examples answered right, under teacher forcing."""
-    size = 200 if source.model.endswith("tiny_llava") else 16
-    parts = [examples[start : start + size] for start in range(0, len(examples), size)]
-    with evaluating(model):
-        found = [hit for part in parts for hit in hits(model, source.collate(part, processor), part)]
-    return 100 * statistics.fmean(found)
+    return accuracy(model, processor, examples, source.batch_size, source.collate)
 
 
 def _record(
@@ -133,7 +128,7 @@ def _record(
     trained: int,
     seconds: float,
 ) -> Record:
-    upstream = {name: accuracy(model, processor, examples, source) for name, examples in source.upstream.items()}
+    upstream = {name: score(model, processor, examples, source) for name, examples in source.upstream.items()}
     return {
         **asdict(run),
         "upstream": upstream,
@@ -166,7 +161,7 @@ def _merged_record(
     kept = sum(delta.positions.numel() for delta in deltas.values())
     seconds += time.perf_counter() - started
     made = Run(**{**asdict(run), "method": method, "update_ratio": ratio})
-    scores = [[accuracy(base, processor, source.test, source)]]
+    scores = [[score(base, processor, source.test, source)]]
     return _record(made, base, processor, source, scores, kept, seconds)
 
 
@@ -174,7 +169,7 @@ def base_record(source: Source) -> Record:
     """Scores of the base itself."""
     model, processor = source.load()
     run = Run(source.model, "", "base", 0.0, 0.0, 0, 0)
-    return _record(run, model, processor, source, [[accuracy(model, processor, source.test, source)]], 0, 0.0)
+    return _record(run, model, processor, source, [[score(model, processor, source.test, source)]], 0, 0.0)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

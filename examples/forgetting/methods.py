@@ -22,7 +22,6 @@ from peft_dowser.seeds import derived_seed
 
 PROBE = {"num_probes": 64, "num_rademacher": 8, "probe_length": 24}
 ALPHA = 0.5  # of WiSE-FT, halfway to the fine-tuned model
-GRAFT_RATE = 1e7  # of the mask logits, as in the authors' script
 
 # Trained with a mask or with other parameters, from the base.
 SPARSE = ("dowser", "dowser+images", "random", "magnitude", "wanda", "gradient")
@@ -141,7 +140,7 @@ def after_training(
         return dict(zip(pairs, kept, strict=True))
     if method == "graft-learned":
         weights = {f"{name}.weight": weight for name, (_, weight) in pairs.items()}
-        learned = learn_graft(base, weights, batches, update_ratio, learning_rate=GRAFT_RATE, seed=seed)
+        learned = learn_graft(base, weights, batches, update_ratio, seed=seed)
         return {name.removesuffix(".weight"): delta for name, delta in learned.items()}
     if method == "tailor":
         hessians = _hessians(base, linears, tuned, batches)

@@ -32,6 +32,7 @@ class Source:
         train: training examples of the new task, given a seed and a count.
         test: test examples of the new task.
         collate: makes a batch with labels of examples.
+        batch_size: examples that are scored at a time.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Source:
     train: Callable[[int, int], list[Example]]
     test: list[Example]
     collate: Callable[[Sequence[Example], ProcessorMixin], Batch]
+    batch_size: int
 
     def load(self) -> tuple[PreTrainedModel, ProcessorMixin]:
         """The base model, on a GPU where there is one, and its processor."""
@@ -58,6 +60,7 @@ def tiny(model: str, task: str, examples: int) -> Source:
         train=lambda seed, count: downstream.sample(count, seed=seed, split="train"),
         test=downstream.sample(examples, seed=0, split="test"),
         collate=tasks.collate,
+        batch_size=200,
     )
 
 
@@ -84,6 +87,7 @@ def hub(
         train=_drawing(_examples(_split(task, "train"), columns)),
         test=_examples(_split(task, "test"), columns)[:examples],
         collate=collate_chat,
+        batch_size=16,
     )
 
 

@@ -216,7 +216,7 @@ def trl_records(examples: Sequence[Example]) -> list[dict[str, Any]]:
 
 
 @contextmanager
-def evaluating(model: torch.nn.Module) -> Iterator[None]:
+def _evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Put every module in evaluation mode, and each back to its own mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -227,7 +227,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def hits(model: torch.nn.Module, batch: dict[str, torch.Tensor], examples: Sequence[Example]) -> list[float]:
+def _hits(model: torch.nn.Module, batch: dict[str, torch.Tensor], examples: Sequence[Example]) -> list[float]:
     """Score one batch of `collate` under teacher forcing.
 
     Returns:
@@ -248,6 +248,7 @@ def accuracy(
     processor: LlavaProcessor,
     examples: Sequence[Example],
     batch_size: int = 200,
+    make_batch: Callable[[Sequence[Example], LlavaProcessor], dict[str, torch.Tensor]] = collate,
 ) -> float:
     """Score answers under teacher forcing, which for exact match is the same as greedy decoding.
 
@@ -257,15 +258,16 @@ def accuracy(
         processor: its processor.
         examples: what to ask.
         batch_size: examples per forward pass.
+        make_batch: what makes a batch of examples, `collate` or another function that gives what it gives.
 
     Returns:
         Percent of examples whose answer and EOS are all right; open-ended examples count with the
         fraction of their characters that are right.
     """
     starts = range(0, len(examples), batch_size)
-    with evaluating(model):
+    with _evaluating(model):
         parts = [examples[start : start + batch_size] for start in starts]
-        batches = [hits(model, collate(part, processor), part) for part in parts]
+        batches = [_hits(model, make_batch(part, processor), part) for part in parts]
     return 100 * statistics.fmean(hit for batch in batches for hit in batch)
 
 
