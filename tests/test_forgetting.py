@@ -1,6 +1,7 @@
 """The forgetting study: its methods, its choice of rates, its report, and its path for a user's own model and data."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from fine_tune import Run, run_all  # noqa: E402
 
 from peft_dowser import metrics  # noqa: E402
 from peft_dowser.scores import dowser as dowser_score  # noqa: E402
-from peft_dowser.statistics import ModuleStatistics  # noqa: E402
+from peft_dowser.statistics import ModuleStatistics, ProbeInfo, ProbeStatistics  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 TINY = str(sources.TINY_LLAVA)
@@ -135,6 +136,16 @@ def test_the_score_without_weights_is_the_product_of_the_factors() -> None:
     shuffled = agreement._score("shuffled factors", weight, module, seed=0)
     assert not torch.equal(shuffled, dowser_score(weight, module))
     torch.testing.assert_close((shuffled / weight.abs()).sum(), found.sum())
+
+
+def test_the_spread_is_that_of_the_logarithms() -> None:
+    linear = torch.nn.Linear(2, 2, bias=False)
+    linear.weight.data = torch.tensor([[1.0, -math.e], [1.0, math.e]])
+    module = ModuleStatistics(torch.tensor([[1.0, math.e**3]]), torch.ones(1, 2), torch.ones(2))
+    statistics = ProbeStatistics({"one": module}, ProbeInfo("", 1, 1, 0, 0.0, 0))
+    found = agreement._spread({"one": linear}, statistics)
+    # Logarithms 0, 1, 0, 1 and 0, 0, 3, 3: deviations of 1/2 and 3/2, by Bessel's sqrt(4/3).
+    assert found == pytest.approx({"strength": 0.5 * (4 / 3) ** 0.5, "gain": 1.5 * (4 / 3) ** 0.5})
 
 
 def test_real_prompts_agree_with_themselves_more_than_controls(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from methods import PROBE, decoder_linears
 from sources import TINY_LLAVA, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
 from peft_dowser import DowserConfig, ProbeStatistics, probe, scores
@@ -40,7 +40,7 @@ def agreement(path: Path, quick: bool) -> dict[str, Any]:
 
     Returns:
         `rows`: Spearman and Hamming distances by kind of score, mean and standard deviation over seeds; `random`: the
-        Hamming distance of two independent masks.
+        Hamming distance of two independent masks; `spread`: how far the logarithms of a score's factors are spread.
     """
     if path.exists():
         return json.loads(path.read_text())
@@ -52,8 +52,30 @@ def agreement(path: Path, quick: bool) -> dict[str, Any]:
     rows = [_row(model, real, kind, seeds=range(1 if quick else 3), **size) for kind, size in _kinds(quick)]
     used = len(next(iter(real.modules.values())).sensitivity)
     found = {"ratio": RATIO, "prompts": used, "random": random_hamming(RATIO, RATIO), "rows": rows}
+    found["spread"] = _spread(decoder_linears(model), real)
     path.write_text(json.dumps(found, indent=2) + "\n")
     return found
+
+
+def _spread(linears: Mapping[str, nn.Linear], real: ProbeStatistics) -> dict[str, float]:
+    """Standard deviations inside a matrix, averaged with the number of weights: of ln |W| and of ln of the factor that
+    the probe adds, ||J_i|| |h_j| averaged over the prompts. A factor that is spread little ranks little.
+    """
+    sizes = {name: linear.weight.numel() for name, linear in linears.items()}
+    strength = {name: _log_deviation(scores.magnitude(linear.weight.detach())) for name, linear in linears.items()}
+    gain = {
+        name: _log_deviation(scores.dowser(torch.ones_like(linear.weight), real.modules[name]))
+        for name, linear in linears.items()
+    }
+    total = sum(sizes.values())
+    return {
+        kind: sum(found[name] * size for name, size in sizes.items()) / total
+        for kind, found in (("strength", strength), ("gain", gain))
+    }
+
+
+def _log_deviation(values: Tensor) -> float:
+    return float(values[values > 0].log().std())
 
 
 def _kinds(quick: bool) -> list[tuple[str, dict[str, int]]]:

@@ -305,7 +305,17 @@ def _agreement(folder: Path) -> str:
         "|W| in it agrees with every other through |W| alone, so the rows without |W| say what the probe knows; they "
         "are compared with the real score without |W|. The paper prints 0.891 and 0.050 (highest 10 %) for N = 64 and "
         "R = 8."
-        f"\n\n{_table(header, rows)}"
+        f"\n\n{_table(header, rows)}\n\n{_when_the_jacobian_pays(found['spread'])}"
+    )
+
+
+def _when_the_jacobian_pays(spread: dict[str, float]) -> str:
+    """What the factors' spread says about the room that the probe has to change a ranking by |W|."""
+    return (
+        "When the Jacobian pays: inside a matrix ln |W| has a standard deviation of "
+        f"{spread['strength']:.2f} here (1.11 for normally distributed weights), and the factor that the probe adds, "
+        f"ln of ||J|| |h|, one of {spread['gain']:.2f}. The wider the second is against the first, the more a mask by "
+        "the full score differs from one by |W|, and the more there is for the Jacobian to get right."
     )
 
 
