@@ -22,7 +22,7 @@ from .config import DowserConfig
 from .gate import check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
 from .probe import check_materialized, probe_layers
-from .ranks import same_on_all_ranks
+from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .statistics import ProbeStatistics
 from .targets import BaseLayer, resolve_targets
@@ -93,12 +93,10 @@ class DowserModel(BaseTuner):
         if self._counts is not None:
             check_counts(self._counts, layers, self._adapter_name)
             return
-        check_materialized(model)
         started = time.perf_counter()
         with _adapters_disabled(model):
-            self._masks = same_on_all_ranks(
-                lambda: choose_masks(layers, peft_config, self._statistics(model, layers, peft_config)), layers
-            )
+            statistics = self._statistics(model, layers, peft_config)
+            self._masks = same_on_all_ranks(lambda: self._choice(model, layers, peft_config, statistics), layers)
         peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
         _report_unmatched_ratios(peft_config, layers)
         _log_selection(self._masks, layers, time.perf_counter() - started)
@@ -107,9 +105,20 @@ class DowserModel(BaseTuner):
     def _statistics(model: nn.Module, layers: Mapping[str, BaseLayer], config: DowserConfig) -> ProbeStatistics | None:
         if config.score not in PROBED_SCORES:
             return None
-        if config.statistics is not None:
-            return ProbeStatistics.load(config.statistics)
+        path = config.statistics
+        if path is not None:  # rank 0 chooses
+            return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
         return probe_layers(model, layers, config)
+
+    @staticmethod
+    def _choice(
+        model: nn.Module,
+        layers: Mapping[str, BaseLayer],
+        config: DowserConfig,
+        statistics: ProbeStatistics | None,
+    ) -> dict[str, Tensor]:
+        check_materialized(model)
+        return choose_masks(layers, config, statistics)
 
     def _create_and_replace(
         self,

@@ -5,6 +5,7 @@ autograd computes gradients of activations only, through the probed layers only.
 one backward serves all of them.
 """
 
+import copy
 import gc
 import inspect
 import logging
@@ -25,8 +26,9 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .batches import alike, collate, last_positions
 from .config import DowserConfig
 from .prompts import Kind, Prompt, kind_of, prompt_length, synthetic_prompts
+from .ranks import from_rank, gather, is_sharded, on_every_rank, rank
 from .seeds import derived_seed
-from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
+from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, concatenated
 from .taps import Tap, tapped
 from .targets import BaseLayer, is_transposed, resolve_targets
 
@@ -70,46 +72,99 @@ def probe_layers(
     layers: Mapping[str, BaseLayer],
     config: DowserConfig,
     prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+    statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for modules that are found already: base layers by name."""
-    check_materialized(model)
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
         )
-    with left_as_it_was(model):
-        if prompts is None:
-            inputs = synthetic_prompts(model, config)
-            length = prompt_length(model, config)
-        else:
-            length = 0
-            inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-        if not inputs:
-            raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
-        modules = _Run(model, layers, config, inputs).statistics()
+    # Where rank 0 alone loads the base and will spread it, rank 0 alone can probe.
+    able = [number for number, missing in enumerate(gather(bool(_on_meta(model)))) if not missing]
+    on_every_rank(lambda: check_materialized(model) if not able or rank() in able else None)
+    config = copy.copy(config)
+    config.seed = from_rank(0, lambda: config.seed)
+    first = 0 if statistics is None else statistics.info.num_probes
+    inputs = from_rank(able[0], lambda: _inputs(model, config, prompts, first))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
-        num_probes=len(inputs),
+        num_probes=first + len(inputs),
         num_rademacher=config.num_rademacher,
-        probe_length=length,
+        probe_length=prompt_length(model, config) if prompts is None else 0,
         probe_images=config.probe_images if prompts is None else 0.0,
         seed=config.seed,
     )
+    if statistics is not None:
+        check_continues(statistics.info, info)
+    shares = dict(zip(able, torch.arange(len(inputs)).tensor_split(len(able)), strict=True))
+    mine = shares.get(rank(), torch.empty(0)).tolist()
+    found = on_every_rank(lambda: _probe_part(model, layers, config, inputs, mine, first) if mine else {})
+    lots = [] if statistics is None else [(first, statistics.modules)]
+    modules = {}
+    for name in layers:
+        parts = [(count, known.get(name)) for count, known in lots]
+        parts += [(len(shares.get(number, ())), part) for number, part in enumerate(gather(found.pop(name, None)))]
+        if (whole := concatenated(parts)) is not None:
+            modules[name] = whole
     return ProbeStatistics(modules, info)
+
+
+def _inputs(
+    model: nn.Module,
+    config: DowserConfig,
+    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None,
+    first: int,
+) -> list[Prompt]:
+    """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`."""
+    if prompts is not None:
+        inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
+        if not inputs:
+            raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
+        return inputs
+    if config.num_probes <= first:
+        raise ValueError(
+            f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
+            "num_probes to continue them."
+        )
+    with left_as_it_was(model):
+        return synthetic_prompts(model, config, first)
+
+
+def _probe_part(
+    model: nn.Module,
+    layers: Mapping[str, BaseLayer],
+    config: DowserConfig,
+    inputs: list[Prompt],
+    numbers: list[int],
+    first: int,
+) -> dict[str, ModuleStatistics]:
+    with left_as_it_was(model):
+        return _Run(model, layers, config, [inputs[i] for i in numbers], first + numbers[0]).statistics()
 
 
 def check_materialized(model: nn.Module) -> None:
     """Refuse a model without weights.
 
     Raises:
-        ValueError: some parameters are on the meta device.
+        ValueError: some parameters are on the meta device, or spread over the ranks of a distributed run.
     """
-    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    if sharded:
+        raise ValueError(
+            f"{len(sharded)} parameters of {type(model).__name__} are sharded over the ranks, '{sharded[0]}' the "
+            "first. Scores need whole weights: add the adapter before the model is sharded; or make and save it in a "
+            "run without sharding, and load it here."
+        )
+    missing = _on_meta(model)
     if missing:
         raise ValueError(
             f"{len(missing)} parameters of {type(model).__name__} are on the meta device, '{missing[0]}' the first. "
             "Scores need the real weights: load them before adding the adapter."
         )
+
+
+def _on_meta(model: nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
 
 
 def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
@@ -160,7 +215,7 @@ def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:
 
 
 class _Run:
-    """One probe of a frozen model: all prompts, batch by batch."""
+    """One probe of a frozen model: consecutive prompts, batch by batch; `first` is the number of the first one."""
 
     def __init__(
         self,
@@ -168,8 +223,9 @@ class _Run:
         layers: Mapping[str, BaseLayer],
         config: DowserConfig,
         prompts: list[Prompt],
+        first: int,
     ) -> None:
-        self.model, self.layers, self.config, self.prompts = model, layers, config, prompts
+        self.model, self.layers, self.config, self.prompts, self.first = model, layers, config, prompts, first
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(model.parameters()).device
@@ -273,7 +329,8 @@ class _Run:
         bar: tqdm,
     ) -> None:
         generators = [
-            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", number)) for number in chosen
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
+            for number in chosen
         ]
         for number in range(self.config.num_rademacher):
             projection = _rademacher(generators, output, mask)
@@ -342,5 +399,4 @@ def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], mask: 
 
 
 def _shows_progress() -> bool:
-    main_process = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    return main_process and is_progress_bar_enabled()
+    return rank() == 0 and is_progress_bar_enabled()

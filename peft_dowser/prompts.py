@@ -42,7 +42,7 @@ def kind_of(model: nn.Module) -> Kind:
     return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
 
 
-def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
+def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) -> list[Prompt]:
     """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
 
     Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
@@ -51,9 +51,10 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
     Args:
         model: the base model, in eval mode.
         config: gives N, T, the seed and the fraction of prompts with a noise image.
+        first: leave out the prompts before this number, which exist already.
 
     Returns:
-        N prompts, on the device of the input embeddings.
+        N - first prompts, on the device of the input embeddings.
 
     Raises:
         ValueError: the model has no vocabulary, or cannot generate.
@@ -63,15 +64,15 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
     if length < config.probe_length:
         logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
     if kind_of(model) is Kind.ENCODER:
-        tokens = _random_tokens(model, config, length)
+        tokens = _random_tokens(model, config, length)[first:]
     else:
-        chunks = range(0, config.num_probes, _GENERATION_BATCH)
+        chunks = range(first, config.num_probes, _GENERATION_BATCH)
         tokens = torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
     prompts = [{"input_ids": row[None]} for row in tokens]
-    with_image = round(config.probe_images * config.num_probes)
-    if with_image:
-        prefixes = _noise_images(model, with_image, config.seed)
-        prompts[:with_image] = [
+    images = range(round(config.probe_images * first), round(config.probe_images * config.num_probes))
+    if images:
+        prefixes = _noise_images(model, images, config.seed)
+        prompts[: len(images)] = [
             _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
@@ -220,8 +221,8 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
     )
 
 
-def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]:
-    """Inputs that consist of one image of uniform noise, made by the model's own processor."""
+def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Prompt]:
+    """Inputs that consist of one image of uniform noise, those of the given numbers, made by the model's own processor."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -239,8 +240,10 @@ def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]
     generator = torch.Generator().manual_seed(derived_seed(seed, "images"))
     height, width = _image_size(processor.image_processor)
     prefixes = []
-    for _ in range(count):
+    for number in range(numbers.stop):
         noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8, device="cpu")
+        if number not in numbers:
+            continue
         inputs = _processed(processor, Image.fromarray(noise.numpy()))
         prefixes.append({key: value.to(_device(model)) for key, value in inputs.items()})
     return prefixes

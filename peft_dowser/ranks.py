@@ -1,35 +1,120 @@
-"""One mask on every rank of a distributed run."""
+"""Distributed runs: what one rank fails at fails on all, and every rank has the same mask."""
 
+import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .codec import decode, encode
 from .targets import BaseLayer
 
+T = TypeVar("T")
+
+
+def rank() -> int:
+    """Number of this rank; 0 outside a distributed run."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def gather(part: T) -> list[T]:
+    """What every rank has, in the order of the ranks. All ranks must call it."""
+    if not _is_distributed():
+        return [part]
+    parts: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return cast(list[T], parts)
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Do some work on every rank; an error on one of them is raised on all, so that none waits for it for ever."""
+    result: list[T] = []
+    failure: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as error:
+        if not _is_distributed():
+            raise
+        failure = error
+    failures = [error for error in gather(failure) if error is not None]
+    if failures:
+        raise failures[0] if failure is None else failure
+    return result[0]
+
+
+def from_rank(source: int, work: Callable[[], T]) -> T:
+    """Do some work on one rank and hand the result to all; an error is raised on all."""
+    if not _is_distributed():
+        return work()
+    result = on_every_rank(lambda: work() if rank() == source else None)
+    return cast(T, _sent(result, source))
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
+    return isinstance(tensor, DTensor) or (hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel)
+
 
 def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
-    """Choose the masks on rank 0 and hand them to the others; an error there is raised on every rank."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    """Choose the masks on rank 0 and hand them to the others.
+
+    Raises:
+        ValueError: the ranks have different base models. This and every other error is raised on all ranks.
+    """
+    if not _is_distributed():
         return choose()
-    masks: dict[str, Tensor] = {}
-    outcome: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            masks = choose()
-            outcome = [{name: mask.numel() for name, mask in masks.items()}]
-        except Exception as error:
-            outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], Exception):
-        raise outcome[0]
-    received: dict[str, Tensor] = {}
-    for name, nnz in outcome[0].items():
-        weight = layers[name].weight
-        code: list[Any] = [encode(masks[name], weight.numel()).cpu() if masks else None]
-        dist.broadcast_object_list(code, src=0)
-        if dist.get_rank() != 0:
-            received[name] = decode(code[0], weight.numel(), nnz).to(weight.device)
-    return masks or received
+    masks = on_every_rank(lambda: choose() if rank() == 0 else {})
+    shapes = _sent({name: tuple(layers[name].weight.shape) for name in masks}, 0)
+    on_every_rank(lambda: _check_shapes(shapes, layers))
+    codes = {name: _sent(_packed(masks[name], layers[name]) if masks else None, 0) for name in shapes}
+    masks = on_every_rank(lambda: masks or {name: _unpacked(code, layers[name]) for name, code in codes.items()})
+    digests = gather(_digest(masks))
+    if len(set(digests)) > 1:
+        raise ValueError(
+            "The ranks of this run hold different masks, although rank 0 chose them for all: "
+            + ", ".join(f"rank {number} {digest[:12]}" for number, digest in enumerate(digests))
+            + ". The connection between them corrupts data."
+        )
+    return masks
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sent(value: T, source: int) -> T:
+    """The value that rank `source` has."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]
+
+
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, BaseLayer]) -> None:
+    for name, shape in shapes.items():
+        found = tuple(layers[name].weight.shape) if name in layers else None
+        if found != shape:
+            raise ValueError(
+                f"Rank {rank()}: module '{name}' has a weight of shape {found}, on rank 0 it is {shape}. Load the same "
+                "base model with the same config on every rank."
+            )
+
+
+def _packed(mask: Tensor, layer: BaseLayer) -> tuple[Tensor, int]:
+    return encode(mask, layer.weight.numel()).cpu(), mask.numel()
+
+
+def _unpacked(packed: tuple[Tensor, int] | None, layer: BaseLayer) -> Tensor:
+    code, nnz = cast(tuple[Tensor, int], packed)
+    device = layer.weight.device
+    # A rank that rank 0 will send its weights has them on the meta device until then.
+    return decode(code, layer.weight.numel(), nnz).to("cpu" if device.type == "meta" else device)
+
+
+def _digest(masks: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, mask in masks.items():
+        digest.update(f"{name} {mask.numel()} ".encode())
+        digest.update(mask.cpu().numpy().tobytes())
+    return digest.hexdigest()

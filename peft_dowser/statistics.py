@@ -1,6 +1,7 @@
 """What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,6 +106,53 @@ class ProbeStatistics:
         for name, module in modules.items():
             _check_module(name, module, info.num_probes, path)
         return cls(modules, info)
+
+
+def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> ModuleStatistics | None:
+    """Statistics of one module over several lots of prompts: exactly those of all prompts together.
+
+    Args:
+        parts: for each lot the number of its prompts and its statistics; None where none of them reached the module.
+
+    Returns:
+        The statistics, their rows in the order of the lots; None where no lot reached the module.
+    """
+    reached = [part for _, part in parts if part is not None]
+    if not reached:
+        return None
+    if len(parts) == 1:
+        return reached[0]
+    total = sum(count for count, _ in parts)
+    gradients = [count / total * part.gradient for count, part in parts if part is not None and part.gradient is not None]
+    return ModuleStatistics(
+        sensitivity=_stacked([(count, part and part.sensitivity) for count, part in parts]),
+        activity=_stacked([(count, part and part.activity) for count, part in parts]),
+        energy=torch.stack([part.energy for part in reached]).sum(0),
+        gradient=torch.stack(gradients).sum(0) if gradients else None,
+    )
+
+
+def _stacked(parts: list[tuple[int, Tensor | None]]) -> Tensor:
+    width = next(rows.shape[1] for _, rows in parts if rows is not None)
+    return torch.cat([torch.zeros(count, width) if rows is None else rows for count, rows in parts])
+
+
+def check_continues(earlier: ProbeInfo, later: ProbeInfo) -> None:
+    """Refuse to add prompts to statistics that were made with other settings.
+
+    Raises:
+        ValueError: anything but the number of prompts differs; the message says what.
+    """
+    before, after = asdict(earlier), asdict(later)
+    differences = [
+        f"{name} was {before[name]!r} and is {after[name]!r}"
+        for name in before
+        if name != "num_probes" and before[name] != after[name]
+    ]
+    if differences:
+        raise ValueError(
+            f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."
+        )
 
 
 def _check_version(metadata: dict[str, str], path: str | Path) -> None:
