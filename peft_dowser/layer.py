@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .codec import DeltaFormatError, code_length, decode, encode, position_dtype
 from .postmerge import Delta
@@ -41,7 +42,9 @@ class Index(nn.Module):
         super().__init__()
         self.nnz = nnz
         self.numel = numel
-        self.register_buffer("code", code)
+        # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
+        # parameter; `DowserModel` then adds the code to what is saved.
+        self.register_buffer("code", code, persistent=not is_fsdp_enabled())
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("originals", None, persistent=False)
 
@@ -50,9 +53,12 @@ class Index(nn.Module):
         if name == "code":  # how transformers loads a buffer
             self._decode()
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._decode()
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if "code" in self._non_persistent_buffers_set and prefix + "code" in state_dict:
+            self.code = state_dict[prefix + "code"]
+        else:
+            self._decode()
 
     def _decode(self) -> None:
         self.positions = None if self.code.is_meta else decode(self.code, self.numel, self.nnz)
@@ -164,6 +170,8 @@ class DowserLayer(BaseTunerLayer):
         if adapter_name not in self.dowser_values:
             return
         device = self.weight.device if device is None else device
+        if device.type == "meta":
+            return  # weights that will come from rank 0; the positions are real on every rank
         if not self.values(adapter_name).is_meta:
             self.dowser_values[adapter_name].to(device)
         self.dowser_index[adapter_name].to(device)
@@ -227,6 +235,9 @@ class DowserLayer(BaseTunerLayer):
 
 class Linear(nn.Module, DowserLayer):
     """A linear layer, or transformers' Conv1D, with sparse deltas on its weight."""
+
+    # DeepSpeed ZeRO-3 gathers the weight and the values here, where both are read, not where `base_layer` is called.
+    _z3_leaf = True
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()

@@ -19,11 +19,12 @@ from .arithmetic import CombinationType, SignMethod
 from .codec import DeltaFormatError
 from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
-from .gate import check_counts, check_file, counts_in, withdraw
+from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
 from .probe import check_materialized, probe_layers
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
+from .sharding import complete, leave_positions_to_us
 from .statistics import ProbeStatistics
 from .targets import BaseLayer, resolve_targets
 
@@ -70,6 +71,7 @@ class DowserModel(BaseTuner):
         self._masks: dict[str, Tensor] = {}
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            leave_positions_to_us(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             raise
@@ -141,7 +143,8 @@ class DowserModel(BaseTuner):
             layer.add_positions(adapter_name, self._masks[current_key], peft_config.init_weights)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         if layer is not target:
-            self._replace_module(parent, target_name, layer, target)
+            # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
+            setattr(parent, target_name, layer)
 
     def _is_adapted(self, name: str, target: nn.Module) -> bool:
         if self._twin is not None:
@@ -252,6 +255,7 @@ class DowserModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        complete(selected, state_dict, model, adapter_name)
         if config.save_dtype is None:
             return selected
         dtype = getattr(torch, config.save_dtype)
@@ -267,6 +271,9 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        named = CODE.replace(".code", f".{adapter_name}.code")
+        # PEFT leaves out the buffers that are no part of a state dict, see `layer.Index`.
+        remapped = {key.replace(CODE, named) if key.endswith(CODE) else key: t for key, t in remapped.items()}
         try:
             check_file(model, adapter_name, remapped)
         except DeltaFormatError:

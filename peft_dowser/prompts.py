@@ -222,7 +222,7 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
 
 
 def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Prompt]:
-    """Inputs that consist of one image of uniform noise, those of the given numbers, made by the model's own processor."""
+    """The noise images of the given numbers, as inputs that the model's own processor makes of them."""
     from PIL import Image
     from transformers import AutoProcessor
 

@@ -54,7 +54,7 @@ def from_rank(source: int, work: Callable[[], T]) -> T:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
-    return isinstance(tensor, DTensor) or (hasattr(tensor, "ds_shape") and tensor.numel() != tensor.ds_numel)
+    return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
 def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, BaseLayer]) -> dict[str, Tensor]:

@@ -123,7 +123,9 @@ def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> Module
     if len(parts) == 1:
         return reached[0]
     total = sum(count for count, _ in parts)
-    gradients = [count / total * part.gradient for count, part in parts if part is not None and part.gradient is not None]
+    gradients = [
+        count / total * part.gradient for count, part in parts if part is not None and part.gradient is not None
+    ]
     return ModuleStatistics(
         sensitivity=_stacked([(count, part and part.sensitivity) for count, part in parts]),
         activity=_stacked([(count, part and part.activity) for count, part in parts]),
@@ -134,21 +136,28 @@ def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> Module
 
 def _stacked(parts: list[tuple[int, Tensor | None]]) -> Tensor:
     width = next(rows.shape[1] for _, rows in parts if rows is not None)
-    return torch.cat([torch.zeros(count, width) if rows is None else rows for count, rows in parts])
+    return torch.cat([torch.zeros(count, width, device="cpu") if rows is None else rows for count, rows in parts])
 
 
-def check_continues(earlier: ProbeInfo, later: ProbeInfo) -> None:
+def check_continues(earlier: ProbeStatistics, info: ProbeInfo, modules: Sequence[str]) -> None:
     """Refuse to add prompts to statistics that were made with other settings.
+
+    Args:
+        earlier: the statistics.
+        info: how the further prompts will be probed.
+        modules: the modules that they will be probed for.
 
     Raises:
         ValueError: anything but the number of prompts differs; the message says what.
     """
-    before, after = asdict(earlier), asdict(later)
+    before, after = asdict(earlier.info), asdict(info)
     differences = [
         f"{name} was {before[name]!r} and is {after[name]!r}"
         for name in before
         if name != "num_probes" and before[name] != after[name]
     ]
+    if missing := [name for name in modules if name not in earlier.modules]:
+        differences.append(f"{len(missing)} target modules were not probed, '{missing[0]}' the first")
     if differences:
         raise ValueError(
             f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."

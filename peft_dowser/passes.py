@@ -1,0 +1,216 @@
+"""The passes of a probe: for every batch of prompts one forward and R backwards, reduced to statistics by taps."""
+
+import gc
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
+
+from .batches import alike, collate, last_positions
+from .config import DowserConfig
+from .prompts import Kind, Prompt, kind_of
+from .ranks import rank
+from .seeds import derived_seed
+from .statistics import ModuleStatistics
+from .taps import Tap, tapped
+from .targets import BaseLayer, is_transposed
+
+logger = logging.getLogger(__name__)
+
+
+class Passes:
+    """One probe of a frozen model: consecutive prompts, batch by batch; `first` is the number of the first one."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, BaseLayer],
+        config: DowserConfig,
+        prompts: list[Prompt],
+        first: int,
+    ) -> None:
+        self.model, self.layers, self.config, self.prompts, self.first = model, layers, config, prompts, first
+        self.kind = kind_of(model)
+        self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
+        self.device = next(model.parameters()).device
+        self.wants_gradient = config.score == "gradient"
+        self.found: dict[str, ModuleStatistics] = {}
+
+    def statistics(self) -> dict[str, ModuleStatistics]:
+        size = self.config.probe_batch_size or self._fitting_batch()
+        total = len(self.prompts) * self.config.num_rademacher
+        with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
+            for waiting in alike(self.prompts, padding=self.kind is not Kind.OTHER):
+                while waiting:
+                    if self._fits(waiting[:size], bar):
+                        waiting = waiting[size:]
+                    elif size > 1:
+                        size = min(size, len(waiting)) // 2
+                        logger.warning("Out of memory: probing %d prompts at a time.", size)
+                    else:
+                        raise RuntimeError(
+                            "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
+                            "or fewer layers (last_layers)."
+                        )
+        return {name: self.found[name] for name in self.layers if name in self.found}
+
+    def _fitting_batch(self) -> int:
+        """How many prompts fill half of the free memory with their activations."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        # Between forward and backward a transformer keeps about four times the inputs and outputs of its linears.
+        features = sum(sum(layer.weight.shape) for layer in self.layers.values())
+        tokens = max(next(iter(prompt.values())).shape[1:2].numel() for prompt in self.prompts)
+        prompt = 4 * features * tokens * next(self.model.parameters()).element_size()
+        return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
+
+    def _fits(self, chosen: list[int], bar: tqdm) -> bool:
+        """Probe a batch; False, and nothing kept, where the memory does not suffice."""
+        try:
+            self._probe_batch(chosen, bar)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+        else:
+            return True
+        gc.collect()
+        clear_device_cache()
+        return False
+
+    def _probe_batch(self, chosen: list[int], bar: tqdm) -> None:
+        inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
+        taps = {name: Tap(mask, len(chosen), self.wants_gradient) for name in self.layers}
+        with tapped(self.layers, taps):
+            with torch.no_grad():  # the taps turn it on
+                outputs = self._forward(inputs, mask)
+            starts = [start for tap in taps.values() for start in tap.starts]
+            self._backwards(self._probed_output(outputs, mask), starts, chosen, mask, bar)
+            if self.wants_gradient:
+                for tap in taps.values():
+                    tap.of_loss = True
+                loss = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.prompts)
+                torch.autograd.grad(loss, starts, allow_unused=True)
+        for name, tap in taps.items():
+            self._keep(name, tap, chosen)
+
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
+        if self.kind is Kind.OTHER or mask is None:
+            return self.model(**inputs)
+        options: dict[str, Any] = {"attention_mask": mask.long()}
+        accepted = inspect.signature(self.model.forward).parameters
+        if not self.has_head:
+            options["output_hidden_states"] = True
+        if "use_cache" in accepted:
+            options["use_cache"] = False
+        if "logits_to_keep" in accepted and not self.wants_gradient:
+            options["logits_to_keep"] = last_positions(mask).unique()
+        return self.model(**(inputs | options))
+
+    def _probed_output(self, outputs: Any, mask: Tensor | None) -> Tensor:
+        """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
+        if self.kind is Kind.OTHER or mask is None:
+            output = outputs if isinstance(outputs, Tensor) else outputs[0]
+            return output[:, -1] if output.dim() == 3 else output
+        if self.has_head:
+            output = outputs.logits
+        else:
+            output = outputs.get("last_hidden_state")
+            output = outputs.hidden_states[-1] if output is None else output
+        if self.kind is Kind.ENCODER:
+            return output
+        last = last_positions(mask)
+        if output.shape[1] != mask.shape[1]:
+            last = torch.searchsorted(last.unique(), last)
+        return output[torch.arange(len(last), device=output.device), last.to(output.device)]
+
+    def _backwards(
+        self,
+        output: Tensor,
+        starts: list[Tensor],
+        chosen: list[int],
+        mask: Tensor | None,
+        bar: tqdm,
+    ) -> None:
+        generators = [
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
+            for number in chosen
+        ]
+        for number in range(self.config.num_rademacher):
+            projection = _rademacher(generators, output, mask)
+            again = self.wants_gradient or number + 1 < self.config.num_rademacher
+            if starts and output.requires_grad:
+                torch.autograd.grad(output, starts, projection, retain_graph=again, allow_unused=True)
+            bar.update(len(chosen))
+
+    def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
+        """Move the statistics of a batch into the rows of its prompts."""
+        if tap.activity is None or tap.energy is None:
+            return  # never called
+        module = self.found.get(name)
+        if module is None:
+            out, width = self._features(name)
+            zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+            module = ModuleStatistics(
+                sensitivity=zeros(len(self.prompts), out),
+                activity=zeros(len(self.prompts), width),
+                energy=zeros(width),
+                gradient=zeros(out, width) if self.wants_gradient else None,
+            )
+            self.found[name] = module
+        module.activity[chosen] = (tap.activity / tap.calls).cpu()
+        module.energy += tap.energy.cpu()
+        if tap.sensitivity is not None:
+            backwards = tap.calls * self.config.num_rademacher
+            module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
+        if module.gradient is not None and tap.gradient is not None:
+            module.gradient += tap.gradient.cpu()
+
+    def _features(self, name: str) -> tuple[int, int]:
+        layer = self.layers[name]
+        rows, columns = layer.weight.shape
+        return (columns, rows) if is_transposed(layer) else (rows, columns)
+
+
+def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
+    """Independent signs for every prompt, zero at its padding, in the shape of `output`.
+
+    Each prompt has a generator of its own, so its signs depend neither on the batch nor on the padding.
+    """
+    if output.dim() == 3 and mask is not None:
+        projection = torch.zeros(output.shape, dtype=torch.float32, device="cpu")
+        for row, generator in enumerate(generators):
+            real = mask[row].cpu() > 0
+            projection[row, real] = _signs((int(real.sum()), output.shape[2]), generator)
+    else:
+        projection = torch.stack([_signs(output.shape[1:], generator) for generator in generators])
+    return projection.to(output.device, output.dtype)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    signs = torch.randint(2, tuple(shape), generator=generator, dtype=torch.int8, device="cpu")
+    return signs.mul_(2).sub_(1).float()
+
+
+def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+    """Sum over the prompts of the mean cross-entropy of their own next tokens."""
+    logits = getattr(outputs, "logits", None)
+    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or mask is None or logits is None:
+        raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
+    ids = inputs["decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids"]
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+    return ((losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)).sum()
+
+
+def _shows_progress() -> bool:
+    return rank() == 0 and is_progress_bar_enabled()

@@ -1,0 +1,65 @@
+"""What the engines that spread a model over ranks must be told about an adapter's positions."""
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from .gate import CODE, PREFIX, VALUES
+from .layer import DowserLayer
+from .ranks import is_sharded
+
+# Where DistributedDataParallel looks for the names of what it shall not synchronize.
+_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+def leave_positions_to_us(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending the positions of all adapters again in every forward.
+
+    They are the same on every rank from the start, and never change. The names are given as DDP finds them in a
+    `PeftModel` and in the base model itself, where `add_adapter` of transformers has put the adapter.
+    """
+    names = {
+        f"{prefix}{name}.{buffer}"
+        for name, layer in model.named_modules()
+        if isinstance(layer, DowserLayer)
+        for buffer, _ in layer.dowser_index.named_buffers(prefix="dowser_index")
+        for prefix in ("", PREFIX)
+    }
+    setattr(model, _IGNORED, sorted({*getattr(model, _IGNORED, ()), *names}))
+
+
+def complete(
+    selected: dict[str, Tensor], state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+) -> None:
+    """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
+
+    PEFT looks for tensors under the names of the modules; FSDP1 and activation checkpointing add parts to those, which
+    the names of the tensors lack. The index code may be no part of a state dict, see `layer.Index`.
+
+    Args:
+        selected: the adapter's tensors, their keys with the adapter's name; changed in place.
+        state_dict: the state that they are selected from.
+        model: the model that the state dict comes from.
+        adapter_name: name of the adapter.
+
+    Raises:
+        ValueError: values of a module are empty or sharded.
+    """
+    inside_peft = any(key.startswith(PREFIX) for key in state_dict)
+    for layer in model.modules():
+        if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+            continue
+        module, index = layer.module_name, layer.index(adapter_name)
+        start = f"{PREFIX if inside_peft else ''}{module}"
+        values_key = start + VALUES.replace(".weight", f".{adapter_name}.weight")
+        values = state_dict.get(values_key)
+        if values is None or is_sharded(values) or values.numel() != index.nnz:
+            whole = 0 if values is None or is_sharded(values) else values.numel()
+            raise ValueError(
+                f"Adapter '{adapter_name}': the state dict has {whole} of the {index.nnz} values of module '{module}', "
+                "so the file would be incomplete. The model is sharded: gather a full state dict on all ranks "
+                "(accelerator.get_state_dict(model), or get_model_state_dict with full_state_dict=True), and call "
+                "save_pretrained(..., state_dict=...) with it on rank 0."
+            )
+        selected[values_key] = values
+        selected[start + CODE.replace(".code", f".{adapter_name}.code")] = index.code

@@ -1,0 +1,212 @@
+"""FSDP1, FSDP2 (plain and through accelerate) and DDP on two ranks: trains as one process does, and saves the whole."""
+
+import os
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from groups import on_ranks
+from helpers import config, tiny_llama
+from peft import PeftModel, get_peft_model
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from peft_dowser import DowserLayer
+
+STEPS = 3
+RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+
+
+def batch_of(step: int) -> torch.Tensor:
+    return torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(step))
+
+
+def train(model: nn.Module, steps: range, rank: int = 0, size: int = 1) -> list[float]:
+    """Plain gradient descent, so that a run can be continued from the values alone."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0)
+    losses = []
+    for step in steps:
+        part = batch_of(step).chunk(size)[rank]
+        optimizer.zero_grad()
+        loss = model(input_ids=part, labels=part).loss
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        if size > 1:
+            dist.all_reduce(total)
+        losses.append(total.item() / size)
+    return losses
+
+
+def with_ddp(model: PeftModel) -> tuple[nn.Module, Callable[[], dict]]:
+    return DistributedDataParallel(model), model.state_dict
+
+
+def full_state(model: nn.Module) -> dict:
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def with_fsdp2(model: PeftModel, base_layers_too: bool = False) -> tuple[nn.Module, Callable[[], dict]]:
+    mesh = init_device_mesh("cpu", (2,))
+    for module in list(model.modules()):
+        if base_layers_too and isinstance(module, DowserLayer):
+            fully_shard(module.base_layer, mesh=mesh)
+    for module in list(model.modules()):
+        if isinstance(module, LlamaDecoderLayer):
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model, partial(full_state, model)
+
+
+def with_accelerate(model: PeftModel) -> tuple[nn.Module, Callable[[], dict]]:
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    # accelerate itself offers FSDP on accelerators only; this is the function that it calls there.
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        cpu_ram_efficient_loading=os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true",
+    )
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        mixed_precision="no",
+        is_main_process=dist.get_rank() == 0,
+        device=torch.device("cpu"),
+        torch_device_mesh=init_device_mesh("cpu", (2,), mesh_dim_names=("fsdp",)),
+        parallelism_config=SimpleNamespace(fsdp_dim_names=("fsdp",)),
+    )
+    prepared = fsdp2_prepare_model(accelerator, model)
+    return prepared, partial(full_state, prepared)
+
+
+def with_fsdp1(model: PeftModel) -> tuple[nn.Module, Callable[[], dict]]:
+    wrapped = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=partial(transformer_auto_wrap_policy, transformer_layer_cls={LlamaDecoderLayer}),
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+    )
+
+    def state() -> dict:
+        whole = FullStateDictConfig(offload_to_cpu=False, rank0_only=False)
+        with FullyShardedDataParallel.state_dict_type(wrapped, StateDictType.FULL_STATE_DICT, whole):
+            return wrapped.state_dict()
+
+    return wrapped, state
+
+
+ENGINES = {
+    "ddp": with_ddp,
+    "fsdp2": with_fsdp2,
+    "fsdp2, base layers as units": partial(with_fsdp2, base_layers_too=True),
+    "fsdp2 by accelerate": with_accelerate,
+    "fsdp2 by accelerate, loaded on rank 0": with_accelerate,
+    "fsdp1": with_fsdp1,
+}
+
+
+def base_on(rank: int, engine: str) -> nn.Module:
+    """As transformers loads it: with cpu_ram_efficient_loading the other ranks' parameters stay on the meta device."""
+    base = tiny_llama()
+    if engine.endswith("loaded on rank 0") and rank:
+        for module in base.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.to("meta")))
+    return base
+
+
+def one_engine(rank: int, engine: str, folder: Path) -> dict:
+    model = get_peft_model(base_on(rank, engine), config(seed=rank))
+    parallel, state = ENGINES[engine](model)
+    losses = train(parallel, range(STEPS), rank, 2)
+    refusal = ""
+    if engine.startswith("fsdp2"):
+        assert any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
+        try:
+            model.save_pretrained(folder / "sharded")
+        except ValueError as error:
+            refusal = str(error)
+    whole = state()
+    if rank == 0:
+        model.save_pretrained(folder / engine, state_dict=whole)
+    dist.barrier()
+    again = PeftModel.from_pretrained(tiny_llama(), folder / engine, is_trainable=True)
+    resumed = train(ENGINES[engine](again)[0], range(STEPS, STEPS + 2), rank, 2)
+    return {"losses": losses, "refusal": refusal, "resumed": resumed}
+
+
+def all_engines(rank: int, folder: str) -> dict:
+    results = {}
+    for engine in ENGINES:
+        ram_efficient = RAM_EFFICIENT if engine.endswith("loaded on rank 0") else {}
+        os.environ.update(ram_efficient)
+        try:
+            results[engine] = one_engine(rank, engine, Path(folder))
+        except Exception:
+            results[engine] = traceback.format_exc()
+        for name in ram_efficient:
+            del os.environ[name]
+    return results
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> list[dict]:
+    """What each engine gave on each of two ranks."""
+    return on_ranks(partial(all_engines, folder=str(folder)), folder)
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[PeftModel, list[float]]:
+    """One process: the model after the same steps, and its losses, two further steps included."""
+    model = get_peft_model(tiny_llama(), config(seed=0))
+    losses = train(model, range(STEPS))
+    after = {key: value.clone() for key, value in model.state_dict().items()}
+    losses += train(model, range(STEPS, STEPS + 2))
+    model.load_state_dict(after)
+    return model, losses
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_trains_saves_and_resumes_as_one_process_does(
+    engine: str, results: list[dict], alone: tuple[PeftModel, list[float]], folder: Path
+) -> None:
+    model, losses = alone
+    for found in results:
+        assert isinstance(found[engine], dict), found[engine]
+        close(found[engine]["losses"], losses[:STEPS])
+        close(found[engine]["resumed"], losses[STEPS:])
+    loaded = PeftModel.from_pretrained(tiny_llama(), folder / engine)
+    expected, found = model.state_dict(), loaded.state_dict()
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        if key.endswith(".code"):
+            assert torch.equal(tensor, found[key]), key
+        else:
+            torch.testing.assert_close(tensor, found[key], rtol=1e-4, atol=1e-6, msg=key)
+
+
+def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
+    for found in results:
+        assert "so the file would be incomplete" in found["fsdp2"]["refusal"]
+
+
+def close(found: list[float], expected: list[float]) -> None:
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
