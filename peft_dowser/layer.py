@@ -236,9 +236,6 @@ class DowserLayer(BaseTunerLayer):
 class Linear(nn.Module, DowserLayer):
     """A linear layer, or transformers' Conv1D, with sparse deltas on its weight."""
 
-    # DeepSpeed ZeRO-3 gathers the weight and the values here, where both are read, not where `base_layer` is called.
-    _z3_leaf = True
-
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
         DowserLayer.__init__(self, base_layer, name)
@@ -260,7 +257,8 @@ class Linear(nn.Module, DowserLayer):
         values = [self.values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if _has_hooks(base):
-            nothing = x.new_zeros(()).expand(self.weight.shape)
+            features = (self.out_features, self.in_features)
+            nothing = x.new_zeros(()).expand(features[::-1] if is_transposed(base) else features)
             added = sparse_linear(x, nothing, None, values, positions, is_transposed(base))
             return self.base_layer(x, *args, **kwargs) + added
         return sparse_linear(x, base.weight, base.bias, values, positions, is_transposed(base))

@@ -21,7 +21,7 @@ from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
 from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
-from .probe import check_materialized, probe_layers
+from .probe import check_materialized, check_whole, probe_layers
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .sharding import complete, leave_positions_to_us
@@ -84,6 +84,7 @@ class DowserModel(BaseTuner):
     def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
         """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
         peft_config.check()
+        check_whole(model)
         layers = resolve_targets(model, peft_config)
         if peft_config.target_modules is None or peft_config.last_layers is not None:
             peft_config.target_modules = set(layers)

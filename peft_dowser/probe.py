@@ -141,19 +141,28 @@ def _split(count: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(ends))
 
 
-def check_materialized(model: nn.Module) -> None:
-    """Refuse a model without weights.
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose weights are spread over ranks.
 
     Raises:
-        ValueError: some parameters are on the meta device, or spread over the ranks of a distributed run.
+        ValueError: some parameters are sharded.
     """
     sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
     if sharded:
         raise ValueError(
             f"{len(sharded)} parameters of {type(model).__name__} are sharded over the ranks, '{sharded[0]}' the "
-            "first. Scores need whole weights: add the adapter before the model is sharded; or make and save it in a "
-            "run without sharding, and load it here."
+            "first. Add or load the adapter before the model is sharded: before fully_shard, accelerator.prepare or "
+            "deepspeed.initialize, and outside deepspeed.zero.Init."
         )
+
+
+def check_materialized(model: nn.Module) -> None:
+    """Refuse a model without weights, or with a part of them.
+
+    Raises:
+        ValueError: some parameters are on the meta device, or sharded.
+    """
+    check_whole(model)
     missing = _on_meta(model)
     if missing:
         raise ValueError(
