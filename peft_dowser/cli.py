@@ -1,4 +1,4 @@
-"""The command `peft-dowser`: probe a model once; make, inspect, verify and merge adapters."""
+"""The command `peft-dowser`: plan a fine-tuning; probe a model once; make, inspect, verify and merge adapters."""
 
 import argparse
 import json
@@ -57,6 +57,21 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
     extract.set_defaults(run=_extract)
 
+    plan = commands.add_parser("plan", help="what a fine-tuning will take, from the config of a model alone")
+    plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
+    plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
+    plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="module names (default: as in DowserConfig)")
+    plan.add_argument("--last-layers", type=int, help="train only the last L layers")
+    plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")
+    plan.add_argument("--dtype", default="bfloat16", help="of the base model (default: bfloat16)")
+    plan.add_argument("--values-dtype", default="float32", help="of the trained values (default: float32)")
+    plan.add_argument("--quantization", default="none", help="of the base: none, 8bit or 4bit (default: none)")
+    plan.add_argument("--batch", type=int, default=1, help="examples in a step (default: 1)")
+    plan.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(run=_plan)
+
     merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
     merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
@@ -114,6 +129,41 @@ def _extract(options: argparse.Namespace) -> None:
         raise ValueError(error) from error
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .config import DowserConfig
+    from .plan import OPTIMIZERS, bytes_per_weight, plan
+
+    found = plan(
+        options.model,
+        DowserConfig(
+            update_ratio=options.update_ratio,
+            target_modules=options.target_modules,
+            last_layers=options.last_layers,
+        ),
+        optimizer=options.optimizer,
+        dtype=options.dtype,
+        values_dtype=options.values_dtype,
+        quantization=options.quantization,
+        batch=options.batch,
+        tokens=options.tokens,
+        gradient_checkpointing=options.gradient_checkpointing,
+    )
+    if options.json:
+        print(json.dumps(vars(found) | {"total": found.total}, indent=2))
+        return
+    print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
+    print("memory of a training step, GB")
+    for part in ("weights", "values", "gradients", "optimizer", "positions", "activations", "temporary", "total"):
+        print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
+    print("\nstate per base weight, bytes      float32   bfloat16 values")
+    for name in OPTIMIZERS:
+        wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))
+        print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
+    print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
+    print(f"step      {found.step_flops / 1e12:.1f} TFLOP")
+    print(f"adapter   {found.file / 1e9:.3f} GB on disk (bfloat16 values)")
 
 
 def _merge(options: argparse.Namespace) -> None:

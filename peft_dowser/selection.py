@@ -69,7 +69,8 @@ def score_module(name: str, layer: BaseLayer, config: DowserConfig, statistics: 
         raise ValueError(f"Module '{name}': {error}") from error
 
 
-def _ratio(name: str, config: DowserConfig) -> float:
+def ratio_of(name: str, config: DowserConfig) -> float:
+    """The update ratio of a module."""
     key = get_pattern_key(list(config.ratio_pattern), name)
     return config.ratio_pattern.get(key, config.update_ratio)
 
@@ -108,7 +109,7 @@ class _Ranking:
 
     def masks(self) -> dict[str, Tensor]:
         largest = self.config.select == "high"
-        ratios = {name: _ratio(name, self.config) for name in self.names}
+        ratios = {name: ratio_of(name, self.config) for name in self.names}
         if not self.names:
             return {}
         if self.config.scope == "row":
@@ -131,7 +132,7 @@ class _Ranking:
         return {name: _as_stored(at, self.layers[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:
-        if _ratio(name, self.config) == 0:
+        if ratio_of(name, self.config) == 0:
             return False
         if self.statistics is not None and name not in self.statistics.modules:
             self.frozen[name] = "no probe reached it"

@@ -1,0 +1,221 @@
+"""What a fine-tuning will take, computed from the config of a model: no weight is loaded, and none allocated.
+
+State is counted tensor by tensor, and activations are what autograd keeps when the model's forward runs on fake
+tensors, so both are exact; what a step needs beyond them is bounded by one layer.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .checkpoints import model_class
+from .codec import code_length, position_dtype
+from .config import DowserConfig
+from .masks import trained_count
+from .selection import ratio_of
+from .targets import is_transposed, layer_of, resolve_targets
+
+# State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
+# values, two float32 scales (tensors below 4096 values stay in float32).
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
+QUANTIZATIONS = ("none", "8bit", "4bit")
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
+# a float32 scale for every 64 weights.
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+@dataclass
+class Plan:
+    """Bytes, counts and arithmetic of one fine-tuning.
+
+    Attributes:
+        parameters: parameters of the model.
+        adapted: weights of the adapted matrices.
+        trained: nnz, those of them that train.
+        weights: bytes of the base model.
+        values: bytes of the trained values.
+        gradients: bytes of their gradients.
+        optimizer: bytes of the optimizer's state.
+        positions: bytes of the decoded positions and of the index codes.
+        activations: bytes that autograd keeps from forward to backward.
+        temporary: bytes of W + D of the largest matrix, of the product that its gradient is taken from, and, with
+            gradient checkpointing, of one layer's activations.
+        statistics: bytes of a probe's result, in memory and on disk.
+        probe_flops: arithmetic of a probe: generation, one forward and R backwards.
+        step_flops: arithmetic of a training step, without attention.
+        file: bytes of a saved adapter with bfloat16 values, without its config.
+    """
+
+    parameters: int
+    adapted: int
+    trained: int
+    weights: int
+    values: int
+    gradients: int
+    optimizer: int
+    positions: int
+    activations: int
+    temporary: int
+    statistics: int
+    probe_flops: float
+    step_flops: float
+    file: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of a training step at its peak."""
+        parts = (self.weights, self.values, self.gradients, self.optimizer, self.positions)
+        return sum(parts) + self.activations + self.temporary
+
+
+def plan(
+    model: str | PreTrainedConfig,
+    config: DowserConfig,
+    optimizer: str = "adamw",
+    dtype: str = "bfloat16",
+    values_dtype: str = "float32",
+    quantization: str = "none",
+    batch: int = 1,
+    tokens: int = 512,
+    gradient_checkpointing: bool = False,
+) -> Plan:
+    """Compute what a fine-tuning will take.
+
+    Args:
+        model: folder or Hub id of a model, of which only the config is read; or the config.
+        config: the adapter's config; masks are counted with `scope="matrix"`.
+        optimizer: one of `OPTIMIZERS`: torch's AdamW, bitsandbytes' AdamW8bit, Adafactor or plain SGD.
+        dtype: of the base model and its activations: "float32", "bfloat16" or "float16".
+        values_dtype: of the trained values, their gradients and the optimizer's state.
+        quantization: of the base's linears, except the output head: one of `QUANTIZATIONS` (bitsandbytes).
+        batch: examples in a step.
+        tokens: tokens of an example.
+        gradient_checkpointing: keep only the inputs of each layer, and run its forward again in the backward.
+
+    Raises:
+        ValueError: a name or number is none that can be planned, or the config does not fit the model.
+    """
+    _check(optimizer, dtype, values_dtype, quantization, batch, tokens)
+    known = AutoConfig.from_pretrained(model) if isinstance(model, str) else copy.deepcopy(model)
+    name = model if isinstance(model, str) else known.name_or_path or type(known).__name__
+    known.use_cache = False
+    with FakeTensorMode():
+        skeleton = model_class(known, name)._from_config(known, dtype=getattr(torch, dtype))
+        layers = resolve_targets(skeleton, config)
+        shapes = {key: tuple(layer.weight.shape) for key, layer in layers.items()}
+        widths = sum(shapes[key][0 if is_transposed(layer) else 1] for key, layer in layers.items())
+        kept = kept_bytes(skeleton, shapes, batch, tokens, checkpointing=False)
+        activations, recomputed = kept, 0
+        if gradient_checkpointing:
+            activations = kept_bytes(skeleton, shapes, batch, tokens, checkpointing=True)
+            recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in shapes}))
+    numels = {key: math.prod(shape) for key, shape in shapes.items()}
+    counts = {key: trained_count(ratio_of(key, config), numel) for key, numel in numels.items()}
+    nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
+    codes = sum(code_length(numels[key], count) for key, count in counts.items())
+    positions = sum(count * position_dtype(numels[key]).itemsize for key, count in counts.items())
+    prompts = config.num_probes * config.probe_length
+    largest = max(numels.values())
+    return Plan(
+        parameters=skeleton.num_parameters(),
+        adapted=adapted,
+        trained=nnz,
+        weights=_weight_bytes(skeleton, dtype, quantization),
+        values=nnz * size,
+        gradients=nnz * size,
+        optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
+        positions=positions + codes,
+        activations=activations,
+        temporary=2 * largest * _DTYPE_BYTES[dtype] + recomputed,
+        statistics=4 * (config.num_probes * sum(sum(shape) for shape in shapes.values()) + widths),
+        # Generation is a forward too; each of the R backwards computes gradients of activations only.
+        probe_flops=2.0 * adapted * prompts * (2 + config.num_rademacher),
+        step_flops=2.0 * adapted * batch * tokens * (4 if gradient_checkpointing else 3),
+        file=codes + 2 * nnz,
+    )
+
+
+def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> float:
+    """State per base weight of values, gradients, optimizer and positions, for large matrices."""
+    numel, size = 1 << 24, _DTYPE_BYTES[values_dtype]
+    count = trained_count(update_ratio, numel)
+    state = 2 * count * size + _optimizer_bytes(optimizer, count, size)
+    return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
+
+
+def kept_bytes(model: PreTrainedModel, trained: Mapping[str, Any], batch: int, tokens: int, checkpointing: bool) -> int:
+    """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
+
+    Args:
+        model: the model; under `FakeTensorMode` nothing is computed.
+        trained: names of the modules whose weights have gradients: the input of each is kept for that.
+        batch: examples.
+        tokens: tokens of an example.
+        checkpointing: with gradient checkpointing.
+    """
+    model.train().requires_grad_(False)
+    for name in trained:
+        model.get_submodule(name).weight.requires_grad_(True)
+    if checkpointing:
+        # transformers 5.24 renames the method.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Fake tensors always bring a causal mask along, where fused attention is just told to be causal.
+        if storage._cdata not in owned and tensor.shape != (batch, 1, tokens, tokens):
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
+    inputs = {"input_ids": ids, "labels": ids} if model.can_generate() else {"input_ids": ids}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(**inputs)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
+    size = _DTYPE_BYTES[dtype]
+    total = sum(parameter.numel() for parameter in model.parameters()) * size
+    if quantization == "none":
+        return total
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    numel = sum(linear.weight.numel() for linear in linears)
+    return total + round(numel * (_QUANTIZED_BYTES[quantization] - size))
+
+
+def _optimizer_bytes(optimizer: str, count: int, size: int) -> int:
+    """State of one tensor of `count` values of `size` bytes."""
+    if optimizer == "adamw_8bit" and count >= 4096:
+        return 2 * count + 2 * 4 * math.ceil(count / 256)
+    if optimizer == "adamw_8bit":
+        return 2 * 4 * count
+    if optimizer == "adafactor":  # rows and columns are factored, and values have none
+        return 4 * count
+    return 2 * count * size + 4 if optimizer == "adamw" else 0  # 4: the step
+
+
+def _check(optimizer: str, dtype: str, values_dtype: str, quantization: str, batch: int, tokens: int) -> None:
+    for name, value, known in (
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("dtype", dtype, tuple(_DTYPE_BYTES)),
+        ("values_dtype", values_dtype, tuple(_DTYPE_BYTES)),
+        ("quantization", quantization, QUANTIZATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    if batch < 1 or tokens < 1:
+        raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")

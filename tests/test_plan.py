@@ -1,0 +1,146 @@
+"""The plan of a fine-tuning beside the real thing."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, tiny_llama
+from peft import get_peft_model
+from torch import nn
+
+from peft_dowser import DowserConfig, DowserLayer, probe
+from peft_dowser.cli import main
+from peft_dowser.plan import bytes_per_weight, kept_bytes, plan
+
+
+def architecture():
+    known = tiny_llama().config
+    known.architectures = ["LlamaForCausalLM"]
+    return known
+
+
+def size_of(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    ids = torch.arange(3, 27).view(2, 12)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("given", [{"update_ratio": 0.1}, {"update_ratio": 0.37, "ratio_pattern": {"up_proj": 0.02}}])
+def test_planned_state_is_that_of_the_real_tensors(dtype: str, optimizer: str, given: dict, tmp_path: Path) -> None:
+    found = plan(architecture(), config(**given), optimizer=optimizer, dtype=dtype)
+    base = tiny_llama(dtype=getattr(torch, dtype))
+    assert found.parameters == base.num_parameters()
+    assert found.weights == size_of(base.parameters())
+    model = get_peft_model(base, config(score="magnitude", save_dtype="bfloat16", **given))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    real = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](trained, lr=1e-3)
+    step(model, real)
+    indices = [layer.index("default") for layer in model.modules() if isinstance(layer, DowserLayer)]
+    assert found.adapted == sum(index.numel for index in indices)
+    assert found.trained == sum(parameter.numel() for parameter in trained)
+    assert found.values == size_of(trained)
+    assert found.gradients == size_of(parameter.grad for parameter in trained)
+    assert found.positions == size_of(tensor for index in indices for tensor in index.buffers())
+    assert found.optimizer == size_of(tensor for state in real.state.values() for tensor in state.values())
+    model.save_pretrained(tmp_path)
+    written = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert found.file == len(written) - 8 - int.from_bytes(written[:8], "little")
+
+
+def test_planned_state_of_the_8_bit_optimizer_is_the_real_one() -> None:
+    optim = pytest.importorskip("bitsandbytes").optim
+    values = nn.Parameter(torch.randn(10_000))
+    optimizer = optim.AdamW8bit([values])
+    values.grad = torch.randn(10_000)
+    optimizer.step()
+    state = optimizer.state[values]
+    per_weight = size_of(state[key] for key in ("state1", "state2", "absmax1", "absmax2")) / 10_000
+    without = bytes_per_weight(0.1, "sgd", "float32")
+    assert bytes_per_weight(0.1, "adamw_8bit", "float32") - without == pytest.approx(0.1 * per_weight, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_planned_activations_are_what_autograd_keeps(dtype: str) -> None:
+    found = plan(architecture(), config(), dtype=dtype, batch=2, tokens=12)
+    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude")).train()
+    owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    ids = torch.arange(3, 27).view(2, 12)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(input_ids=ids, labels=ids, use_cache=False)
+    assert found.activations == sum(storage.nbytes() for key, storage in kept.items() if key not in owned)
+
+
+def test_gradient_checkpointing_keeps_the_inputs_of_the_layers() -> None:
+    found = plan(architecture(), config(), dtype="float32", batch=2, tokens=12, gradient_checkpointing=True)
+    model = tiny_llama()
+    assert found.activations == kept_bytes(model, ["model.layers.0.mlp.up_proj"], 2, 12, checkpointing=True)
+    without = plan(architecture(), config(), dtype="float32", batch=2, tokens=12)
+    assert found.activations < without.activations / 3
+    # One layer of the two is recomputed at a time.
+    assert found.temporary - without.temporary == pytest.approx((without.activations - found.activations) / 2, abs=1)
+
+
+def test_planned_statistics_are_those_of_a_probe() -> None:
+    found = plan(architecture(), config())
+    modules = probe(tiny_llama(), config()).modules.values()
+    energy = sum(size_of([module.energy]) for module in modules)
+    factors = sum(size_of([module.sensitivity, module.activity]) for module in modules)
+    assert found.statistics == factors + energy
+
+
+def test_seven_billion_parameters_train_on_24_gigabytes() -> None:
+    from transformers import LlamaConfig
+
+    llama = LlamaConfig(architectures=["LlamaForCausalLM"])  # the defaults are those of Llama-7B
+    found = plan(
+        llama,
+        DowserConfig(),
+        optimizer="adamw_8bit",
+        quantization="4bit",
+        tokens=2048,
+        gradient_checkpointing=True,
+    )
+    assert found.parameters == 6_738_415_616
+    assert abs(found.trained - 0.1 * found.adapted) < 224  # every matrix is rounded
+    assert found.total < 24e9
+    assert plan(llama, DowserConfig(), tokens=2048).total > 24e9
+
+
+def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    architecture().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = plan(str(tmp_path), DowserConfig())
+    assert printed == vars(found) | {"total": found.total}
+    assert main(["plan", str(tmp_path), "--update-ratio", "0.2", "--optimizer", "adamw_8bit"]) == 0
+    table = capsys.readouterr().out
+    assert "trained 4,100 of 20,480 adapted weights" in table  # every matrix is rounded
+    assert "adamw_8bit" in table
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--optimizer", "adam"], "optimizer must be one of adamw, adamw_8bit, adafactor, sgd, got 'adam'"),
+        (["--quantization", "2bit"], "quantization must be one of none, 8bit, 4bit"),
+        (["--tokens", "0"], "batch and tokens must be at least 1"),
+        (["--update-ratio", "2"], "update_ratio must be a number in"),
+    ],
+)
+def test_what_cannot_be_planned(option: list[str], message: str, tmp_path: Path, capsys) -> None:
+    architecture().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), *option]) == 2
+    assert message in capsys.readouterr().err
