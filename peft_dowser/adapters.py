@@ -62,22 +62,23 @@ class SavedAdapter:
     def problems(self, base: Checkpoint) -> Iterator[str]:
         """Whatever keeps the adapter from being merged into a base, one message each; none where it fits."""
         try:
-            layers = resolve_targets(base.model, self.config)
-            check_counts(self.counts, layers, self.name)
+            targets = resolve_targets(base.model, self.config)
+            check_counts(self.counts, targets, self.name)
             expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
             check_keys(expected, self.file.keys(), f"Adapter '{self.name}'")
         except (ValueError, TypeError) as error:
             yield str(error)
             return
         for module in self.counts:
-            weight = layers[module].weight
-            if problem := _weight_problem(base, f"{module}.weight", tuple(weight.shape)):
+            target = targets[module]
+            if problem := _weight_problem(base, target.tensor_name, target.shape):
                 yield problem
             try:
-                self.delta(module, weight.numel())
+                self.delta(module, target.numel)
             except DeltaFormatError as error:
                 yield str(error)
-        stored = [base.key(f"{module}.weight") for module in self.counts if f"{module}.weight" in base]
+        names = [targets[module].tensor_name for module in self.counts]
+        stored = [base.key(name) for name in names if name in base]
         if shared := len(stored) - len(set(stored)):
             yield (
                 f"Adapter '{self.name}': {shared} of its target weights are tied to others of them in '{base.name}'. "

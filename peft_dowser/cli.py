@@ -30,6 +30,9 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
     probe.add_argument("--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)")
     probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
+    probe.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to probe as well"
+    )
     probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
     probe.add_argument("--device", help="device to probe on (default: where the model loads)")
     probe.set_defaults(run=_probe)
@@ -97,6 +100,7 @@ def _probe(options: argparse.Namespace) -> None:
         probe_length=options.probe_length,
         probe_images=options.probe_images,
         last_layers=options.last_layers,
+        target_parameters=options.target_parameters,
         seed=options.seed,
     )
     _check_output(Path(options.output))

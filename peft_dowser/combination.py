@@ -85,12 +85,14 @@ def combined_config(first: DowserConfig, deltas: Mapping[str, Delta], layers: It
     Its `nnz_pattern` makes it the config of a saved adapter: its mask comes from data, never from a probe.
     """
     counts = {name: delta.values.numel() for name, delta in deltas.items()}
-    numel = sum(layer.weight.numel() for layer in layers if layer.module_name in counts)
+    targets = [layer.target for layer in layers if layer.module_name in counts]
+    fused = [target.name for target in targets if target.is_fused]
     return dataclasses.replace(
         first,
-        update_ratio=sum(counts.values()) / numel,
+        update_ratio=sum(counts.values()) / sum(target.numel for target in targets),
         ratio_pattern={},
-        target_modules=set(counts),
+        target_modules=set(counts) - set(fused),
+        target_parameters=fused or None,
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,

@@ -36,7 +36,8 @@ class DowserConfig(PeftConfig):
         modules_to_save: further modules to train and save as a whole.
         trainable_token_indices: token indices whose embeddings train, or indices by embedding name.
         bias: which biases train: "none", "all" or "dowser_only". Any but "none" changes the base model's biases.
-        target_parameters: not supported by this release.
+        target_parameters: fused weights of experts to adapt, names or their ends: "mlp.experts.down_proj". Each expert
+            is ranked by itself. None are adapted by default.
         score: what ranks the weights: "dowser" (|J| |W| |h|, data-free), "random", "magnitude" (|W|), "wanda"
             (|W| ||h||) or "gradient" (|dL/dW|).
         select: "low" trains the lowest scores and so protects what matters, "high" trains the highest.
@@ -152,16 +153,16 @@ class DowserConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _is_list(value, str)):
                 yield f"{name} must be a string or a list of strings, got {value!r}"
-        if not (self.modules_to_save is None or _is_list(self.modules_to_save, str)):
-            yield f"modules_to_save must be a list of module names, got {self.modules_to_save!r}"
+        for name, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
+            value = getattr(self, name)
+            if not (value is None or _is_list(value, str)):
+                yield f"{name} must be a list of {kind} names, got {value!r}"
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
         if not (layers is None or _is_index(layers) or _is_list(layers, int)):
             yield f"layers_to_transform must be an index or a list of indices, got {layers!r}"
         lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
         if not (tokens is None or all(_is_list(indices, int) for indices in lists)):
             yield f"trainable_token_indices must be a list of indices, or such lists by module name, got {tokens!r}"
-        if self.target_parameters:
-            yield "target_parameters is not supported by this release; name the linear modules in target_modules"
         if isinstance(self.target_modules, str) and layers is not None:
             yield "layers_to_transform needs target_modules as a list, got the string " + repr(self.target_modules)
         if self.layers_pattern and layers is None:

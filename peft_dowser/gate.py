@@ -9,8 +9,9 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError, decode
+from .experts import FusedParameter
 from .layer import DowserLayer
-from .targets import BaseLayer
+from .target import Target
 
 # How a saved adapter calls the tensors of a module: its values and its index code.
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
@@ -23,25 +24,25 @@ def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
     return {key.removesuffix(VALUES): value.numel() for key, value in state_dict.items() if key.endswith(VALUES)}
 
 
-def check_counts(counts: Mapping[str, int], layers: Mapping[str, BaseLayer], adapter_name: str) -> None:
+def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapter_name: str) -> None:
     """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
     if not counts:
         raise DeltaFormatError(
             f"Adapter '{adapter_name}' is that of a saved adapter, but has values for no module. The file is "
             "incomplete, or its config was edited."
         )
-    unknown = [name for name in counts if name not in layers]
+    unknown = [name for name in counts if name not in targets]
     if unknown:
         raise DeltaFormatError(
             f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
             f"{_few(unknown)}. It was made for another base model, or its config was edited."
         )
     for name, nnz in counts.items():
-        numel = layers[name].weight.numel()
+        numel = targets[name].numel
         if isinstance(nnz, bool) or not isinstance(nnz, int) or not 0 < nnz <= numel:
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
-                f"weight has {numel} entries {tuple(layers[name].weight.shape)}. It was made for another base "
+                f"weight has {numel} entries {targets[name].shape}. It was made for another base "
                 "model, or its config was edited."
             )
 
@@ -124,10 +125,22 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
             warnings.simplefilter("ignore")  # PEFT announces the next active adapter
             layer.delete_adapter(adapter_name)
         if not layer.dowser_values:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
+            _unwrap(model, name, layer)
     configs = cast(dict[str, PeftConfig], model.peft_config)
     configs.pop(adapter_name, None)
+
+
+def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:
+    """Put the base layer back in the place of a layer without adapters."""
+    path, _, child = name.rpartition(".")
+    parent = model.get_submodule(path)
+    if isinstance(layer, FusedParameter):
+        delattr(parent, child)
+        if any(isinstance(other, FusedParameter) for other in parent.children()):
+            return
+        path, _, child = path.rpartition(".")
+        parent = model.get_submodule(path)
+    setattr(parent, child, layer.get_base_layer())
 
 
 def _few(names: list[str]) -> str:

@@ -11,7 +11,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 from .codec import DeltaFormatError, code_length, decode, encode, position_dtype
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
-from .targets import is_transposed
+from .target import Target
 
 
 class Values(nn.Module):
@@ -79,29 +79,31 @@ class Index(nn.Module):
 
 
 class DowserLayer(BaseTunerLayer):
-    """State of the Dowser adapters on one base layer.
+    """State of the Dowser adapters on one target.
 
     Attributes:
         dowser_values: `Values` by adapter name.
         dowser_index: `Index` by adapter name.
-        module_name: name of the base layer in the base model.
+        module_name: name of the target in the base model.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
 
     adapter_layer_names = ("dowser_values",)
     other_param_names = ("dowser_index",)
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
-        self.base_layer = base_layer
+    def __init__(self, name: str) -> None:
         self.module_name = name
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
-        rows, columns = self.weight.shape
-        transposed = is_transposed(self.get_base_layer())
-        self.out_features, self.in_features = (columns, rows) if transposed else (rows, columns)
+        self.out_features, self.in_features = self.target.features
+
+    @property
+    def target(self) -> Target:
+        """The weight that the adapters change."""
+        return Target(self.module_name, self.get_base_layer())
 
     def values(self, adapter_name: str) -> nn.Parameter:
         """The trained values of an adapter, shape `(nnz,)`."""
@@ -238,7 +240,8 @@ class Linear(nn.Module, DowserLayer):
 
     def __init__(self, base_layer: nn.Module, name: str) -> None:
         super().__init__()
-        DowserLayer.__init__(self, base_layer, name)
+        self.base_layer = base_layer
+        DowserLayer.__init__(self, name)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives.
@@ -250,7 +253,7 @@ class Linear(nn.Module, DowserLayer):
         active = [name for name in self.active_adapters if name in self.dowser_values]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base, transposed = self.get_base_layer(), self.target.transposed
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
@@ -258,10 +261,10 @@ class Linear(nn.Module, DowserLayer):
         positions = [self.index(name).decoded() for name in active]
         if _has_hooks(base):
             features = (self.out_features, self.in_features)
-            nothing = x.new_zeros(()).expand(features[::-1] if is_transposed(base) else features)
-            added = sparse_linear(x, nothing, None, values, positions, is_transposed(base))
+            nothing = x.new_zeros(()).expand(features[::-1] if transposed else features)
+            added = sparse_linear(x, nothing, None, values, positions, transposed)
             return self.base_layer(x, *args, **kwargs) + added
-        return sparse_linear(x, base.weight, base.bias, values, positions, is_transposed(base))
+        return sparse_linear(x, base.weight, base.bias, values, positions, transposed)
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()

@@ -20,6 +20,7 @@ from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open
 from .codec import DeltaFormatError
 from .model import report_vanished
 from .sparse_linear import add_delta_
+from .targets import fused_parameters
 
 
 def merge(
@@ -98,7 +99,8 @@ class _Sum:
         self.adapter = adapter
         self.base = base
         self.vanished: dict[str, tuple[int, int]] = {}
-        weights = {module: f"{module}.weight" for module in adapter.counts}
+        fused = fused_parameters(base.model)
+        weights = {module: module if module in fused else f"{module}.weight" for module in adapter.counts}
         self._modules = {base.key(name): module for module, name in weights.items() if name in base}
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
 

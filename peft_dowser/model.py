@@ -7,26 +7,29 @@ import logging
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import get_pattern_key
+from peft.utils.other import _get_submodules, get_pattern_key
 from torch import Tensor, nn
 
 from .arithmetic import CombinationType, SignMethod
 from .codec import DeltaFormatError
 from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
+from .experts import Experts, FusedParameter
 from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
-from .probe import check_materialized, check_whole, probe_layers
+from .probe import check_materialized, check_whole, probe_targets
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .sharding import complete, leave_positions_to_us
 from .statistics import ProbeStatistics
-from .targets import BaseLayer, resolve_targets
+from .target import Target
+from .targets import fused_parameters, layer_of, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class DowserModel(BaseTuner):
         self._adapter_name = adapter_name
         self._counts = counts_in(state_dict)
         self._masks: dict[str, Tensor] = {}
+        self._fused: list[str] = []
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
@@ -76,7 +80,7 @@ class DowserModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            del self._masks, self._counts, self._twin, self._adapter_name
+            del self._masks, self._counts, self._twin, self._adapter_name, self._fused
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
@@ -85,43 +89,49 @@ class DowserModel(BaseTuner):
         """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
         peft_config.check()
         check_whole(model)
-        layers = resolve_targets(model, peft_config)
-        if peft_config.target_modules is None or peft_config.last_layers is not None:
-            peft_config.target_modules = set(layers)
+        targets = resolve_targets(model, peft_config)
+        self._fused = [name for name, target in targets.items() if target.is_fused]
+        by_default = peft_config.target_modules is None
+        if by_default or peft_config.last_layers is not None:
+            peft_config.target_modules = set(targets) - set(self._fused)
+        if peft_config.last_layers is not None:
+            peft_config.target_parameters = self._fused or None
         if self._twin is not None:
             peft_config._selected = self.peft_config[self._twin].saved_nnz
             return
         if self._counts is None:
             self._counts = peft_config.nnz_pattern
         if self._counts is not None:
-            check_counts(self._counts, layers, self._adapter_name)
+            check_counts(self._counts, targets, self._adapter_name)
             return
         started = time.perf_counter()
         with _adapters_disabled(model):
-            statistics = self._statistics(model, layers, peft_config)
-            self._masks = same_on_all_ranks(lambda: self._choice(model, layers, peft_config, statistics), layers)
+            statistics = self._statistics(model, targets, peft_config)
+            self._masks = same_on_all_ranks(lambda: self._choice(model, targets, peft_config, statistics), targets)
         peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
-        _report_unmatched_ratios(peft_config, layers)
-        _log_selection(self._masks, layers, time.perf_counter() - started)
+        _report_unmatched_ratios(peft_config, targets)
+        if by_default and not self._fused:
+            _report_bare_experts(fused_parameters(model))
+        _log_selection(self._masks, targets, time.perf_counter() - started)
 
     @staticmethod
-    def _statistics(model: nn.Module, layers: Mapping[str, BaseLayer], config: DowserConfig) -> ProbeStatistics | None:
+    def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
         if config.score not in PROBED_SCORES:
             return None
         path = config.statistics
         if path is not None:  # rank 0 chooses
             return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
-        return probe_layers(model, layers, config)
+        return probe_targets(model, targets, config)
 
     @staticmethod
     def _choice(
         model: nn.Module,
-        layers: Mapping[str, BaseLayer],
+        targets: Mapping[str, Target],
         config: DowserConfig,
         statistics: ProbeStatistics | None,
     ) -> dict[str, Tensor]:
         check_materialized(model)
-        return choose_masks(layers, config, statistics)
+        return choose_masks(targets, config, statistics)
 
     def _create_and_replace(
         self,
@@ -133,21 +143,45 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if not self._is_adapted(current_key, target):
+        if isinstance(target, FusedParameter) or not self._is_adapted(current_key, target):
             return
         layer = target if isinstance(target, DowserLayer) else Linear(target, current_key)
-        if self._twin is not None:
-            layer.add_copy(adapter_name, of=self._twin)
-        elif self._counts is not None:
-            layer.add_placeholder(adapter_name, self._counts[current_key])
-        else:
-            layer.add_positions(adapter_name, self._masks[current_key], peft_config.init_weights)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self._add_adapter(layer, peft_config, adapter_name)
         if layer is not target:
             # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
             setattr(parent, target_name, layer)
 
-    def _is_adapted(self, name: str, target: nn.Module) -> bool:
+    def _inject_parameters(
+        self, peft_config: DowserConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Wrap the modules of fused parameters; PEFT's own method would nest one wrapper per parameter."""
+        for name in self._fused:
+            path, _, parameter = name.rpartition(".")
+            parent, module, child_name = _get_submodules(model, path)
+            experts = module if isinstance(module, Experts) else Experts(module)
+            layer = experts.parameter(parameter)
+            if self._is_adapted(name, layer):
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._add_adapter(layer or experts.add_parameter(parameter, name), peft_config, adapter_name)
+                setattr(parent, child_name, experts)
+        return self._fused
+
+    def _add_adapter(self, layer: DowserLayer, peft_config: DowserConfig, adapter_name: str) -> None:
+        if self._twin is not None:
+            layer.add_copy(adapter_name, of=self._twin)
+        elif self._counts is not None:
+            layer.add_placeholder(adapter_name, self._counts[layer.module_name])
+        else:
+            layer.add_positions(adapter_name, self._masks[layer.module_name], peft_config.init_weights)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, Experts):
+            setattr(parent, child_name, new_module)  # PEFT's own looks for the one weight of a linear layer
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _is_adapted(self, name: str, target: nn.Module | None) -> bool:
         if self._twin is not None:
             return isinstance(target, DowserLayer) and self._twin in target.dowser_values
         return name in (self._masks if self._counts is None else self._counts)
@@ -316,14 +350,25 @@ def _thaw(model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _report_unmatched_ratios(config: DowserConfig, layers: Mapping[str, BaseLayer]) -> None:
-    matched = {get_pattern_key(list(config.ratio_pattern), name) for name in layers}
+def _report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
+    matched = {get_pattern_key(list(config.ratio_pattern), name) for name in targets}
     unmatched = sorted(set(config.ratio_pattern) - matched)
     if unmatched:
         warnings.warn(
             f"The following ratio_pattern keys did not match any targeted module and were ignored: {unmatched}.",
             UserWarning,
             stacklevel=2,
+        )
+
+
+def _report_bare_experts(fused: Mapping[str, Target]) -> None:
+    """Say that the default targets leave out the weights of experts, and how to include them."""
+    if fused:
+        logger.warning(
+            "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "
+            "part of them as well, set target_parameters=%s.",
+            sum(target.numel for target in fused.values()) / 1e6,
+            sorted({name.removeprefix(layer_of(name) + ".") for name in fused}),
         )
 
 
@@ -340,9 +385,9 @@ def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
         )
 
 
-def _log_selection(masks: Mapping[str, Tensor], layers: Mapping[str, BaseLayer], seconds: float) -> None:
+def _log_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target], seconds: float) -> None:
     nnz = sum(mask.numel() for mask in masks.values())
-    numel = sum(layers[name].weight.numel() for name in masks)
+    numel = sum(targets[name].numel for name in masks)
     logger.info(
         "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s.",
         nnz,

@@ -18,12 +18,13 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .batches import alike, collate, last_positions
 from .config import DowserConfig
+from .expert_taps import ExpertsTap, tapped_experts
 from .prompts import Kind, Prompt, kind_of
 from .ranks import rank
 from .seeds import derived_seed
 from .statistics import ModuleStatistics
 from .taps import Tap, tapped
-from .targets import BaseLayer, is_transposed
+from .target import Target
 
 logger = logging.getLogger(__name__)
 
@@ -34,12 +35,13 @@ class Passes:
     def __init__(
         self,
         model: nn.Module,
-        layers: Mapping[str, BaseLayer],
+        targets: Mapping[str, Target],
         config: DowserConfig,
         prompts: list[Prompt],
         first: int,
     ) -> None:
-        self.model, self.layers, self.config, self.prompts, self.first = model, layers, config, prompts, first
+        self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
+        self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(model.parameters()).device
@@ -62,7 +64,7 @@ class Passes:
                             "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
                             "or fewer layers (last_layers)."
                         )
-        return {name: self.found[name] for name in self.layers if name in self.found}
+        return {name: self.found[name] for name in self.matrices if name in self.found}
 
     def _fitting_batch(self) -> int:
         """How many prompts fill half of the free memory with their activations."""
@@ -70,9 +72,11 @@ class Passes:
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         # Between forward and backward a transformer keeps about four times the inputs and outputs of its linears.
-        features = sum(sum(layer.weight.shape) for layer in self.layers.values())
         tokens = max(next(iter(prompt.values())).shape[1:2].numel() for prompt in self.prompts)
-        prompt = 4 * features * tokens * next(self.model.parameters()).element_size()
+        size = next(self.model.parameters()).element_size()
+        features = sum(sum(target.features) * target.uses_per_token for target in self.targets.values())
+        statistics = sum(sum(matrix.features) for matrix in self.matrices.values())
+        prompt = 4 * features * tokens * size + 4 * statistics
         return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
 
     def _fits(self, chosen: list[int], bar: tqdm) -> bool:
@@ -90,19 +94,30 @@ class Passes:
 
     def _probe_batch(self, chosen: list[int], bar: tqdm) -> None:
         inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
-        taps = {name: Tap(mask, len(chosen), self.wants_gradient) for name in self.layers}
-        with tapped(self.layers, taps):
+        fused = {name: target for name, target in self.targets.items() if target.is_fused}
+        plain = {name: target for name, target in self.targets.items() if not target.is_fused}
+        of_experts: dict[str, ExpertsTap] = {}
+        if mask is not None:
+            of_experts = {
+                name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in fused.items()
+            }
+        of_linears = {name: Tap(mask, len(chosen), self.wants_gradient) for name in plain}
+        taps: list[Tap | ExpertsTap] = [*of_linears.values(), *of_experts.values()]
+        with tapped(plain, of_linears), tapped_experts(fused, of_experts):
             with torch.no_grad():  # the taps turn it on
                 outputs = self._forward(inputs, mask)
-            starts = [start for tap in taps.values() for start in tap.starts]
+            starts = [start for tap in taps for start in tap.starts]
             self._backwards(self._probed_output(outputs, mask), starts, chosen, mask, bar)
             if self.wants_gradient:
-                for tap in taps.values():
+                for tap in taps:
                     tap.of_loss = True
                 loss = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.prompts)
                 torch.autograd.grad(loss, starts, allow_unused=True)
-        for name, tap in taps.items():
+        for name, tap in of_linears.items():
             self._keep(name, tap, chosen)
+        for name, experts in of_experts.items():
+            for expert, tap in experts.by_expert():
+                self._keep(fused[name].matrices()[expert].name, tap, chosen)
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
         if self.kind is Kind.OTHER or mask is None:
@@ -159,7 +174,7 @@ class Passes:
             return  # never called
         module = self.found.get(name)
         if module is None:
-            out, width = self._features(name)
+            out, width = self.matrices[name].features
             zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
             module = ModuleStatistics(
                 sensitivity=zeros(len(self.prompts), out),
@@ -175,11 +190,6 @@ class Passes:
             module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
         if module.gradient is not None and tap.gradient is not None:
             module.gradient += tap.gradient.cpu()
-
-    def _features(self, name: str) -> tuple[int, int]:
-        layer = self.layers[name]
-        rows, columns = layer.weight.shape
-        return (columns, rows) if is_transposed(layer) else (rows, columns)
 
 
 def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:

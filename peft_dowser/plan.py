@@ -6,9 +6,8 @@ tensors, so both are exact; what a step needs beyond them is bounded by one laye
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from .codec import code_length, position_dtype
 from .config import DowserConfig
 from .masks import trained_count
 from .selection import ratio_of
-from .targets import is_transposed, layer_of, resolve_targets
+from .targets import layer_of, resolve_targets
 
 # State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
 # values, two float32 scales (tensors below 4096 values stay in float32).
@@ -109,16 +108,20 @@ def plan(
     known.use_cache = False
     with FakeTensorMode():
         skeleton = model_class(known, name)._from_config(known, dtype=getattr(torch, dtype))
-        layers = resolve_targets(skeleton, config)
-        shapes = {key: tuple(layer.weight.shape) for key, layer in layers.items()}
-        widths = sum(shapes[key][0 if is_transposed(layer) else 1] for key, layer in layers.items())
-        kept = kept_bytes(skeleton, shapes, batch, tokens, checkpointing=False)
+        targets = resolve_targets(skeleton, config)
+        matrices = [matrix for target in targets.values() for matrix in target.matrices()]
+        features = [matrix.features for matrix in matrices]
+        used = sum(target.numel * target.uses_per_token / len(target.matrices()) for target in targets.values())
+        trained = [target.tensor_name for target in targets.values()]
+        kept = kept_bytes(skeleton, trained, batch, tokens, checkpointing=False)
         activations, recomputed = kept, 0
         if gradient_checkpointing:
-            activations = kept_bytes(skeleton, shapes, batch, tokens, checkpointing=True)
-            recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in shapes}))
-    numels = {key: math.prod(shape) for key, shape in shapes.items()}
-    counts = {key: trained_count(ratio_of(key, config), numel) for key, numel in numels.items()}
+            activations = kept_bytes(skeleton, trained, batch, tokens, checkpointing=True)
+            recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
+    numels = {key: target.numel for key, target in targets.items()}
+    counts = dict.fromkeys(targets, 0)
+    for matrix in matrices:
+        counts[matrix.whole_name] += trained_count(ratio_of(matrix.whole_name, config), matrix.numel)
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
     codes = sum(code_length(numels[key], count) for key, count in counts.items())
     positions = sum(count * position_dtype(numels[key]).itemsize for key, count in counts.items())
@@ -135,10 +138,10 @@ def plan(
         positions=positions + codes,
         activations=activations,
         temporary=2 * largest * _DTYPE_BYTES[dtype] + recomputed,
-        statistics=4 * (config.num_probes * sum(sum(shape) for shape in shapes.values()) + widths),
+        statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
         # Generation is a forward too; each of the R backwards computes gradients of activations only.
-        probe_flops=2.0 * adapted * prompts * (2 + config.num_rademacher),
-        step_flops=2.0 * adapted * batch * tokens * (4 if gradient_checkpointing else 3),
+        probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
+        step_flops=2.0 * used * batch * tokens * (4 if gradient_checkpointing else 3),
         file=codes + 2 * nnz,
     )
 
@@ -151,19 +154,19 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
     return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
 
 
-def kept_bytes(model: PreTrainedModel, trained: Mapping[str, Any], batch: int, tokens: int, checkpointing: bool) -> int:
+def kept_bytes(model: PreTrainedModel, trained: Iterable[str], batch: int, tokens: int, checkpointing: bool) -> int:
     """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
 
     Args:
         model: the model; under `FakeTensorMode` nothing is computed.
-        trained: names of the modules whose weights have gradients: the input of each is kept for that.
+        trained: names of the weights that have gradients: the inputs that each is multiplied with are kept for that.
         batch: examples.
         tokens: tokens of an example.
         checkpointing: with gradient checkpointing.
     """
     model.train().requires_grad_(False)
     for name in trained:
-        model.get_submodule(name).weight.requires_grad_(True)
+        model.get_parameter(name).requires_grad_(True)
     if checkpointing:
         # transformers 5.24 renames the method.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

@@ -20,7 +20,8 @@ from .passes import Passes
 from .prompts import Prompt, prompt_length, synthetic_prompts
 from .ranks import from_rank, gather, is_sharded, on_every_rank, rank
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, concatenated
-from .targets import BaseLayer, resolve_targets
+from .target import Target
+from .targets import resolve_targets
 
 
 def probe(
@@ -56,18 +57,17 @@ def probe(
     one batch plus N (out + in) numbers per module. In a distributed run every rank must call it: each probes a part of
     the prompts, and all return the whole.
     """
-    layers = resolve_targets(model, config)
-    return probe_layers(model, layers, config, prompts, statistics)
+    return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 
 
-def probe_layers(
+def probe_targets(
     model: nn.Module,
-    layers: Mapping[str, BaseLayer],
+    targets: Mapping[str, Target],
     config: DowserConfig,
     prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
-    """`probe` for modules that are found already: base layers by name."""
+    """`probe` for targets that are found already, by name."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
@@ -88,12 +88,12 @@ def probe_layers(
         seed=config.seed,
     )
     if statistics is not None:
-        check_continues(statistics, info, list(layers))
+        check_continues(statistics, info, list(targets))
     shares = {number: range(*ends) for number, ends in zip(able, _split(len(inputs), len(able)), strict=True)}
     mine = shares.get(rank(), range(0))
-    found = on_every_rank(lambda: _probe_part(model, layers, config, inputs, mine, first) if mine else {})
+    found = on_every_rank(lambda: _probe_part(model, targets, config, inputs, mine, first) if mine else {})
     modules = {}
-    for name in layers:
+    for name in (matrix.name for target in targets.values() for matrix in target.matrices()):
         parts = [(len(shares.get(number, ())), part) for number, part in enumerate(gather(found.pop(name, None)))]
         if statistics is not None:
             parts.insert(0, (first, statistics.modules.get(name)))
@@ -125,14 +125,14 @@ def _inputs(
 
 def _probe_part(
     model: nn.Module,
-    layers: Mapping[str, BaseLayer],
+    targets: Mapping[str, Target],
     config: DowserConfig,
     inputs: list[Prompt],
     share: range,
     first: int,
 ) -> dict[str, ModuleStatistics]:
     with left_as_it_was(model):
-        return Passes(model, layers, config, inputs[share.start : share.stop], first + share.start).statistics()
+        return Passes(model, targets, config, inputs[share.start : share.stop], first + share.start).statistics()
 
 
 def _split(count: int, parts: int) -> list[tuple[int, int]]:

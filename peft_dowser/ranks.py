@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from .codec import decode, encode
-from .targets import BaseLayer
+from .target import Target
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
-def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[str, BaseLayer]) -> dict[str, Tensor]:
+def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[str, Target]) -> dict[str, Tensor]:
     """Choose the masks on rank 0 and hand them to the others.
 
     Raises:
@@ -66,10 +66,10 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], layers: Mapping[s
     if not _is_distributed():
         return choose()
     masks = on_every_rank(lambda: choose() if rank() == 0 else {})
-    shapes = _sent({name: tuple(layers[name].weight.shape) for name in masks}, 0)
-    on_every_rank(lambda: _check_shapes(shapes, layers))
-    codes = {name: _sent(_packed(masks[name], layers[name]) if masks else None, 0) for name in shapes}
-    masks = on_every_rank(lambda: masks or {name: _unpacked(code, layers[name]) for name, code in codes.items()})
+    shapes = _sent({name: targets[name].shape for name in masks}, 0)
+    on_every_rank(lambda: _check_shapes(shapes, targets))
+    codes = {name: _sent(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
+    masks = on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
     digests = gather(_digest(masks))
     if len(set(digests)) > 1:
         raise ValueError(
@@ -91,9 +91,9 @@ def _sent(value: T, source: int) -> T:
     return box[0]
 
 
-def _check_shapes(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, BaseLayer]) -> None:
+def _check_shapes(shapes: Mapping[str, tuple[int, ...]], targets: Mapping[str, Target]) -> None:
     for name, shape in shapes.items():
-        found = tuple(layers[name].weight.shape) if name in layers else None
+        found = targets[name].shape if name in targets else None
         if found != shape:
             raise ValueError(
                 f"Rank {rank()}: module '{name}' has a weight of shape {found}, on rank 0 it is {shape}. Load the same "
@@ -101,15 +101,15 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], layers: Mapping[str, Ba
             )
 
 
-def _packed(mask: Tensor, layer: BaseLayer) -> tuple[Tensor, int]:
-    return encode(mask, layer.weight.numel()).cpu(), mask.numel()
+def _packed(mask: Tensor, target: Target) -> tuple[Tensor, int]:
+    return encode(mask, target.numel).cpu(), mask.numel()
 
 
-def _unpacked(packed: tuple[Tensor, int] | None, layer: BaseLayer) -> Tensor:
+def _unpacked(packed: tuple[Tensor, int] | None, target: Target) -> Tensor:
     code, nnz = cast(tuple[Tensor, int], packed)
-    device = layer.weight.device
+    device = target.device
     # A rank that rank 0 will send its weights has them on the meta device until then.
-    return decode(code, layer.weight.numel(), nnz).to("cpu" if device.type == "meta" else device)
+    return decode(code, target.numel, nnz).to("cpu" if device.type == "meta" else device)
 
 
 def _digest(masks: Mapping[str, Tensor]) -> str:

@@ -1,13 +1,15 @@
-"""Choosing the mask of every target module: score, rank in the scope of the config, keep the positions."""
+"""Choosing the mask of every target: score, rank in the scope of the config, keep the positions."""
 
 import warnings
 from collections.abc import Mapping
 from functools import partial
 
+import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from . import scores
+from .codec import position_dtype
 from .config import DowserConfig
 from .masks import (
     frozen_reason,
@@ -18,43 +20,56 @@ from .masks import (
 )
 from .seeds import derived_seed
 from .statistics import ProbeStatistics
-from .targets import BaseLayer, is_transposed, layer_of
+from .target import Target
+from .targets import layer_of
 
 # Scores that need statistics of the model.
 PROBED_SCORES = ("dowser", "wanda", "gradient")
 
 
 def choose_masks(
-    layers: Mapping[str, BaseLayer], config: DowserConfig, statistics: ProbeStatistics | None
+    targets: Mapping[str, Target], config: DowserConfig, statistics: ProbeStatistics | None
 ) -> dict[str, Tensor]:
-    """Choose which weights of every module train.
+    """Choose which weights of every target train; the matrices of experts are ranked one by one.
 
     Args:
-        layers: base layers by module name.
+        targets: targets by name.
         config: gives score, scope, ratios and seed.
         statistics: the probe's result; None for the scores that need none.
 
     Returns:
-        Flat positions in the stored weight, strictly increasing, by module name. Frozen modules are left out: those
-        with a ratio of 0 or too small for one weight, and, with one warning, those without a usable score.
+        Flat positions in the stored weight, strictly increasing, by target. Frozen targets are left out: those with a
+        ratio of 0 or too small for one weight, and, with one warning, those without a usable score.
 
     Raises:
         ValueError: the statistics do not fit the model, or no weight at all would train.
     """
     frozen: dict[str, str] = {}
     masks: dict[str, Tensor] = {}
-    for group in _groups(list(layers), config.scope):
-        ranking = _Ranking(group, layers, config, statistics)
+    matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
+    for group in _groups(list(matrices), config.scope):
+        ranking = _Ranking(group, matrices, config, statistics)
         masks.update(ranking.masks())
         frozen.update(ranking.frozen)
-    _report(frozen, masks)
-    return {name: masks[name] for name in layers if name in masks}
+    _report(frozen, masks, matrices)
+    joined = {name: _joined(target, masks) for name, target in targets.items()}
+    return {name: positions for name, positions in joined.items() if positions is not None}
 
 
-def score_module(name: str, layer: BaseLayer, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
-    """Scores of one module, shape `(out, in)` whatever the layout of its weight, float32."""
-    weight = layer.weight.detach()
-    if is_transposed(layer):
+def _joined(target: Target, masks: Mapping[str, Tensor]) -> Tensor | None:
+    """The positions of all matrices of a target, in the target; None where all are frozen."""
+    parts = [
+        masks[matrix.name].to(position_dtype(target.numel)) + (matrix.expert or 0) * matrix.numel
+        for matrix in target.matrices()
+        if matrix.name in masks
+    ]
+    return torch.cat(parts) if parts else None
+
+
+def score_matrix(matrix: Target, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
+    """Scores of one matrix, shape `(out, in)` whatever its layout, float32."""
+    name, weight = matrix.name, matrix.read()
+    if matrix.transposed:
         weight = weight.T
     if config.score == "random":
         return scores.random(weight, derived_seed(config.seed, "score", name))
@@ -70,7 +85,7 @@ def score_module(name: str, layer: BaseLayer, config: DowserConfig, statistics: 
 
 
 def ratio_of(name: str, config: DowserConfig) -> float:
-    """The update ratio of a module."""
+    """The update ratio of a target."""
     key = get_pattern_key(list(config.ratio_pattern), name)
     return config.ratio_pattern.get(key, config.update_ratio)
 
@@ -88,20 +103,20 @@ def _groups(names: list[str], scope: str) -> list[list[str]]:
 
 
 class _Ranking:
-    """Modules that are ranked together, and which of them cannot be ranked.
+    """Matrices that are ranked together, and which of them cannot be ranked.
 
     Attributes:
-        frozen: module name to the reason why it stays frozen.
+        frozen: name of a matrix to the reason why it stays frozen.
     """
 
     def __init__(
         self,
         group: list[str],
-        layers: Mapping[str, BaseLayer],
+        matrices: Mapping[str, Target],
         config: DowserConfig,
         statistics: ProbeStatistics | None,
     ) -> None:
-        self.layers, self.config, self.statistics = layers, config, statistics
+        self.matrices, self.config, self.statistics = matrices, config, statistics
         self.frozen: dict[str, str] = {}
         # One matrix is scored once; of several only one score at a time exists, so they are scored again when needed.
         self._only: Tensor | None = None
@@ -109,7 +124,7 @@ class _Ranking:
 
     def masks(self) -> dict[str, Tensor]:
         largest = self.config.select == "high"
-        ratios = {name: ratio_of(name, self.config) for name in self.names}
+        ratios = {name: ratio_of(self.matrices[name].whole_name, self.config) for name in self.names}
         if not self.names:
             return {}
         if self.config.scope == "row":
@@ -117,7 +132,7 @@ class _Ranking:
             score = self._score(name)
             selected = [select_rows(score, trained_count(ratios[name], score.shape[1]), largest)]
         else:
-            numels = {name: self.layers[name].weight.numel() for name in self.names}
+            numels = {name: self.matrices[name].numel for name in self.names}
             count = round(sum(ratios[name] * numels[name] for name in self.names))
             selected = select_jointly([partial(self._score, name) for name in self.names], count, largest)
         found = dict(zip(self.names, selected, strict=True))
@@ -129,10 +144,10 @@ class _Ranking:
                 if alone
                 else f"none of its weights is among those selected in its {self.config.scope}"
             )
-        return {name: _as_stored(at, self.layers[name]) for name, at in found.items()}
+        return {name: _as_stored(at, self.matrices[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:
-        if ratio_of(name, self.config) == 0:
+        if ratio_of(self.matrices[name].whole_name, self.config) == 0:
             return False
         if self.statistics is not None and name not in self.statistics.modules:
             self.frozen[name] = "no probe reached it"
@@ -148,22 +163,28 @@ class _Ranking:
     def _score(self, name: str) -> Tensor:
         if self._only is not None:
             return self._only
-        return score_module(name, self.layers[name], self.config, self.statistics)
+        return score_matrix(self.matrices[name], self.config, self.statistics)
 
 
-def _as_stored(positions: Tensor, layer: BaseLayer) -> Tensor:
-    if not is_transposed(layer):
-        return positions
-    rows, columns = layer.weight.shape
-    return transpose_positions(positions, (columns, rows))
+def _as_stored(positions: Tensor, matrix: Target) -> Tensor:
+    return transpose_positions(positions, matrix.features) if matrix.transposed else positions
 
 
-def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor]) -> None:
-    listed = "; ".join(f"{name} ({reason})" for name, reason in frozen.items())
+def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Mapping[str, Target]) -> None:
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for name, reason in frozen.items():
+        grouped.setdefault((matrices[name].whole_name, reason), []).append(str(matrices[name].expert))
+    listed = "; ".join(
+        f"{whole} ({reason})" if experts == ["None"] else f"{whole}: experts {', '.join(experts)} ({reason})"
+        for (whole, reason), experts in grouped.items()
+    )
     if not masks:
         raise ValueError(
             f"No weight would train: {listed or 'all ratios are 0'}. Choose a larger update_ratio, other "
             "target_modules, or another score."
         )
     if frozen:
-        warnings.warn(f"{len(frozen)} of the target modules stay frozen: {listed}.", UserWarning, stacklevel=2)
+        of_experts = any(matrices[name].expert is not None for name in frozen)
+        advice = " More probes (num_probes) reach more experts." if of_experts else ""
+        kind = "matrices" if of_experts else "modules"
+        warnings.warn(f"{len(frozen)} of the target {kind} stay frozen: {listed}.{advice}", UserWarning, stacklevel=2)

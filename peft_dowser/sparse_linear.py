@@ -47,7 +47,7 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         flat.index_copy_(0, at.long(), total.to(weight.dtype))
 
 
-def _dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
+def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialized memory of the size of a weight, valid until the next call in this thread.
 
     On CPU it is one buffer, kept: every fresh allocation of that size costs its page faults again (15 ms instead of
@@ -63,9 +63,9 @@ def _dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     return buffer[: count * like.element_size()].view(like.dtype).view(shape)
 
 
-def _sum(weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
-    """W + D_1 + D_2 + ..., each delta added in turn by `add_delta_`; a `_dense_temporary`."""
-    total = _dense_temporary(weight.shape, weight).copy_(weight)
+def sum_of(weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
+    """W + D_1 + D_2 + ..., each delta added in turn by `add_delta_`; a `dense_temporary`."""
+    total = dense_temporary(weight.shape, weight).copy_(weight)
     for delta, at in zip(values, positions, strict=True):
         add_delta_(total, at, delta)
     return total
@@ -96,7 +96,7 @@ def sparse_linear(
     Returns:
         Output, shape `(..., out)`, dtype of `x`: the bits that the merged layer gives.
     """
-    total = _sum(weight, values, positions).to(x.dtype)
+    total = sum_of(weight, values, positions).to(x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype)
     if not transposed:
@@ -119,7 +119,7 @@ def _input_grad(
     positions: list[Tensor],
     transposed: bool,
 ) -> Tensor:
-    total = _sum(weight, values, positions).to(grad.dtype)
+    total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
 
 
@@ -134,7 +134,7 @@ def _values_grad(
 ) -> list[Tensor]:
     rows, columns = (x, grad) if transposed else (grad, x)
     rows, columns = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
-    return [_product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
+    return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
 
 
 @_values_grad.register_fake
@@ -168,7 +168,7 @@ def _backward(ctx, grad):
 sparse_linear.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
+def product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     """Entries of rows^T columns at flat positions.
 
     Args:
@@ -221,7 +221,7 @@ def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     firsts = torch.arange(0, height, block, device=positions.device, dtype=positions.dtype)
     ends = torch.searchsorted(positions, firsts[1:] * width).tolist() if block < height else []
     found = rows.new_empty(positions.numel())
-    product = _dense_temporary((block, width), rows)
+    product = dense_temporary((block, width), rows)
     for number, (begin, end) in enumerate(zip([0, *ends], [*ends, positions.numel()], strict=True)):
         row_block = rows[:, number * block : (number + 1) * block]
         part = torch.mm(row_block.T, columns, out=product[: row_block.shape[1]])

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from .target import Target
+
 
 @dataclass
 class Tap:
@@ -52,15 +54,15 @@ class Tap:
         kept = hidden if self.wants_gradient else None
         output.register_hook(lambda grad: self._backward(grad.detach(), kept))
         self.calls += 1
-        self.activity = _plus(self.activity, _weighted_sum(tokens.abs(), weights))
-        self.energy = _plus(self.energy, (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1)))
+        self.activity = plus(self.activity, _weighted_sum(tokens.abs(), weights))
+        self.energy = plus(self.energy, (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1)))
 
     def _backward(self, grad: Tensor, hidden: Tensor | None) -> None:
         if self.of_loss and hidden is not None:
             rows, columns = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-            self.gradient = _plus(self.gradient, (rows.T @ columns).float())
+            self.gradient = plus(self.gradient, (rows.T @ columns).float())
         elif by_prompt := self._by_prompt(grad):
-            self.sensitivity = _plus(self.sensitivity, _weighted_sum(by_prompt[0].abs(), by_prompt[1]))
+            self.sensitivity = plus(self.sensitivity, _weighted_sum(by_prompt[0].abs(), by_prompt[1]))
 
     def _by_prompt(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
         """Values as `(batch, tokens, features)` and the weight of each token in its prompt's mean.
@@ -78,19 +80,20 @@ class Tap:
 
 
 @contextmanager
-def tapped(layers: Mapping[str, nn.Module], taps: Mapping[str, Tap]) -> Iterator[None]:
-    """Connect each tap to its module, and disconnect all of them in every case."""
+def tapped(targets: Mapping[str, Target], taps: Mapping[str, Tap]) -> Iterator[None]:
+    """Connect each tap to its matrix, and disconnect all of them in every case."""
     hooks = []
     try:
-        for name, layer in layers.items():
-            hooks.append(layer.register_forward_hook(taps[name].forward, with_kwargs=True))
+        for name, target in targets.items():
+            hooks.append(target.module.register_forward_hook(taps[name].forward, with_kwargs=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def _plus(total: Tensor | None, addend: Tensor) -> Tensor:
+def plus(total: Tensor | None, addend: Tensor) -> Tensor:
+    """A running sum, added to in place; None is zero."""
     return addend if total is None else total.add_(addend)
 
 

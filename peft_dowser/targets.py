@@ -1,9 +1,9 @@
-"""Which modules of a model an adapter targets, and the layers that they belong to."""
+"""Which weights of a model an adapter targets, and the layers that they belong to."""
 
 import copy
 import re
 import warnings
-from typing import TypeAlias, cast
+from typing import cast
 
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
@@ -12,33 +12,34 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import DowserConfig
+from .target import Target
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-# A transformers Conv1D counts too: it has the same weight and bias, stored transposed.
-BaseLayer: TypeAlias = nn.Linear
-
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
-def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, BaseLayer]:
-    """Find the modules that a config targets.
+def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
+    """Find the weights that a config targets.
 
     Args:
         model: the base model; it may carry adapters already.
         config: the adapter's config; read only.
 
     Returns:
-        Base layers by name, in the order of the model: linears or Conv1Ds with a floating-point weight.
+        Targets by name, in the order of the model: modules first, then fused parameters.
 
     Raises:
-        ValueError: no default exists for this model, or a `ratio_pattern` or `last_layers` cannot be met.
-        TypeError: a target is neither a linear nor a Conv1D.
+        ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, or
+            `last_layers` cannot be met.
+        TypeError: a target module is no linear layer.
     """
+    parameters = _target_parameters(model, config)
     if config.target_modules is None:
         names = _default_targets(model)
         if config.layers_to_transform is not None:
@@ -48,21 +49,32 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, BaseLay
     else:
         config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
     names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
-    _check_matched(config.target_modules or set(), names, model)
+    if names or not parameters or config.target_modules:
+        _check_matched(config.target_modules or set(), names, model)
     if config.last_layers is not None:
-        names = _in_last_layers(names, config.last_layers)
-    return {name: _base_layer(name, model.get_submodule(name)) for name in names}
+        kept = set(_in_last_layers([*names, *parameters], config.last_layers))
+        names = [name for name in names if name in kept]
+        parameters = {name: target for name, target in parameters.items() if name in kept}
+    return {name: _target(name, model.get_submodule(name)) for name in names} | parameters
+
+
+def fused_parameters(model: nn.Module) -> dict[str, Target]:
+    """The parameters that hold the matrices of several experts, by name, as `target_parameters` can name them."""
+    found = {}
+    for path, module in model.named_modules():
+        if isinstance(module, _ConvNd):
+            continue  # a kernel has three dimensions too
+        name = re.sub(r"\.base_layer\b", "", path)
+        for parameter, weight in module.named_parameters(recurse=False):
+            if weight.dim() == 3 and weight.is_floating_point() and weight.element_size() > 1:
+                found[f"{name}.{parameter}"] = Target(f"{name}.{parameter}", module, parameter)
+    return found
 
 
 def layer_of(name: str) -> str:
     """The name of the layer that a module belongs to: 'model.layers.3' for 'model.layers.3.mlp.up_proj'."""
     found = _LAYER_INDEX.search(name)
     return name[: found.end(1)] if found else name
-
-
-def is_transposed(layer: nn.Module) -> bool:
-    """Whether the weight is stored as `(in, out)`."""
-    return isinstance(layer, Conv1D)
 
 
 def _adaptable_names(model: nn.Module) -> list[str]:
@@ -72,7 +84,7 @@ def _adaptable_names(model: nn.Module) -> list[str]:
         if not name or (inside and name.startswith(inside)):
             continue
         names.append(name)
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, BaseTunerLayer) or "base_layer" in module._modules:
             inside = (*inside, name + ".")
     return names
 
@@ -109,6 +121,36 @@ def _default_targets(model: nn.Module) -> set[str]:
     return names
 
 
+def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
+    """The fused parameters that a config names, less those of excluded modules and other layers."""
+    asked = sorted(config.target_parameters or ())
+    fused = fused_parameters(model)
+    named = {key: [name for name in fused if f".{name}".endswith(f".{key}")] for key in asked}
+    unmatched = [key for key, names in named.items() if not names]
+    if unmatched:
+        matrices = [
+            key for key in unmatched if any(f".{name}".endswith(f".{key}") for name, _ in model.named_parameters())
+        ]
+        if matrices:
+            raise ValueError(
+                f"target_parameters {matrices} are not the fused weights of experts, which have three dimensions. Name "
+                "the module of a matrix in target_modules."
+            )
+        known = sorted({_short(name) for name in fused})
+        raise NoMatchingPeftModuleError(
+            f"target_parameters {unmatched} not found in the base model. "
+            + (f"Its fused weights of experts are {known}." if known else "It has no fused weights of experts.")
+        )
+    chosen = copy.copy(config)
+    chosen.target_modules = set(asked)
+    return {name: target for name, target in fused.items() if check_target_module_exists(chosen, name)}
+
+
+def _short(name: str) -> str:
+    """A parameter's name inside its layer: 'mlp.experts.down_proj'."""
+    return name.removeprefix(layer_of(name) + ".")
+
+
 def _language_model(model: PreTrainedModel) -> nn.Module:
     """The text decoder; the whole model where it has an encoder for text."""
     if model.config.is_encoder_decoder:
@@ -119,25 +161,30 @@ def _language_model(model: PreTrainedModel) -> nn.Module:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
+    module = _unwrapped(module)
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _base_layer(name: str, module: nn.Module) -> BaseLayer:
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if not isinstance(module, nn.Linear | Conv1D):
+def _unwrapped(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _target(name: str, module: nn.Module) -> Target:
+    module = _unwrapped(module)
+    if not _is_linear(module):
+        fused = [_short(f"{name}{key}") for key in fused_parameters(module) if key.count(".") == 1]
         raise TypeError(
             f"Target module '{name}' is a {type(module).__name__}. Target modules must be torch.nn.Linear or "
             "transformers' Conv1D; change target_modules or exclude_modules."
+            + (f" The fused weights of its experts are adapted by target_parameters={fused}." if fused else "")
         )
-    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
+    weight = cast(nn.Linear, module).weight
+    if not weight.is_floating_point() or weight.element_size() < 2:
         raise TypeError(
-            f"Target module '{name}' has a weight of {module.weight.dtype}. This release adapts weights of float16, "
+            f"Target module '{name}' has a weight of {weight.dtype}. This release adapts weights of float16, "
             "bfloat16, float32 and float64; load the base without quantization."
         )
-    return cast(BaseLayer, module)
+    return Target(name, module)
 
 
 def _check_matched(targets: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:
@@ -154,6 +201,12 @@ def _check_matched(targets: set[str] | list[str] | str, names: list[str], model:
         return
     suffixes = {name[at:] for name in known for at in _starts_of_parts(name)}
     unmatched = [target for target in asked if target not in suffixes]
+    fused = sorted({_short(name) for name in fused_parameters(model) for key in unmatched if name.endswith(f".{key}")})
+    if fused:
+        raise ValueError(
+            f"target_modules {unmatched}: the model has no such linear modules, but fused weights of experts, {fused}. "
+            f"Take the names out of target_modules, and set target_parameters={fused} to train those weights."
+        )
     if unmatched:
         warnings.warn(
             f"The following target_modules matched nothing and are ignored: {unmatched}.", UserWarning, stacklevel=2

@@ -72,7 +72,7 @@ LAYERS = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
 WRONG_TOGETHER = [
     ({"ratio_pattern": {"q_proj": NAN}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got nan"),
     ({"ratio_pattern": {"q_proj": True}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got True"),
-    ({"target_parameters": ["w"]}, "target_parameters is not supported by this release; name the linear modules"),
+    ({"target_parameters": "w"}, "target_parameters must be a list of parameter names, got 'w'"),
     ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform."),
     (LAYERS | {"last_layers": 1}, "last_layers and layers_to_transform exclude each other."),
     (LAYERS | {"target_modules": "q"}, "layers_to_transform needs target_modules as a list, got the string 'q'."),

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from peft_dowser import scores
-from peft_dowser.selection import score_module
+from peft_dowser.selection import score_matrix
 from peft_dowser.statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
+from peft_dowser.target import Target
 
 N, OUT, IN = 5, 23, 17
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -225,11 +226,11 @@ def test_neighbouring_seeds_are_unrelated() -> None:
 
 def test_random_scores_differ_between_modules_and_between_seeds() -> None:
     layer = nn.Linear(100, 100)
-    first = score_module("a.q_proj", layer, config(score="random"), None)
-    again = score_module("a.q_proj", nn.Linear(100, 100), config(score="random"), None)
+    first = score_matrix(Target("a.q_proj", layer), config(score="random"), None)
+    again = score_matrix(Target("a.q_proj", nn.Linear(100, 100)), config(score="random"), None)
     assert torch.equal(first, again)
     for name, seed in [("a.k_proj", 0), ("b.q_proj", 0), ("a.q_proj", 1)]:
-        other = score_module(name, layer, config(score="random", seed=seed), None)
+        other = score_matrix(Target(name, layer), config(score="random", seed=seed), None)
         assert abs(correlation(first, other)) < 0.05
 
 
@@ -237,7 +238,7 @@ def test_random_scores_differ_between_modules_and_between_seeds() -> None:
 def test_a_module_is_scored_by_the_score_of_the_config(name: str) -> None:
     layer = nn.Linear(IN, OUT)
     given = ProbeStatistics({"other": statistics(width=3), "own": statistics()}, ProbeInfo("", N, 2, 12, 0.0, 0))
-    found = score_module("own", layer, config(score=name), given)
+    found = score_matrix(Target("own", layer), config(score=name), given)
     assert not found.requires_grad
     assert_score(found, by_formula(name, layer.weight.detach(), given.modules["own"]))
 
@@ -245,4 +246,4 @@ def test_a_module_is_scored_by_the_score_of_the_config(name: str) -> None:
 @pytest.mark.parametrize("name", ["dowser", "wanda", "gradient"])
 def test_a_score_of_the_model_needs_statistics(name: str) -> None:
     with pytest.raises(ValueError, match=f"^score='{name}' needs probe statistics\\.$"):
-        score_module("own", nn.Linear(IN, OUT), config(score=name), None)
+        score_matrix(Target("own", nn.Linear(IN, OUT)), config(score=name), None)

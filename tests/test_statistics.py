@@ -173,7 +173,7 @@ def test_a_file_gives_the_masks_of_a_probe(
     choice: dict, update_ratio: float, saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio)))
-    monkeypatch.setattr(peft_dowser.model, "probe_layers", lambda *args: pytest.fail("probed again"))
+    monkeypatch.setattr(peft_dowser.model, "probe_targets", lambda *args: pytest.fail("probed again"))
     found = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio, statistics=saved)))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -1,0 +1,88 @@
+"""A target: one weight of the base model of which an adapter trains a part, however the base stores it."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+@dataclass(frozen=True)
+class Target:
+    """One weight of the base model: a matrix, or the matrices of all experts in one fused parameter.
+
+    Attributes:
+        name: what files and messages call it: the path of its module, or of the fused parameter.
+        module: the base layer that holds it.
+        parameter: its name in that module.
+        expert: the number of the matrix in a fused parameter; None for the whole.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str = "weight"
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as stored: `(out, in)`, or `(in, out)` if `transposed`, after the number of experts if fused."""
+        shape = tuple(self._whole.shape)
+        return shape if self.expert is None else shape[1:]
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self._whole.device
+
+    @property
+    def features(self) -> tuple[int, int]:
+        """Output and input features of one matrix."""
+        rows, columns = self.shape[-2:]
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether a matrix is stored as `(in, out)`: y = h W."""
+        if self.is_fused or self.expert is not None:
+            return bool(getattr(self.module, "is_transposed", False))  # set by transformers where it is so
+        return isinstance(self.module, Conv1D)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether this holds several matrices, one per expert."""
+        return len(self.shape) == 3
+
+    @property
+    def uses_per_token(self) -> int:
+        """How many of its matrices a token is multiplied with; all experts, where the model does not say."""
+        if not self.is_fused:
+            return 1
+        return getattr(getattr(self.module, "config", None), "num_experts_per_tok", None) or self.shape[0]
+
+    @property
+    def tensor_name(self) -> str:
+        """Its name among the tensors of the base model."""
+        return self.name if self.is_fused else f"{self.name}.weight"
+
+    @property
+    def whole_name(self) -> str:
+        """Its name; of the matrix of an expert, that of the fused parameter."""
+        return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
+
+    def matrices(self) -> list["Target"]:
+        """The matrices that are ranked one by one: this one, or those of the experts."""
+        if not self.is_fused:
+            return [self]
+        return [replace(self, name=f"{self.name}[{expert}]", expert=expert) for expert in range(self.shape[0])]
+
+    def read(self) -> Tensor:
+        """The weight as stored; must not be written."""
+        weight = self._whole.detach()
+        return weight if self.expert is None else weight[self.expert]
+
+    @property
+    def _whole(self) -> nn.Parameter:
+        return getattr(self.module, self.parameter)
