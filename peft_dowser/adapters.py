@@ -71,7 +71,8 @@ class SavedAdapter:
             return
         for module in self.counts:
             target = targets[module]
-            if problem := _weight_problem(base, target.tensor_name, target.shape):
+            weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
+            if problem := weight_problem(base, target.tensor_name, target.shape):
                 yield problem
             try:
                 self.delta(module, target.numel)
@@ -121,6 +122,20 @@ def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str 
             "ties to it. Merge in memory, with merge_and_unload()."
         )
     return None
+
+
+def _pieces_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why nothing can be added to a fused parameter that the base holds in pieces, or None."""
+    slices = [base.files[key].get_slice(key) for key in base.pieces[name]]
+    dtypes, widths = {piece.get_dtype() for piece in slices}, {tuple(piece.get_shape())[1:] for piece in slices}
+    rows = sum(piece.get_shape()[0] for piece in slices)
+    if len(dtypes) == 1 and dtypes < set(FLOAT_DTYPES) and widths == {shape[2:]} and rows == shape[0] * shape[1]:
+        return None
+    return (
+        f"The {len(slices)} tensors of '{base.name}' that make up the target weight '{name}' are {sorted(dtypes)} and "
+        f"have {rows} rows of shape {sorted(widths)}; together they must be one of {', '.join(FLOAT_DTYPES)}, of shape "
+        f"{shape}."
+    )
 
 
 def open_adapter(name: str, files: ExitStack) -> SavedAdapter:

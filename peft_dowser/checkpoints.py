@@ -14,7 +14,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
@@ -48,6 +55,8 @@ class Checkpoint:
         model: its architecture, on the meta device.
         files: by the name in the checkpoint, the open file that holds a tensor.
         tensors: by the name in the model, a tensor's name in the checkpoint.
+        pieces: by the name of a fused parameter that is in the checkpoint as one tensor per expert, or several, their
+            names in the checkpoint, in the order in which they lie in the memory of the parameter.
         twins: by the name of a tied tensor, the name that it is tied to; both ways.
     """
 
@@ -55,6 +64,7 @@ class Checkpoint:
     model: PreTrainedModel
     files: dict[str, Any]
     tensors: dict[str, str]
+    pieces: dict[str, list[str]]
     twins: dict[str, str]
 
     def __contains__(self, name: str) -> bool:
@@ -113,9 +123,10 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         except SafetensorError as error:
             raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
         opened.update(dict.fromkeys(file.keys(), file))
-    tensors = {given: key for key, given in _names(opened, model).items()}
+    names, pieces = _names(opened, model)
+    tensors = {given: key for key, given in names.items()}
     tied = model.all_tied_weights_keys
-    return Checkpoint(name, model, opened, tensors, twins=tied | {other: one for one, other in tied.items()})
+    return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
 
 
 def check_output(folder: Path) -> None:
@@ -154,8 +165,8 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
     return folder, [folder / shard for shard in shards]
 
 
-def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
-    """The name in the model of every tensor in a checkpoint, renamed as transformers does on load.
+def _names(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The name in the model of every tensor in a checkpoint, renamed as transformers does on load; and the pieces.
 
     Tensors that the model does not have are left out. One that transformers converts on load is no parameter of the
     model by itself, and gets a name that no parameter has.
@@ -164,11 +175,30 @@ def _names(keys: Iterable[str], model: PreTrainedModel) -> dict[str, str]:
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     known = model.state_dict()
-    names = {}
+    names: dict[str, str] = {}
+    converted: dict[str, dict[str, list[str]]] = {}
     for key in sorted(keys, key=dot_natural_key):
-        name, converter = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
         if name not in known and key in known:
-            name, converter = rename_source_key(key, [], [], model.base_model_prefix, known)
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, known)
         if name in known:
-            names[key] = name if converter is None else f"{key} (a part of {name})"
-    return names
+            names[key] = name if pattern is None else f"{key} (a part of {name})"
+        if name in known and pattern is not None:
+            converted.setdefault(name, {}).setdefault(pattern, []).append(key)
+    return names, {name: order for name, parts in converted.items() if (order := _in_memory(parts, converters))}
+
+
+def _in_memory(parts: dict[str, list[str]], converters: list[WeightConverter]) -> list[str] | None:
+    """The tensors that make up a parameter, in the order of its memory; None where it is not just a stack of them.
+
+    Args:
+        parts: the tensors by the pattern that their names match, in the order of the experts.
+        converters: how transformers makes parameters of such tensors.
+    """
+    converter = next(converter for converter in converters if parts.keys() <= set(converter.source_patterns))
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    stacks = operations in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
+    if not stacks or len({len(keys) for keys in parts.values()}) != 1:
+        return None
+    ordered = [parts[pattern] for pattern in converter.source_patterns if pattern in parts]
+    return [key for expert in zip(*ordered, strict=True) for key in expert]

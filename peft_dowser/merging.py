@@ -1,9 +1,12 @@
 """`merge` and `verify`: a base checkpoint plus a saved adapter, one tensor at a time and without building a model."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
+from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -101,7 +104,12 @@ class _Sum:
         self.vanished: dict[str, tuple[int, int]] = {}
         fused = fused_parameters(base.model)
         weights = {module: module if module in fused else f"{module}.weight" for module in adapter.counts}
-        self._modules = {base.key(name): module for module, name in weights.items() if name in base}
+        # By tensor of the checkpoint: its module, and where in the memory of the module's weight it begins.
+        self._places = {base.key(name): (module, 0) for module, name in weights.items() if name in base}
+        for module in adapter.counts:
+            self._places |= _places(base, module)
+        # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
+        self._delta = lru_cache(maxsize=2)(adapter.delta)
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
 
     def read(self, key: str) -> Tensor:
@@ -109,10 +117,15 @@ class _Sum:
         tensor = self.base.stored(key)
         if key in self._others:
             tensor = self.adapter.other(self._others[key]).to(tensor.dtype)
-        return self._added(tensor, self._modules[key]) if key in self._modules else tensor
+        return self._added(tensor, *self._places[key]) if key in self._places else tensor
 
-    def _added(self, weight: Tensor, module: str) -> Tensor:
-        positions, values = self.adapter.delta(module, weight.numel())
+    def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
+        pieces = self.base.pieces.get(module)
+        numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
+        positions, values = self._delta(module, numel)
+        ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64)
+        own = slice(*torch.searchsorted(positions, ends.to(positions.dtype)).tolist())
+        positions, values = positions[own] - start, values[own]
         originals = weight.view(-1).index_select(0, positions)
         weight = weight.clone()  # what was read is memory of the file
         add_delta_(weight, positions, values)
@@ -123,8 +136,21 @@ class _Sum:
                 f"{weight.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "
                 "large for the dtype of the base."
             )
-        self.vanished[module] = (int(((changed == originals) & (values != 0)).sum()), values.numel())
+        lost, total = self.vanished.get(module, (0, 0))
+        lost += int(((changed == originals) & (values != 0)).sum())
+        self.vanished[module] = (lost, total + values.numel())
         return weight
+
+
+def _places(base: Checkpoint, module: str) -> dict[str, tuple[str, int]]:
+    """The pieces of a fused parameter, and where in its memory each begins."""
+    keys = base.pieces.get(module, [])
+    starts = accumulate((_numel(base, key) for key in keys), initial=0)
+    return {key: (module, start) for key, start in zip(keys, starts, strict=False)}
+
+
+def _numel(base: Checkpoint, key: str) -> int:
+    return math.prod(base.files[key].get_slice(key).get_shape())
 
 
 def _open(adapter: str, base: str | Path | None, files: ExitStack) -> _Sum:

@@ -58,7 +58,8 @@ class ProbeStatistics:
     """The result of `probe`: one `ModuleStatistics` per module that the probes reached.
 
     Attributes:
-        modules: statistics by module name, relative to the base model.
+        modules: statistics by module name, relative to the base model; of an expert by the name of the fused parameter
+            and its number: "model.layers.0.mlp.experts.down_proj[3]".
         info: how they were made.
     """
 

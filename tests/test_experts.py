@@ -637,22 +637,41 @@ def test_sft_trains_saves_and_generates(tmp_path: Path) -> None:
     assert torch.equal(written, by_hand(base, model).generate(ids, max_new_tokens=5, do_sample=False))
 
 
-def test_merge_streams_fused_tensors_and_refuses_converted_ones(tmp_path: Path) -> None:
-    for family in ("gpt_oss", "mixtral"):
-        base = tiny_moe(family, torch.bfloat16)
-        base.save_pretrained(tmp_path / family)
-        model = adapted(copy.deepcopy(base))
-        model.save_pretrained(tmp_path / f"{family}-adapter")
-        if family == "gpt_oss":
-            merge(tmp_path / "gpt_oss-adapter", tmp_path / "merged", tmp_path / "gpt_oss")
-            assert verify(tmp_path / "gpt_oss-adapter", tmp_path / "gpt_oss", tmp_path / "merged") == []
-            merged = GptOssForCausalLM.from_pretrained(tmp_path / "merged")
-            expected = model.merge_and_unload().state_dict()
-            assert all(torch.equal(value, expected[key]) for key, value in merged.state_dict().items())
-        else:
-            with pytest.raises(DeltaFormatError, match=r"builds this weight from other tensors.*merge_and_unload\(\)"):
-                merge(tmp_path / "mixtral-adapter", tmp_path / "refused", tmp_path / "mixtral")
-            assert not (tmp_path / "refused").exists()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_streams_fused_parameters_and_those_in_pieces(family: str, tmp_path: Path) -> None:
+    base = tiny_moe(family, torch.bfloat16)
+    base.save_pretrained(tmp_path / "base", max_shard_size="4KB")
+    stored = {key for path in (tmp_path / "base").glob("*.safetensors") for key in load_file(path)}
+    assert (GATE_UP in stored) == (family == "gpt_oss")
+    model = adapted(base, target_modules=["q_proj"])
+    model.save_pretrained(tmp_path / "adapter")
+    counts = merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
+    assert counts == {name: layer.values("default").numel() for name, layer in layers_of(model).items()}
+    model.merge_and_unload().save_pretrained(tmp_path / "expected")
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    merged = load_file(tmp_path / "merged" / "model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in merged.items())
+    assert verify(tmp_path / "adapter", tmp_path / "base", tmp_path / "merged") == []
+    assert verify(tmp_path / "adapter", tmp_path / "base", tmp_path / "base") != []
+
+
+def test_pieces_of_another_shape_are_refused(tmp_path: Path) -> None:
+    tiny_moe("mixtral").save_pretrained(tmp_path / "base")
+    adapted(tiny_moe("mixtral")).save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "base" / "model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if "layers.0" in key and key.endswith("experts.2.w2.weight"))
+    for change, message in (
+        ({key: tensors[key][:-1].contiguous()}, "63 rows"),
+        ({key: tensors[key].to(torch.int8)}, r"\['F32', 'I8'\]"),
+    ):
+        save_file(tensors | change, path, metadata={"format": "pt"})
+        with pytest.raises(DeltaFormatError, match=f"make up the target weight '{DOWN}'.*{message}"):
+            merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
+    save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, metadata={"format": "pt"})
+    with pytest.raises(DeltaFormatError, match=f"'{DOWN}'.*48 rows"):
+        merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
 
 
 # Names
