@@ -10,9 +10,13 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES / "benchmarks"))
 
-import adapter_size  # noqa: E402
+import files  # noqa: E402
+import generation  # noqa: E402
 import measure  # noqa: E402
+import one_billion  # noqa: E402
+import peers  # noqa: E402
 import probing  # noqa: E402
+import run  # noqa: E402
 import training_step  # noqa: E402
 
 
@@ -32,18 +36,41 @@ def test_the_quickstart_prints_its_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("method", training_step.METHODS)
-def test_a_training_step_of_every_peer_can_be_measured(method: str) -> None:
-    found = training_step.measure_step(method, 0.1, 64, 8, "float32", 1)
+@pytest.mark.parametrize("variant", ["plain", "checkpointed"])
+@pytest.mark.parametrize("method", peers.METHODS)
+def test_a_training_step_of_every_peer_can_be_measured(method: str, variant: str) -> None:
+    found = training_step.measure_step(method, 0.1, 64, 8, "float32", 1, variant)
     assert found["seconds"] > 0
-    assert 0.05 < found["trained"] < 0.2 or method == "full"
+    assert 0.05 < found["trained"] < 0.2 or method in ("full", "lora r=16")
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_probing_and_sizes_can_be_measured() -> None:
-    assert probing.measure_time(64, "float32", 2, 8, 2)["ratio"] > 0
+def test_everything_else_can_be_measured() -> None:
+    assert generation.measure_generation("dowser", 0.1, 64, "float32", 4)["time_over_base"] > 0
+    assert probing.measure_time(64, "float32", 4, 8, 2)["authors_over_ours"] > 0
     assert probing.measure_memory(64, "float32", 2, 8)["linear_weights"] > 0
-    assert adapter_size.config_of("shira", 0.1, 64) is not None
+    assert files.measure_files("dowser", 0.1, 64, 2)["load_over_limit"] > 0
+    found = one_billion.fine_tune(one_billion.architecture(1, 128), 0.1, 8, 2, 2)
+    assert list(found["stages"]) == ["build", "probe", "select", "step", "save", "load", "merge"]
+
+
+def test_the_runner_writes_json_a_table_and_a_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {
+            "dtype": "float32",
+            "rho": 0.1,
+            "variant": "plain",
+            "method": method,
+            "seconds": 0.123456,
+            "bytes_per_weight": 2.0,
+        }
+        for method in peers.METHODS
+    ]
+    monkeypatch.setattr(training_step, "measure", lambda rounds: rows)
+    monkeypatch.setattr(sys, "argv", ["run.py", "--only", "step", "--output", str(tmp_path)])
+    run.main()
+    assert {path.name for path in tmp_path.iterdir()} == {"step.json", "step.md", "step.png"}
+    assert "| float32 | 0.1 | plain | dowser | 0.123 | 2 |" in (tmp_path / "step.md").read_text()
 
 
 def test_a_report_names_the_machine_and_the_versions(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -85,13 +85,16 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")
 
     def peak(self) -> int:
-        if device() == "cuda":
-            return torch.cuda.max_memory_allocated() - self.before
-        return _status("VmHWM") - self.before
+        return process_peak() - self.before
 
     @staticmethod
     def _now() -> int:
         return torch.cuda.memory_allocated() if device() == "cuda" else _status("VmRSS")
+
+
+def process_peak() -> int:
+    """Peak of allocated memory in bytes: of the whole process (Linux), or of the GPU."""
+    return torch.cuda.max_memory_allocated() if device() == "cuda" else _status("VmHWM")
 
 
 def _status(field: str) -> int:
@@ -101,7 +104,7 @@ def _status(field: str) -> int:
     raise RuntimeError(f"This system does not tell the {field} of a process.")
 
 
-def report(name: str, results: dict[str, Any], output: Path | None) -> None:
+def report(name: str, results: Any, output: Path | None) -> None:
     """Print results as JSON with the machine and the versions they were measured with; keep them if asked to."""
     document = {"benchmark": name, "date": date.today().isoformat(), "machine": machine(), "results": results}
     text = json.dumps(document, indent=2)

@@ -1,0 +1,34 @@
+"""The methods that are compared, at the same number of trained weights on the same linears."""
+
+import torch
+from measure import LINEARS
+from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
+
+from peft_dowser import DowserConfig
+
+METHODS = ("full", "lora", "lora r=16", "shira", "super-tuning", "dowser")
+
+
+def config_of(method: str, update_ratio: float, hidden: int) -> PeftConfig:
+    """A method's config; the low-rank ones get the rank that comes closest to the same number of weights."""
+    # Square matrices of (hidden, hidden): r * 2 * hidden weights against rho * hidden^2.
+    rank = max(1, round(update_ratio * hidden / 2))
+    return {
+        "lora": LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS),
+        "lora r=16": LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS),
+        "shira": ShiraConfig(r=rank, target_modules=LINEARS, random_seed=0),
+        "super-tuning": SupertuningConfig(sparsity=1 - update_ratio, select_top=False, target_modules=LINEARS),
+        # Which weights train makes no difference to the costs, so the probe is left out.
+        "dowser": DowserConfig(
+            update_ratio=update_ratio, score="random", target_modules=LINEARS, task_type="CAUSAL_LM"
+        ),
+    }[method]
+
+
+def adapted(method: str, update_ratio: float, model: torch.nn.Module) -> torch.nn.Module:
+    """The model as a method trains it."""
+    if method != "full":
+        return get_peft_model(model, config_of(method, update_ratio, model.config.hidden_size))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.removesuffix(".weight").endswith(tuple(LINEARS)))
+    return model
