@@ -10,6 +10,7 @@ ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
 from . import arithmetic, metrics, postmerge, scores  # noqa: E402
 from ._registry import register  # noqa: E402
+from ._version import __version__  # noqa: E402, F401
 from .callbacks import ForgettingCallback, SpiderCallback  # noqa: E402
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
@@ -19,8 +20,6 @@ from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .probe import probe  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DeltaFormatError",

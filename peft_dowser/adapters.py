@@ -14,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
-from .codec import DeltaFormatError
+from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
-from .gate import CODE, PREFIX, VALUES, check_code, check_counts, check_keys, check_values
+from .gate import CODE, PREFIX, VALUES, check_counts, check_keys
+from .manifest import base_sample, digest
+from .provenance import check_modules, check_shapes, unlike
 from .targets import resolve_targets
 
 
@@ -49,10 +51,14 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        where = f"Adapter '{self.name}', module '{module}'"
+        where = f"{self._where}, module '{module}'"
         values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
-        check_values(values, self.counts[module], where)
-        positions = check_code(self.file.get_tensor(f"{PREFIX}{module}{CODE}"), numel, self.counts[module], where)
+        code = self.file.get_tensor(f"{PREFIX}{module}{CODE}")
+        try:
+            check_values(values, self.counts[module])
+            positions = decode(code, numel, self.counts[module])
+        except DeltaFormatError as error:
+            raise DeltaFormatError(f"{where}: {error}.") from error
         return positions, values.float()  # float32, as PEFT loads them
 
     def other(self, name: str) -> Tensor:
@@ -65,7 +71,11 @@ class SavedAdapter:
             targets = resolve_targets(base.model, self.config)
             check_counts(self.counts, targets, self.name)
             expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
-            check_keys(expected, self.file.keys(), f"Adapter '{self.name}'")
+            check_keys(expected, self.file.keys(), self._where)
+            if self.config.manifest is not None:
+                check_modules(self.config.manifest, self.counts, self._where)
+                shapes = {module: targets[module].shape for module in self.counts}
+                check_shapes(self.config.manifest, shapes, self._where)
         except (ValueError, TypeError) as error:
             yield str(error)
             return
@@ -82,12 +92,39 @@ class SavedAdapter:
         stored = [base.key(name) for name in names if name in base]
         if shared := len(stored) - len(set(stored)):
             yield (
-                f"Adapter '{self.name}': {shared} of its target weights are tied to others of them in '{base.name}'. "
+                f"{self._where}: {shared} of its target weights are tied to others of them in '{base.name}'. "
                 "Merge in memory, with merge_and_unload()."
             )
         for name in self.others:
             if problem := self._other_problem(base, name):
-                yield f"Adapter '{self.name}': {problem}"
+                yield f"{self._where}: {problem}"
+
+    def foreign(self, base: Checkpoint) -> list[str]:
+        """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.
+
+        Weights that the checkpoint holds in several tensors are left out.
+        """
+        if self.config.manifest is None:
+            return []
+        targets = resolve_targets(base.model, self.config)
+        names = {module: targets[module].tensor_name for module in self.counts}
+        samples = {module: base_sample(base.read(name)) for module, name in names.items() if name in base}
+        return unlike(self.config.manifest, samples)
+
+    def altered(self) -> Iterator[str]:
+        """A message for every tensor that is not the one that was saved, by the digests of the manifest."""
+        for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
+            for part, key in ((CODE, "code_sha256"), (VALUES, "values_sha256")):
+                if digest(self.file.get_tensor(f"{PREFIX}{module}{part}")) != entry[key]:
+                    what = "index code is not the one" if part == CODE else "values are not those"
+                    yield (
+                        f"{self._where}, module '{module}': the {what} that its manifest describes. The adapter's two "
+                        "files are not of one save, or were edited."
+                    )
+
+    @property
+    def _where(self) -> str:
+        return f"Adapter '{self.name}'"
 
     def _other_problem(self, base: Checkpoint, name: str) -> str | None:
         shown = repr(self.others[name][:100])

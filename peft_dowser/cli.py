@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("adapter", help="folder or Hub id of the adapter")
     verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
+    verify.add_argument("--json", action="store_true", help="print JSON: ok, and a list of problems")
     verify.set_defaults(run=_verify)
     return parser
 
@@ -180,7 +181,15 @@ def _merge(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     from .merging import verify
 
-    problems = verify(options.adapter, base=options.base, merged=options.merged)
+    try:
+        problems = verify(options.adapter, base=options.base, merged=options.merged)
+    except (OSError, ValueError) as error:
+        if not options.json:
+            raise
+        problems = [str(error)]
+    if options.json:
+        print(json.dumps({"adapter": options.adapter, "ok": not problems, "problems": problems}, indent=2))
+        return 2 if problems else 0
     for problem in problems:
         print(" ".join(problem.split()))
     if not problems:
@@ -215,6 +224,8 @@ def _load(name: str) -> Any:
 def _inspect(options: argparse.Namespace) -> None:
     from safetensors import SafetensorError
 
+    from .manifest import check_manifest
+
     folder = Path(options.adapter)
     path = folder / "adapter_model.safetensors"
     if not path.is_file():
@@ -222,6 +233,8 @@ def _inspect(options: argparse.Namespace) -> None:
     config = _read_config(folder / "adapter_config.json")
     if config.get("peft_type") != "DOWSER":
         raise ValueError(f"'{folder}' holds a {config.get('peft_type')} adapter, not a Dowser adapter.")
+    if config.get("manifest") is not None:
+        check_manifest(config["manifest"])
     try:
         modules = _modules(path)
     except SafetensorError as error:

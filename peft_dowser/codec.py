@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Bytes unpacked at a time: bounds the temporaries of `decode`, whatever the size of the matrix.
 _BLOCK = 1 << 22
+# What values may be saved as; they are loaded as float32.
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class DeltaFormatError(ValueError):
@@ -94,6 +96,22 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     if problem := _order_problem(positions, numel):
         raise DeltaFormatError(f"the index code is damaged: {problem}")
     return positions.to(position_dtype(numel))
+
+
+def check_values(values: Tensor, nnz: int) -> None:
+    """Refuse values of another number or kind than `nnz` finite floating-point ones.
+
+    Raises:
+        DeltaFormatError: they are not.
+    """
+    if values.dtype not in VALUE_DTYPES or tuple(values.shape) != (nnz,):
+        raise DeltaFormatError(
+            f"expected {nnz} floating-point values, the file has {values.dtype} of shape {tuple(values.shape)}; the "
+            "adapter in the file was made with another update_ratio or base model"
+        )
+    # The sum first, in one pass: with a NaN or an infinity among its terms it is not finite.
+    if not bool(torch.isfinite(values.sum(dtype=torch.float64))) and not bool(torch.isfinite(values).all()):
+        raise DeltaFormatError("the file has values that are not finite")
 
 
 def _is_mask(numel: int, nnz: int) -> bool:

@@ -10,6 +10,8 @@ from peft import PeftConfig
 from peft.utils import PeftType
 
 from ._registry import NAME
+from .codec import DeltaFormatError
+from .manifest import check_manifest
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 SELECTS = ("low", "high")
@@ -53,8 +55,11 @@ class DowserConfig(PeftConfig):
         save_dtype: dtype of the values in the saved file: "float32", "bfloat16" or "float16"; None keeps theirs.
         nnz_pattern: written by `save_pretrained`: trained weights by module. A config that has it belongs to a saved
             adapter, and loading it never probes. Leave it None.
+        manifest: written by `save_pretrained`: format version, digests, and samples of the base, see FORMAT.md. Leave
+            it None.
 
     Raises:
+        DeltaFormatError: the config is that of an adapter in a newer format.
         ValueError: one or more values are out of range; the message lists all of them.
     """
 
@@ -82,6 +87,7 @@ class DowserConfig(PeftConfig):
     init_weights: bool = True
     save_dtype: str | None = None
     nnz_pattern: dict[str, int] | None = None
+    manifest: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -89,6 +95,8 @@ class DowserConfig(PeftConfig):
         # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
         # make a second adapter, which must choose its own weights.
         self._selected: dict[str, int] | None = None
+        # The manifest of what was saved last: no field either, for a later save has other values.
+        self._written: dict[str, Any] | None = None
         self.check()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -99,8 +107,15 @@ class DowserConfig(PeftConfig):
         """Refuse values that make no sense; called again before a model is changed.
 
         Raises:
+            DeltaFormatError: the config is that of an adapter in a newer format.
             ValueError: one or more values are out of range; the message lists all of them.
         """
+        if self.manifest is not None:
+            # First: what else is wrong may be new in that format.
+            try:
+                check_manifest(self.manifest)
+            except DeltaFormatError as error:
+                raise DeltaFormatError(f"DowserConfig: {error}.") from error
         if problems := list(self._problems()):
             raise ValueError("DowserConfig: " + "; ".join(problems) + ".")
 
@@ -110,12 +125,15 @@ class DowserConfig(PeftConfig):
         return self._selected if self._selected is not None else self.nnz_pattern
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`."""
+        """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`, a save its
+        `manifest`."""
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
         if self.saved_nnz is not None:
             # The mask is in the file from now on; the statistics that it came from stay on this machine.
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
+        if self._written is not None:
+            plain["manifest"] = self._written
         return plain
 
     def _problems(self) -> Iterator[str]:

@@ -26,6 +26,7 @@ from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
 from .gate import CODE, PREFIX, VALUES
+from .manifest import base_sample, entry, manifest
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets
@@ -87,16 +88,19 @@ def extract(
         names = list(resolve_targets(pair.base.model, config))
         _check_targets(pair, names)
         _report_others(pair, names)
-        counts, tensors = {}, {}
+        counts, tensors, entries = {}, {}, {}
         for name, delta in _deltas(pair, names, config, method):
             positions, values = _changed(delta, scale)
             if counted := positions.numel():
                 counts[name] = counted
                 tensors[f"{PREFIX}{name}{VALUES}"] = values
-                tensors[f"{PREFIX}{name}{CODE}"] = encode(positions, pair.numel(name))
+                tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, pair.numel(name))
+                weight = pair.base.read(_weight(name))
+                entries[name] = entry(code, values, tuple(weight.shape), base_sample(weight))
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts
+    config.manifest = manifest(entries)
     if config.target_modules is None:
         config.target_modules = set(names)
     _save(folder, tensors, config, pair.base.model)

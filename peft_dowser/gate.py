@@ -4,11 +4,10 @@ import warnings
 from collections.abc import Collection, Mapping
 from typing import cast
 
-import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from .codec import DeltaFormatError, decode
+from .codec import DeltaFormatError, check_values
 from .experts import FusedParameter
 from .layer import DowserLayer
 from .target import Target
@@ -35,7 +34,7 @@ def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapt
     if unknown:
         raise DeltaFormatError(
             f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
-            f"{_few(unknown)}. It was made for another base model, or its config was edited."
+            f"{few(unknown)}. It was made for another base model, or its config was edited."
         )
     for name, nnz in counts.items():
         numel = targets[name].numel
@@ -50,6 +49,8 @@ def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapt
 def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Check every tensor of a saved adapter against the layers that it is loaded into.
 
+    The positions that this decodes are left with the layers, which so need not decode them again.
+
     Raises:
         DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
@@ -60,13 +61,18 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
             expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
             expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
     check_keys(expected, state_dict, where)
+    read = []
     for key, layer in expected.items():
         index, tensor = layer.index(adapter_name), state_dict[key]
-        module = f"{where}, module '{layer.module_name}'"
-        if key.endswith(".code"):
-            check_code(tensor, index.numel, index.nnz, module)
-        else:
-            check_values(tensor, index.nnz, module)
+        try:
+            if key.endswith(".code"):
+                read.append((index, tensor, index.read(tensor)))
+            else:
+                check_values(tensor, index.nnz)
+        except DeltaFormatError as error:
+            raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
+    for index, code, positions in read:
+        index.checked = (code, positions)
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
@@ -82,33 +88,14 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
         number = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
         raise DeltaFormatError(
             f"{where}: the file should have {len(expected)} Dowser tensors and has {number}; missing: "
-            f"{_few(missing)}. The file is incomplete, or belongs to another adapter or base model."
+            f"{few(missing)}. The file is incomplete, or belongs to another adapter or base model."
         )
     unknown = [key for key in found if ".dowser_" in key and key not in expected]
     if unknown:
         raise DeltaFormatError(
-            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {_few(unknown)}. It "
+            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {few(unknown)}. It "
             "belongs to another adapter or base model."
         )
-
-
-def check_code(code: Tensor, numel: int, nnz: int, where: str) -> Tensor:
-    """The positions in an index code; refuses one that `decode` refuses."""
-    try:
-        return decode(code, numel, nnz)
-    except DeltaFormatError as error:
-        raise DeltaFormatError(f"{where}: {error}.") from error
-
-
-def check_values(values: Tensor, nnz: int, where: str) -> None:
-    """Refuse values of another number or kind, or that are not finite."""
-    if not values.is_floating_point() or tuple(values.shape) != (nnz,):
-        raise DeltaFormatError(
-            f"{where}: expected {nnz} floating-point values, the file has {values.dtype} of shape "
-            f"{tuple(values.shape)}. The adapter in the file was made with another update_ratio or base model."
-        )
-    if not bool(torch.isfinite(values).all()):
-        raise DeltaFormatError(f"{where}: the file has values that are not finite.")
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
@@ -143,7 +130,7 @@ def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:
     setattr(parent, child, layer.get_base_layer())
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
     """The first names of a list that may be long and come from a stranger's file."""
     shown = ", ".join(repr(name[:100]) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -8,20 +8,55 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 
-from .codec import DeltaFormatError, code_length, decode, encode, position_dtype
+from .codec import DeltaFormatError, check_values, code_length, decode, encode, position_dtype
+from .manifest import base_sample, digest
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
 from .target import Target
 
+_NOT_LOADED = (
+    "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
+    "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."
+)
+
 
 class Values(nn.Module):
-    """The trained values of one adapter: `weight`, shape `(nnz,)`, float32 unless the user says otherwise."""
+    """The trained values of one adapter.
+
+    Attributes:
+        weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
+        awaited: whether this is a placeholder into which no file was loaded yet.
+    """
 
     weight: nn.Parameter
 
-    def __init__(self, values: Tensor) -> None:
+    def __init__(self, values: Tensor, awaited: bool) -> None:
         super().__init__()
+        self.awaited = False
         self.weight = nn.Parameter(values)
+        self.awaited = awaited
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.awaited:  # how transformers loads a parameter
+            if not value.is_meta:
+                check_values(value, self.weight.numel())
+            self.awaited = False
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "weight" in state_dict:
+            self.awaited = False
+
+    def loaded(self) -> nn.Parameter:
+        """The values.
+
+        Raises:
+            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+        """
+        if self.awaited:
+            raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
+        return self.weight
 
 
 class Index(nn.Module):
@@ -32,21 +67,28 @@ class Index(nn.Module):
         positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
             code of a placeholder.
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
+        digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
+        checked: a code that was read already, and its positions; None unless a load is under way.
     """
 
     code: Tensor
     positions: Tensor | None
     originals: Tensor | None
 
-    def __init__(self, code: Tensor, positions: Tensor | None, nnz: int, numel: int) -> None:
+    def __init__(
+        self, code: Tensor, positions: Tensor | None, nnz: int, numel: int, code_digest: str | None = None
+    ) -> None:
         super().__init__()
         self.nnz = nnz
         self.numel = numel
+        self.digest = None
+        self.checked: tuple[Tensor, Tensor] | None = None
         # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
         # parameter; `DowserModel` then adds the code to what is saved.
         self.register_buffer("code", code, persistent=not is_fsdp_enabled())
         self.register_buffer("positions", positions, persistent=False)
         self.register_buffer("originals", None, persistent=False)
+        self.digest = code_digest
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -61,7 +103,29 @@ class Index(nn.Module):
             self._decode()
 
     def _decode(self) -> None:
-        self.positions = None if self.code.is_meta else decode(self.code, self.numel, self.nnz)
+        checked, self.checked = self.checked, None
+        if self.code.is_meta:
+            self.positions = None
+        elif checked is not None and torch.equal(checked[0].to(self.code.device), self.code):
+            self.positions = checked[1].to(self.code.device)
+        else:
+            self.positions = self.read(self.code)
+        if self.positions is not None:
+            self.digest = None  # another file may follow
+
+    def read(self, code: Tensor) -> Tensor:
+        """The positions in a code.
+
+        Raises:
+            DeltaFormatError: it is no code of so many positions, or not the one that the manifest describes.
+        """
+        positions = decode(code, self.numel, self.nnz)
+        if self.digest is not None and digest(code) != self.digest:
+            raise DeltaFormatError(
+                "the index code is not the one that the manifest in adapter_config.json describes; the two files are "
+                "not of one save, or were edited"
+            )
+        return positions
 
     def decoded(self) -> Tensor:
         """The positions.
@@ -70,11 +134,7 @@ class Index(nn.Module):
             DeltaFormatError: this is a placeholder, and no file was loaded into it.
         """
         if self.positions is None:
-            raise DeltaFormatError(
-                "This adapter has no positions yet: its config is that of a saved adapter (it has an nnz_pattern), "
-                "but no file was loaded. Load the adapter with from_pretrained or load_adapter, or make a new "
-                "DowserConfig."
-            )
+            raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
         return self.positions
 
 
@@ -85,6 +145,8 @@ class DowserLayer(BaseTunerLayer):
         dowser_values: `Values` by adapter name.
         dowser_index: `Index` by adapter name.
         module_name: name of the target in the base model.
+        base_shape: shape of the target as it is stored.
+        base_sample: entries of it before any merge, see `manifest.base_sample`.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
 
@@ -98,6 +160,8 @@ class DowserLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
+        self.base_shape = self.target.shape
+        self.base_sample = base_sample(self.weight)
         self.out_features, self.in_features = self.target.features
 
     @property
@@ -109,6 +173,10 @@ class DowserLayer(BaseTunerLayer):
         """The trained values of an adapter, shape `(nnz,)`."""
         return cast(Values, self.dowser_values[adapter_name]).weight
 
+    def loaded_values(self, adapter_name: str) -> nn.Parameter:
+        """The same; refuses those of a placeholder."""
+        return cast(Values, self.dowser_values[adapter_name]).loaded()
+
     def index(self, adapter_name: str) -> Index:
         """The positions of an adapter."""
         return cast(Index, self.dowser_index[adapter_name])
@@ -116,7 +184,7 @@ class DowserLayer(BaseTunerLayer):
     def delta(self, adapter_name: str) -> Delta:
         """The delta of an adapter, in the adapter's own memory; empty where the adapter has no values here."""
         if adapter_name in self.dowser_values:
-            return Delta(self.index(adapter_name).decoded(), self.values(adapter_name).detach())
+            return Delta(self.index(adapter_name).decoded(), self.loaded_values(adapter_name).detach())
         weight = self.weight
         empty = torch.empty(0, dtype=torch.float32, device=weight.device)
         return Delta(empty.to(position_dtype(weight.numel())), empty)
@@ -135,8 +203,13 @@ class DowserLayer(BaseTunerLayer):
             values.normal_(std=float(weight.detach().float().std()))
         self._add(adapter_name, values, encode(positions, weight.numel()), positions)
 
-    def add_placeholder(self, adapter_name: str, nnz: int) -> None:
+    def add_placeholder(self, adapter_name: str, nnz: int, code_digest: str | None = None) -> None:
         """Add an adapter whose positions and values a file will fill in.
+
+        Args:
+            adapter_name: its name.
+            nnz: number of its values.
+            code_digest: SHA-256 of the index code in the file, where it is known.
 
         Raises:
             DeltaFormatError: more values than the weight has entries.
@@ -149,11 +222,13 @@ class DowserLayer(BaseTunerLayer):
             )
         device = weight.device
         code = torch.zeros(code_length(weight.numel(), nnz), dtype=torch.uint8, device=device)
-        self._add(adapter_name, torch.zeros(nnz, device=device, dtype=torch.float32), code, None)
+        values = torch.zeros(nnz, device=device, dtype=torch.float32)
+        self._add(adapter_name, values, code, None, code_digest)
 
     def fill(self, adapter_name: str, delta: Delta) -> None:
         """Give a placeholder its positions and values."""
         self.values(adapter_name).data = delta.values
+        cast(Values, self.dowser_values[adapter_name]).awaited = False
         self.index(adapter_name).code = encode(delta.positions, self.weight.numel())
 
     def add_copy(self, adapter_name: str, of: str) -> None:
@@ -162,10 +237,17 @@ class DowserLayer(BaseTunerLayer):
         positions = None if index.positions is None else index.positions.clone()
         self._add(adapter_name, self.values(of).detach().clone(), index.code.clone(), positions)
 
-    def _add(self, adapter_name: str, values: Tensor, code: Tensor, positions: Tensor | None) -> None:
+    def _add(
+        self,
+        adapter_name: str,
+        values: Tensor,
+        code: Tensor,
+        positions: Tensor | None,
+        code_digest: str | None = None,
+    ) -> None:
         numel = self.weight.numel()
-        self.dowser_values[adapter_name] = Values(values)
-        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel)
+        self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
+        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.
@@ -192,7 +274,7 @@ class DowserLayer(BaseTunerLayer):
             if name not in self.dowser_values:
                 continue
             weight = self.weight.data
-            values, index = self.values(name).detach(), self.index(name)
+            values, index = self.loaded_values(name).detach(), self.index(name)
             originals = weight.view(-1).index_select(0, index.decoded())
             if safe_merge:
                 self._check_finite(name, originals, values)
@@ -257,7 +339,7 @@ class Linear(nn.Module, DowserLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        values = [self.values(name) for name in active]
+        values = [self.loaded_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if _has_hooks(base):
             features = (self.out_features, self.in_features)

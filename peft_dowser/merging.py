@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import lru_cache
@@ -22,6 +23,7 @@ from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
 from .codec import DeltaFormatError
 from .model import report_vanished
+from .provenance import other_base
 from .sparse_linear import add_delta_
 from .targets import fused_parameters
 
@@ -56,6 +58,9 @@ def merge(
         total = _open(str(adapter), base, files)
         for problem in total.adapter.problems(total.base):
             raise DeltaFormatError(problem)
+        if foreign := total.adapter.foreign(total.base):
+            where = f"Adapter '{total.adapter.name}'"
+            warnings.warn(other_base(foreign, len(total.adapter.counts), where), UserWarning, stacklevel=2)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
             _write(Path(work), total, limit)
@@ -72,7 +77,7 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
         adapter: folder or Hub id of a saved Dowser adapter.
         base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
         merged: folder or Hub id of a model in which every tensor must be that of the base plus the adapter, bit for
-            bit; None checks the adapter alone, for which only the headers of the base are read.
+            bit; None checks the adapter alone, for which only a few entries of the base are read.
 
     Returns:
         A message for every problem; empty where all is well.
@@ -83,7 +88,12 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
     """
     with ExitStack() as files:
         total = _open(str(adapter), base, files)
-        problems = list(total.adapter.problems(total.base))
+        saved, checkpoint = total.adapter, total.base
+        problems = list(saved.problems(checkpoint))
+        if not problems:
+            problems = list(saved.altered())
+            if foreign := saved.foreign(checkpoint):
+                problems.append(other_base(foreign, len(saved.counts), f"Adapter '{saved.name}'"))
         if merged is not None and not problems:
             problems = list(_differences(total, open_checkpoint(str(merged), files)))
     return problems

@@ -23,7 +23,9 @@ from .config import DowserConfig
 from .experts import Experts, FusedParameter
 from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
+from .manifest import base_sample
 from .probe import check_materialized, check_whole, probe_targets
+from .provenance import check_modules, check_shapes, described, warn_of_other_base
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .sharding import complete, leave_positions_to_us
@@ -67,12 +69,13 @@ class DowserModel(BaseTuner):
         )
         # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
         config = copy.deepcopy(given)
-        config._selected = None
+        config._selected = config._written = None
         self.peft_config[adapter_name] = config
         self._adapter_name = adapter_name
         self._counts = counts_in(state_dict)
         self._masks: dict[str, Tensor] = {}
         self._fused: list[str] = []
+        self._manifest: dict[str, Any] | None = None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
@@ -80,7 +83,7 @@ class DowserModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            del self._masks, self._counts, self._twin, self._adapter_name, self._fused
+            del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
@@ -88,6 +91,8 @@ class DowserModel(BaseTuner):
     def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
         """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
         peft_config.check()
+        # It describes a file, not what will be trained from here on.
+        self._manifest, peft_config.manifest = peft_config.manifest, None
         check_whole(model)
         targets = resolve_targets(model, peft_config)
         self._fused = [name for name, target in targets.items() if target.is_fused]
@@ -103,6 +108,8 @@ class DowserModel(BaseTuner):
             self._counts = peft_config.nnz_pattern
         if self._counts is not None:
             check_counts(self._counts, targets, self._adapter_name)
+            if self._manifest is not None:
+                self._compare(self._manifest, self._counts, model, targets)
             return
         started = time.perf_counter()
         with _adapters_disabled(model):
@@ -113,6 +120,18 @@ class DowserModel(BaseTuner):
         if by_default and not self._fused:
             _report_bare_experts(fused_parameters(model))
         _log_selection(self._masks, targets, time.perf_counter() - started)
+
+    def _compare(
+        self, manifest: dict[str, Any], counts: dict[str, int], model: nn.Module, targets: Mapping[str, Target]
+    ) -> None:
+        """Compare the manifest of a saved adapter with its counts and with the base."""
+        where = f"Adapter '{self._adapter_name}'"
+        check_modules(manifest, counts, where)
+        adapted = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
+        check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
+        # An adapted weight may be merged; its sample is that of before.
+        samples = {n: adapted[n] if n in adapted else base_sample(targets[n].read()) for n in counts}
+        warn_of_other_base(manifest, samples, where)
 
     @staticmethod
     def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
@@ -170,7 +189,8 @@ class DowserModel(BaseTuner):
         if self._twin is not None:
             layer.add_copy(adapter_name, of=self._twin)
         elif self._counts is not None:
-            layer.add_placeholder(adapter_name, self._counts[layer.module_name])
+            known = self._manifest["modules"][layer.module_name]["code_sha256"] if self._manifest else None
+            layer.add_placeholder(adapter_name, self._counts[layer.module_name], known)
         else:
             layer.add_positions(adapter_name, self._masks[layer.module_name], peft_config.init_weights)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
@@ -291,10 +311,11 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         complete(selected, state_dict, model, adapter_name)
-        if config.save_dtype is None:
-            return selected
-        dtype = getattr(torch, config.save_dtype)
-        return {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
+        if config.save_dtype is not None:
+            dtype = getattr(torch, config.save_dtype)
+            selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
+        config._written = described(model, selected, adapter_name)
+        return selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

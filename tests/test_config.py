@@ -39,6 +39,7 @@ DEFAULTS = {
     "init_weights": True,
     "save_dtype": None,
     "nnz_pattern": None,
+    "manifest": None,
 }
 NAN, INF = float("nan"), float("inf")
 WRONG = {
@@ -67,6 +68,7 @@ WRONG_TYPES = {
     "trainable_token_indices": ["a", [1.5]],
     "ratio_pattern": [None, ["q_proj"], {1: 0.5}],
     "nnz_pattern": [3, ["q_proj"]],
+    "manifest": [3, {}, {"format": "1"}, {"format": 0}, {"format": 1}, {"format": 1, "modules": {"q_proj": 3}}],
 }
 LAYERS = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
 WRONG_TOGETHER = [

@@ -236,7 +236,15 @@ def test_the_files_are_those_of_save_pretrained(tmp_path: Path) -> None:
             assert file.metadata() == {"format": "pt"}
         configs.append(json.loads((tmp_path / folder / "adapter_config.json").read_text()))
     assert shapes[0] == shapes[1]
-    different = {key for key in configs[1] if configs[0][key] != configs[1][key]}
+    about_the_base = [
+        {
+            name: (entry["shape"], entry["nnz"], entry["base_sample"])
+            for name, entry in one["manifest"]["modules"].items()
+        }
+        for one in configs
+    ]
+    assert about_the_base[0] == about_the_base[1]
+    different = {key for key in configs[1].keys() - {"manifest"} if configs[0][key] != configs[1][key]}
     assert configs[0].keys() == configs[1].keys()
     assert different == {"score", "num_probes", "num_rademacher", "probe_length"}  # those of the helper
     assert configs[0]["base_model_name_or_path"] == base

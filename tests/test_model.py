@@ -660,7 +660,7 @@ def test_a_damaged_code_is_refused_by_the_transformers_loader_too(tmp_path: Path
 def test_a_saved_config_without_its_file_says_so(tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
     model = get_peft_model(tiny_llama(), DowserConfig.from_pretrained(tmp_path))
-    with pytest.raises(DeltaFormatError, match=r"has no positions yet.*Load the adapter with from_pretrained"):
+    with pytest.raises(DeltaFormatError, match=r"has no values yet.*Load the adapter with from_pretrained"):
         logits(model)
 
 

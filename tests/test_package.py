@@ -17,9 +17,11 @@ from peft_dowser._registry import ensure_peft_type
 FOLDER = Path(peft_dowser.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py")}
 FLOOR = {
+    "_version",
     "arithmetic",
     "codec",
     "grafting",
+    "manifest",
     "masks",
     "metrics",
     "postmerge",

@@ -1,0 +1,3 @@
+"""The version of the package, which saved adapters carry."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,114 @@
+"""The manifest of a saved adapter: what the file says of itself and of the base that it was made for. See FORMAT.md."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._version import __version__
+from .codec import DeltaFormatError
+
+# The format that this release writes; it reads this one and all older ones.
+FORMAT = 1
+_SAMPLES = 16
+# Fractional parts of i times this number over 2^64 are spread evenly, and follow no rows or columns of a matrix.
+_GOLDEN = 0x9E3779B97F4A7C15
+# What a checkpoint is commonly cast to.
+_CASTS = (torch.bfloat16, torch.float16)
+
+
+def check_manifest(manifest: Any) -> None:
+    """Refuse a manifest of a newer format, or one that is none.
+
+    Raises:
+        DeltaFormatError: this release cannot read the adapter.
+    """
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        version = 0
+    if version > FORMAT:
+        raise DeltaFormatError(
+            f"the adapter is in format {version}, written by {str(manifest.get('written_by'))[:50]!r}; this release of "
+            f"peft-dowser reads up to format {FORMAT}: upgrade it"
+        )
+    modules = manifest.get("modules") if version > 0 else None
+    if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
+        raise DeltaFormatError(
+            "manifest must be what save_pretrained writes, with a format and modules; adapter_config.json was edited"
+        )
+
+
+def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:
+    """What a manifest says of one module.
+
+    Args:
+        code: its index code, as in the file.
+        values: its values, as in the file.
+        shape: shape of the base weight as it is stored.
+        sample: `base_sample` of the unmodified base weight.
+    """
+    return {
+        "shape": list(shape),
+        "nnz": values.numel(),
+        "code_sha256": digest(code),
+        "values_sha256": digest(values),
+        "base_sample": sample,
+    }
+
+
+def manifest(modules: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of an adapter, from its entries by module."""
+    return {"format": FORMAT, "written_by": f"peft-dowser {__version__}", "modules": dict(modules)}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def base_sample(weight: Tensor) -> str | None:
+    """Sixteen entries of a weight, rounded to float32, little-endian, in hexadecimal; None where it has no real ones.
+
+    They are entries and not their hash, so that the same weight in another dtype can be recognized.
+    """
+    if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+        return None
+    numel = weight.numel()
+    at = [(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)]
+    flat = weight.detach().view(-1)
+    sample = flat[torch.tensor(at, device=flat.device)].float().cpu()
+    return sample.contiguous().view(torch.uint8).numpy().tobytes().hex()
+
+
+def is_sample(text: Any) -> bool:
+    """Whether this can be what `base_sample` has written."""
+    return isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{8 * _SAMPLES}}}", text) is not None
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two samples are of one weight, be it that either or both were cast to another float dtype.
+
+    Equal, or equal after rounding to a dtype that one of them is in already; of bfloat16 and float16, neither of which
+    holds the other, equal within the rounding of both.
+    """
+    if one == other:
+        return True
+    a, b = _numbers(one), _numbers(other)
+    for dtype in _CASTS:
+        rounded_a, rounded_b = a.to(dtype).float(), b.to(dtype).float()
+        if torch.equal(rounded_a, rounded_b) and (torch.equal(rounded_a, a) or torch.equal(rounded_b, b)):
+            return True
+    mixed = (_is(a, torch.bfloat16) and _is(b, torch.float16)) or (_is(b, torch.bfloat16) and _is(a, torch.float16))
+    return mixed and torch.allclose(a, b, rtol=2**-7, atol=2**-24)
+
+
+def _numbers(sample: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(sample), dtype=torch.float32)
+
+
+def _is(numbers: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(numbers.to(dtype).float(), numbers)

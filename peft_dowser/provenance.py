@@ -1,0 +1,85 @@
+"""The manifest of an adapter beside the model: written when it is saved, compared when it is loaded."""
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .codec import DeltaFormatError
+from .gate import CODE, PREFIX, VALUES, few
+from .layer import DowserLayer
+from .manifest import entry, is_sample, manifest, same_base
+
+
+def described(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
+    """The manifest of the tensors that are about to be saved, their keys with the adapter's name."""
+    modules = {}
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
+            code = CODE.replace(".code", f".{adapter_name}.code")
+            values = VALUES.replace(".weight", f".{adapter_name}.weight")
+            name = layer.module_name
+            start = name if name + values in tensors else PREFIX + name
+            modules[name] = entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
+    return manifest(modules)
+
+
+def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
+    """Refuse a manifest that is not of the adapter with these counts.
+
+    Raises:
+        DeltaFormatError: it lists other modules or counts, or has an entry that no release writes.
+    """
+    modules = saved["modules"]
+    if modules.keys() != counts.keys():
+        raise DeltaFormatError(
+            f"{where}: its manifest and its counts disagree on {few(sorted(modules.keys() ^ counts.keys()))}. "
+            "adapter_config.json was edited."
+        )
+    for name, found in modules.items():
+        hashes = (found.get("code_sha256"), found.get("values_sha256"))
+        sample = found.get("base_sample")
+        if not all(isinstance(text, str) for text in hashes) or not (sample is None or is_sample(sample)):
+            raise DeltaFormatError(f"{where}: the manifest of module {name[:100]!r} is damaged.")
+        if found.get("nnz") != counts[name]:
+            raise DeltaFormatError(
+                f"{where}: module {name[:100]!r} has {counts[name]} values, its manifest says {found.get('nnz')!r}. "
+                "adapter_config.json and the adapter's file are not of one save."
+            )
+
+
+def check_shapes(saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Refuse an adapter that was made for weights of other shapes.
+
+    Raises:
+        DeltaFormatError: a shape differs; the message has both.
+    """
+    for name, shape in shapes.items():
+        expected = saved["modules"][name].get("shape")
+        if expected != list(shape):
+            raise DeltaFormatError(
+                f"{where}: module {name[:100]!r} has a weight of shape {shape} here, the adapter was made for "
+                f"{str(expected)[:100]}. It belongs to another base model."
+            )
+
+
+def unlike(saved: Mapping[str, Any], samples: Mapping[str, str | None]) -> list[str]:
+    """The modules whose weight is not the one that the adapter was made for, in whatever float dtype either is."""
+    pairs = ((name, saved["modules"][name].get("base_sample"), sample) for name, sample in samples.items())
+    return [name for name, then, now in pairs if then is not None and now is not None and not same_base(then, now)]
+
+
+def other_base(modules: Collection[str], of: int, where: str) -> str:
+    """What to say where the weights of some modules are not those that the adapter was made for."""
+    return (
+        f"{where} was made for other weights than this base model has in {len(modules)} of {of} modules: "
+        f"{few(list(modules))}. The base is another checkpoint of the same shapes, was trained further, or has an "
+        "adapter merged in."
+    )
+
+
+def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
+    """Warn once where weights are not those that the adapter was made for."""
+    if different := unlike(saved, samples):
+        warnings.warn(other_base(different, len(samples), where), UserWarning, stacklevel=2)
