@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
     plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
     plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="module names (default: as in DowserConfig)")
+    plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts as well")
     plan.add_argument("--last-layers", type=int, help="train only the last L layers")
     plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")
     plan.add_argument("--dtype", default="bfloat16", help="of the base model (default: bfloat16)")
@@ -145,6 +146,7 @@ def _plan(options: argparse.Namespace) -> None:
         DowserConfig(
             update_ratio=options.update_ratio,
             target_modules=options.target_modules,
+            target_parameters=options.target_parameters,
             last_layers=options.last_layers,
         ),
         optimizer=options.optimizer,

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .fused import Product, standing_in, weight_of, wrapped_forward
@@ -68,8 +69,12 @@ class Experts(nn.Module):
         self.add_module(name, added)
         return added
 
+    @torch.compiler.disable  # it cannot trace what stands in for a parameter
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base layer's own forward, in which every product with an adapted parameter takes W + D."""
+        """The base layer's own forward, in which every product with an adapted parameter takes W + D.
+
+        `torch.compile` breaks its graph here.
+        """
         with wrapped_forward(self.base_layer, self._forward):
             return self.base_layer(*args, **kwargs)
 

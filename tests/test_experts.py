@@ -29,11 +29,13 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DeltaFormatError, DowserLayer, probe, scores
+from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe, scores
+from peft_dowser.cli import main
 from peft_dowser.experts import Experts
 from peft_dowser.fused import Product, standing_in, weight_of, wrapped_forward
 from peft_dowser.merging import merge, verify
 from peft_dowser.seeds import derived_seed
+from peft_dowser.sparse_experts import sparse_experts
 from peft_dowser.sparse_linear import add_delta_
 from peft_dowser.targets import resolve_targets
 
@@ -219,6 +221,50 @@ def test_autocast_gives_the_bits_of_the_merged_model() -> None:
         assert all(layer.values("default").grad.abs().sum() > 0 for layer in layers_of(model).values())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_block_gives_the_same_bits() -> None:
+    model = adapted(tiny_moe("mixtral"))
+    block = next(module for name, module in model.named_modules() if name.endswith("layers.0.mlp"))
+    x = torch.randn(2, 5, 16)
+    found = torch.compile(block, backend="eager")(x)
+    assert torch.equal(found, block(x))
+    found.sum().backward()
+    assert layers_of(model)[GATE_UP].values("default").grad.any()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["one", "each"])
+def test_the_gradient_of_a_product_is_right_in_float64(kind: str, transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 4, 5) if transposed else (3, 5, 4)
+    module = nn.Module()
+    module.weight = nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator), requires_grad=False)
+    weight = module.weight
+    positions = torch.tensor([0, 3, 19, 20, 21, 45, 59], dtype=torch.int32)  # in all of the experts
+    chosen = torch.tensor([2, 0, 2, 2])
+
+    def run(x: Tensor, values: Tensor) -> Tensor:
+        def multiply(product: Product) -> Tensor:
+            if product.expert is None:
+                return sparse_experts(product, weight, [values], [positions])
+            return sparse_experts(product, weight[2:], [values[5:]], [positions[5:] - 40])
+
+        with standing_in(module, {"weight": multiply}):
+            if kind == "one":
+                return x @ module.weight[2] if transposed else F.linear(x, module.weight[2])
+            several = module.weight[chosen]
+            return torch.bmm(x[:, None], several) if transposed else torch.bmm(several, x[..., None])
+
+    x = torch.randn(4, 4, dtype=torch.float64, generator=generator, requires_grad=True)
+    values = torch.randn(7, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, values))
+    dense = weight.detach().clone()
+    add_delta_(dense, positions, values.detach())
+    expected = torch.stack([row @ (dense[e] if transposed else dense[e].T) for row, e in zip(x, chosen, strict=True)])
+    if kind == "each":
+        torch.testing.assert_close(run(x, values).reshape(4, 5), expected)
+
+
 class Odd(nn.Module):
     """An experts module that does something to its parameter."""
 
@@ -387,6 +433,19 @@ def test_batches_and_untargeted_parameters_do_not_matter() -> None:
         for other in others:
             torch.testing.assert_close(module.sensitivity, other.sensitivity, rtol=1e-4, atol=1e-8)
             torch.testing.assert_close(module.activity, other.activity, rtol=1e-4, atol=1e-8)
+
+
+def test_a_probe_is_continued_for_experts_that_the_first_prompts_did_not_reach() -> None:
+    model = tiny_moe("qwen3_moe")
+    settings = config(target_parameters=PARAMETERS, target_modules=[])
+    first = probe(model, settings, prompts=PROMPTS[1:2])
+    found = probe(model, settings, prompts=[PROMPTS[0], PROMPTS[2]], statistics=first)
+    whole = probe(model, settings, prompts=[PROMPTS[1], PROMPTS[0], PROMPTS[2]])
+    assert len(first.modules) < len(whole.modules)
+    assert found.modules.keys() == whole.modules.keys()
+    for name, module in whole.modules.items():
+        torch.testing.assert_close(found.modules[name].sensitivity, module.sensitivity, rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(found.modules[name].activity, module.activity, rtol=1e-4, atol=1e-8)
 
 
 def test_the_gradient_score_is_that_of_the_dense_gradient() -> None:
@@ -672,6 +731,19 @@ def test_pieces_of_another_shape_are_refused(tmp_path: Path) -> None:
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, metadata={"format": "pt"})
     with pytest.raises(DeltaFormatError, match=f"'{DOWN}'.*48 rows"):
         merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
+
+
+def test_the_command_knows_experts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base = tiny_moe("mixtral")
+    base.save_pretrained(tmp_path / "base")
+    output = tmp_path / "statistics"
+    options = ["--num-probes", "4", "--num-rademacher", "1", "--probe-length", "8", "--target-parameters", *PARAMETERS]
+    assert main(["probe", str(tmp_path / "base"), "-o", str(output), *options]) == 0
+    assert any(name.startswith(f"{DOWN}[") for name in ProbeStatistics.load(output).modules)
+    adapted(base).save_pretrained(tmp_path / "adapter")
+    capsys.readouterr()
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    assert GATE_UP in capsys.readouterr().out
 
 
 # Names
