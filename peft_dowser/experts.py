@@ -73,7 +73,7 @@ class Experts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, in which every product with an adapted parameter takes W + D.
 
-        `torch.compile` breaks its graph here.
+        `torch.compile` breaks its graph here. Not thread-safe.
         """
         with wrapped_forward(self.base_layer, self._forward):
             return self.base_layer(*args, **kwargs)

@@ -116,8 +116,9 @@ class Passes:
         for name, tap in of_linears.items():
             self._keep(name, tap, chosen)
         for name, experts in of_experts.items():
+            matrices = fused[name].matrices()
             for expert, tap in experts.by_expert():
-                self._keep(fused[name].matrices()[expert].name, tap, chosen)
+                self._keep(matrices[expert].name, tap, chosen)
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
         if self.kind is Kind.OTHER or mask is None:

@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
 from datasets import Dataset
+from groups import on_ranks
 from helpers import config, set_values
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoTokenizer,
     GptOssConfig,
@@ -689,11 +692,46 @@ def test_sft_trains_saves_and_generates(tmp_path: Path) -> None:
     trainer.train()
     model = trainer.model.eval()
     assert all(layer.values("default").abs().sum() > 0 for layer in layers_of(model).values())
+    trained = {name: layer.values("default").detach().clone() for name, layer in layers_of(model).items()}
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # at its last step: loads and stops
+    assert all(torch.equal(layer.values("default"), trained[name]) for name, layer in layers_of(model.eval()).items())
     ids = some_ids(1, 4)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path / "checkpoint-2")).eval()
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     written = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
     assert torch.equal(written, by_hand(base, model).generate(ids, max_new_tokens=5, do_sample=False))
+
+
+def sharded_losses(rank: int, size: int = 2) -> dict[str, list[float]]:
+    """Losses of a few steps on this rank's part of every batch, by experts implementation; size 1 is not sharded."""
+    found = {}
+    for implementation in ("eager", "grouped_mm"):
+        base = tiny_moe("mixtral")
+        base.set_experts_implementation(implementation)
+        model = adapted(base, target_modules=["q_proj"]).train()
+        if size > 1:
+            mesh = init_device_mesh("cpu", (size,))
+            for layer in base.model.layers:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0)
+        found[implementation] = []
+        for _ in range(3):
+            part = some_ids(4, 10).chunk(size)[rank]
+            loss = model(input_ids=part, labels=part).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found[implementation].append(loss.item())
+    return found
+
+
+def test_sharded_experts_train_as_one_process_does(tmp_path: Path) -> None:
+    parts = on_ranks(sharded_losses, tmp_path)
+    for implementation, losses in sharded_losses(0, size=1).items():
+        means = [sum(pair) / 2 for pair in zip(*(part[implementation] for part in parts), strict=True)]
+        assert means == pytest.approx(losses, rel=1e-5)
+        assert losses[2] < losses[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
