@@ -174,8 +174,9 @@ class _StandIn:
     def _problem(self, what: str) -> str:
         return (
             f"The forward of {type(self._module).__name__} uses {what} of its parameter '{self._name}', which "
-            "peft-dowser cannot follow. Choose another implementation of the experts, such as "
-            "model.set_experts_implementation('eager'), or leave the parameter out of target_parameters."
+            "peft-dowser cannot follow. Choose another implementation of the experts with "
+            "model.set_experts_implementation: 'grouped_mm', 'batched_mm' or 'eager'; or leave the parameter out of "
+            "target_parameters."
         )
 
 
