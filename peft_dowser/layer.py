@@ -6,136 +6,14 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.integrations.fsdp import is_fsdp_enabled
 
-from .codec import DeltaFormatError, check_values, code_length, decode, encode, position_dtype
-from .manifest import base_sample, digest
+from .codec import DeltaFormatError, code_length, encode, position_dtype
+from .entries import checksum, merged_entries, write_entries_
+from .manifest import base_sample
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
+from .state import Index, Values
 from .target import Target
-
-_NOT_LOADED = (
-    "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
-    "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."
-)
-
-
-class Values(nn.Module):
-    """The trained values of one adapter.
-
-    Attributes:
-        weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
-        awaited: whether this is a placeholder into which no file was loaded yet.
-    """
-
-    weight: nn.Parameter
-
-    def __init__(self, values: Tensor, awaited: bool) -> None:
-        super().__init__()
-        self.awaited = False
-        self.weight = nn.Parameter(values)
-        self.awaited = awaited
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and self.awaited:  # how transformers loads a parameter
-            if not value.is_meta:
-                check_values(value, self.weight.numel())
-            self.awaited = False
-        super().__setattr__(name, value)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + "weight" in state_dict:
-            self.awaited = False
-
-    def loaded(self) -> nn.Parameter:
-        """The values.
-
-        Raises:
-            DeltaFormatError: this is a placeholder, and no file was loaded into it.
-        """
-        if self.awaited:
-            raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
-        return self.weight
-
-
-class Index(nn.Module):
-    """The positions of one adapter's values.
-
-    Attributes:
-        code: index code, uint8, saved with the model.
-        positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
-            code of a placeholder.
-        originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
-        digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
-        checked: a code that was read already, and its positions; None unless a load is under way.
-    """
-
-    code: Tensor
-    positions: Tensor | None
-    originals: Tensor | None
-
-    def __init__(
-        self, code: Tensor, positions: Tensor | None, nnz: int, numel: int, code_digest: str | None = None
-    ) -> None:
-        super().__init__()
-        self.nnz = nnz
-        self.numel = numel
-        self.digest = None
-        self.checked: tuple[Tensor, Tensor] | None = None
-        # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
-        # parameter; `DowserModel` then adds the code to what is saved.
-        self.register_buffer("code", code, persistent=not is_fsdp_enabled())
-        self.register_buffer("positions", positions, persistent=False)
-        self.register_buffer("originals", None, persistent=False)
-        self.digest = code_digest
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "code":  # how transformers loads a buffer
-            self._decode()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if "code" in self._non_persistent_buffers_set and prefix + "code" in state_dict:
-            self.code = state_dict[prefix + "code"]
-        else:
-            self._decode()
-
-    def _decode(self) -> None:
-        checked, self.checked = self.checked, None
-        if self.code.is_meta:
-            self.positions = None
-        elif checked is not None and torch.equal(checked[0].to(self.code.device), self.code):
-            self.positions = checked[1].to(self.code.device)
-        else:
-            self.positions = self.read(self.code)
-        if self.positions is not None:
-            self.digest = None  # another file may follow
-
-    def read(self, code: Tensor) -> Tensor:
-        """The positions in a code.
-
-        Raises:
-            DeltaFormatError: it is no code of so many positions, or not the one that the manifest describes.
-        """
-        positions = decode(code, self.numel, self.nnz)
-        if self.digest is not None and digest(code) != self.digest:
-            raise DeltaFormatError(
-                "the index code is not the one that the manifest in adapter_config.json describes; the two files are "
-                "not of one save, or were edited"
-            )
-        return positions
-
-    def decoded(self) -> Tensor:
-        """The positions.
-
-        Raises:
-            DeltaFormatError: this is a placeholder, and no file was loaded into it.
-        """
-        if self.positions is None:
-            raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
-        return self.positions
 
 
 class DowserLayer(BaseTunerLayer):
@@ -273,30 +151,40 @@ class DowserLayer(BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self.dowser_values:
                 continue
-            weight = self.weight.data
-            values, index = self.loaded_values(name).detach(), self.index(name)
-            originals = weight.view(-1).index_select(0, index.decoded())
+            weight, index = self.weight.data, self.index(name)
+            values = self.loaded_values(name).detach()
+            entries = merged_entries(weight, index.decoded(), values)
             if safe_merge:
-                self._check_finite(name, originals, values)
-            index.originals = originals
-            add_delta_(weight, index.decoded(), values)
-            unchanged = weight.view(-1).index_select(0, index.decoded()) == originals
-            self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
+                entries.check_finite(name, self.module_name)
+            # Noted first: whatever interrupts this, `unmerge` restores the weight.
+            index.originals, index.written = entries.originals, (entries.sums.dtype, checksum(entries.sums))
+            self.vanished[name] = (entries.vanished, values.numel())
             self.merged_adapters.append(name)
+            write_entries_(weight, index.decoded(), entries.sums)
 
     def unmerge(self) -> None:
         """Put the overwritten entries back, the last merged adapter first: the base is bit-identical again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.weight.data
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            del self.vanished[name]
-            index = self.index(name)
-            originals = cast(Tensor, index.originals).to(weight.dtype)
-            weight.view(-1).index_copy_(0, index.decoded().long(), originals)
-            index.originals = None
+            self._unmerge(self.merged_adapters[-1])
+            del self.vanished[self.merged_adapters.pop()]
+
+    def _unmerge(self, adapter_name: str) -> None:
+        weight, index = self.weight.data, self.index(adapter_name)
+        positions = index.decoded()
+        dtype, written = cast(tuple[torch.dtype, int], index.written)
+        if weight.dtype == dtype and checksum(weight.view(-1).index_select(0, positions)) != written:
+            warnings.warn(
+                f"Adapter '{adapter_name}': the weight of module '{self.module_name}' was changed after the merge. "
+                f"Unmerging puts the {positions.numel()} entries that the merge had written back to what they were "
+                "before it; what else was changed stays.",
+                UserWarning,
+                stacklevel=3,
+            )
+        write_entries_(weight, positions, cast(Tensor, index.originals).to(weight.dtype))
+        index.originals = index.written = None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape and dtype of the stored weight; for inspection."""
@@ -304,17 +192,6 @@ class DowserLayer(BaseTunerLayer):
         delta = torch.zeros_like(weight).requires_grad_(False)
         add_delta_(delta, self.index(adapter_name).decoded(), self.values(adapter_name).detach())
         return delta
-
-    def _check_finite(self, adapter_name: str, originals: Tensor, values: Tensor) -> None:
-        wide = torch.promote_types(originals.dtype, torch.float32)
-        merged = (originals.to(wide) + values).to(originals.dtype)
-        bad = int((~torch.isfinite(merged)).sum())
-        if bad:
-            raise ValueError(
-                f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
-                f"{originals.dtype} into module '{self.module_name}'. The adapter is broken, or its values are too "
-                "large for the dtype of the base; nothing was merged into this module."
-            )
 
 
 class Linear(nn.Module, DowserLayer):

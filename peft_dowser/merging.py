@@ -22,9 +22,9 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
 from .codec import DeltaFormatError
+from .entries import merged_entries, write_entries_
 from .model import report_vanished
 from .provenance import other_base
-from .sparse_linear import add_delta_
 from .targets import fused_parameters
 
 
@@ -136,19 +136,12 @@ class _Sum:
         ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64)
         own = slice(*torch.searchsorted(positions, ends.to(positions.dtype)).tolist())
         positions, values = positions[own] - start, values[own]
-        originals = weight.view(-1).index_select(0, positions)
+        entries = merged_entries(weight, positions, values)
+        entries.check_finite(self.adapter.name, module)
         weight = weight.clone()  # what was read is memory of the file
-        add_delta_(weight, positions, values)
-        changed = weight.view(-1).index_select(0, positions)
-        if bad := int((~torch.isfinite(changed)).sum()):
-            raise ValueError(
-                f"Adapter '{self.adapter.name}': merging would write {bad} values that are not finite in "
-                f"{weight.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "
-                "large for the dtype of the base."
-            )
+        write_entries_(weight, positions, entries.sums)
         lost, total = self.vanished.get(module, (0, 0))
-        lost += int(((changed == originals) & (values != 0)).sum())
-        self.vanished[module] = (lost, total + values.numel())
+        self.vanished[module] = (lost + entries.vanished, total + values.numel())
         return weight
 
 

@@ -269,6 +269,8 @@ class DowserModel(BaseTuner):
                 layer.fill(adapter_name, deltas[layer.module_name])
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        if safe_merge:
+            _rehearse_merge(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         report_vanished([layer.vanished for layer in _dowser_layers(self.model)])
 
@@ -284,6 +286,8 @@ class DowserModel(BaseTuner):
             for layer in layers:
                 if layer.merged:
                     layer.unmerge()
+        elif safe_merge:
+            _rehearse_merge(self.model, adapter_names)
         # Only the counts are kept: each layer's state is freed as soon as it is merged.
         vanished = [layer.vanished for layer in layers]
         del layers
@@ -361,6 +365,17 @@ def _adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
+
+
+def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
+    """Find out whether every layer can be merged, while none is."""
+    for layer in _dowser_layers(model):
+        if not layer.merged:
+            try:
+                layer.merge(safe_merge=True, adapter_names=adapter_names)
+            finally:
+                if layer.merged:
+                    layer.unmerge()
 
 
 def _thaw(model: nn.Module) -> None:

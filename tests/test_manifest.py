@@ -329,8 +329,8 @@ def test_a_flipped_bit_in_the_values_is_found_by_verify(tmp_path: Path) -> None:
 def test_a_code_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted().save_pretrained(tmp_path)
     calls = []
-    decode = peft_dowser.layer.decode
-    monkeypatch.setattr(peft_dowser.layer, "decode", lambda *args: calls.append(1) or decode(*args))
+    decode = peft_dowser.state.decode
+    monkeypatch.setattr(peft_dowser.state, "decode", lambda *args: calls.append(1) or decode(*args))
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert len(calls) == 14
     assert all(layer.index("default").checked is None for layer in model.modules() if isinstance(layer, DowserLayer))

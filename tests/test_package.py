@@ -20,6 +20,7 @@ FLOOR = {
     "_version",
     "arithmetic",
     "codec",
+    "entries",
     "grafting",
     "manifest",
     "masks",

@@ -1,0 +1,62 @@
+"""The entries of a weight that a merge writes: computed before the weight changes, so that they can be refused."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .sparse_linear import add_delta_
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@dataclass(frozen=True)
+class MergedEntries:
+    """What a merge does to the entries of a weight at the positions of a delta.
+
+    Attributes:
+        originals: what is there, shape `(nnz,)`.
+        sums: W + D, rounded as `add_delta_` rounds it, shape `(nnz,)`, in the dtype of the weight.
+        vanished: number of values other than 0 that change nothing.
+    """
+
+    originals: Tensor
+    sums: Tensor
+    vanished: int
+
+    def check_finite(self, adapter_name: str, module: str) -> None:
+        """Refuse sums that are not finite.
+
+        Raises:
+            ValueError: there are some; the message names adapter and module.
+        """
+        if bad := int((~torch.isfinite(self.sums)).sum()):
+            raise ValueError(
+                f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
+                f"{self.sums.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "
+                "large for the dtype of the base; nothing was merged into this module."
+            )
+
+
+def merged_entries(weight: Tensor, positions: Tensor, values: Tensor) -> MergedEntries:
+    """Compute what a merge would write; the weight is read only.
+
+    Args:
+        weight: contiguous weight, any float dtype.
+        positions: distinct flat positions, shape `(nnz,)`, int32 or int64.
+        values: the delta at these positions, shape `(nnz,)`, any float dtype.
+    """
+    originals = weight.view(-1).index_select(0, positions)
+    sums = originals.clone()
+    add_delta_(sums, torch.arange(len(sums), dtype=positions.dtype, device=positions.device), values)
+    return MergedEntries(originals, sums, vanished=int(((sums == originals) & (values != 0)).sum()))
+
+
+def write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
+    """Write entries into a weight in place."""
+    weight.view(-1).index_copy_(0, positions.long(), entries)
+
+
+def checksum(entries: Tensor) -> int:
+    """The sum of the bits of all entries as integers: another one where any single entry was changed."""
+    return int(entries.contiguous().view(_BITS[entries.element_size()]).sum(dtype=torch.int64))

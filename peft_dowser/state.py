@@ -1,0 +1,135 @@
+"""What an adapter keeps for one target: its values and their positions, and how a saved file fills them in."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.fsdp import is_fsdp_enabled
+
+from .codec import DeltaFormatError, check_values, decode
+from .manifest import digest
+
+_NOT_LOADED = (
+    "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
+    "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."
+)
+
+
+class Values(nn.Module):
+    """The trained values of one adapter.
+
+    Attributes:
+        weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
+        awaited: whether this is a placeholder into which no file was loaded yet.
+    """
+
+    weight: nn.Parameter
+
+    def __init__(self, values: Tensor, awaited: bool) -> None:
+        super().__init__()
+        self.awaited = False
+        self.weight = nn.Parameter(values)
+        self.awaited = awaited
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and self.awaited:  # how transformers loads a parameter
+            if not value.is_meta:
+                check_values(value, self.weight.numel())
+            self.awaited = False
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if prefix + "weight" in state_dict:
+            self.awaited = False
+
+    def loaded(self) -> nn.Parameter:
+        """The values.
+
+        Raises:
+            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+        """
+        if self.awaited:
+            raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
+        return self.weight
+
+
+class Index(nn.Module):
+    """The positions of one adapter's values.
+
+    Attributes:
+        code: index code, uint8, saved with the model.
+        positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
+            code of a placeholder.
+        originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
+        written: dtype and `entries.checksum` of what that merge wrote; None while unmerged.
+        digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
+        checked: a code that was read already, and its positions; None unless a load is under way.
+    """
+
+    code: Tensor
+    positions: Tensor | None
+    originals: Tensor | None
+
+    def __init__(
+        self, code: Tensor, positions: Tensor | None, nnz: int, numel: int, code_digest: str | None = None
+    ) -> None:
+        super().__init__()
+        self.nnz = nnz
+        self.numel = numel
+        self.digest = None
+        self.checked: tuple[Tensor, Tensor] | None = None
+        self.written: tuple[torch.dtype, int] | None = None
+        # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
+        # parameter; `DowserModel` then adds the code to what is saved.
+        self.register_buffer("code", code, persistent=not is_fsdp_enabled())
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("originals", None, persistent=False)
+        self.digest = code_digest
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "code":  # how transformers loads a buffer
+            self._decode()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if "code" in self._non_persistent_buffers_set and prefix + "code" in state_dict:
+            self.code = state_dict[prefix + "code"]
+        else:
+            self._decode()
+
+    def _decode(self) -> None:
+        checked, self.checked = self.checked, None
+        if self.code.is_meta:
+            self.positions = None
+        elif checked is not None and torch.equal(checked[0].to(self.code.device), self.code):
+            self.positions = checked[1].to(self.code.device)
+        else:
+            self.positions = self.read(self.code)
+        if self.positions is not None:
+            self.digest = None  # another file may follow
+
+    def read(self, code: Tensor) -> Tensor:
+        """The positions in a code.
+
+        Raises:
+            DeltaFormatError: it is no code of so many positions, or not the one that the manifest describes.
+        """
+        positions = decode(code, self.numel, self.nnz)
+        if self.digest is not None and digest(code) != self.digest:
+            raise DeltaFormatError(
+                "the index code is not the one that the manifest in adapter_config.json describes; the two files are "
+                "not of one save, or were edited"
+            )
+        return positions
+
+    def decoded(self) -> Tensor:
+        """The positions.
+
+        Raises:
+            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+        """
+        if self.positions is None:
+            raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
+        return self.positions
