@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ._registry import NAME
 from .codec import DeltaFormatError
-from .manifest import check_manifest
+from .manifest import check_manifest, check_readable
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 SELECTS = ("low", "high")
@@ -118,6 +119,18 @@ class DowserConfig(PeftConfig):
                 raise DeltaFormatError(f"DowserConfig: {error}.") from error
         if problems := list(self._problems()):
             raise ValueError("DowserConfig: " + "; ".join(problems) + ".")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Read the config of a saved adapter, as PEFT does before it touches a model.
+
+        Raises:
+            DeltaFormatError: the file with the tensors, where it is in the same folder, is not whole.
+        """
+        path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if path.is_file():
+            check_readable(path)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @property
     def saved_nnz(self) -> dict[str, int] | None:

@@ -3,9 +3,11 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ._version import __version__
@@ -39,6 +41,22 @@ def check_manifest(manifest: Any) -> None:
         raise DeltaFormatError(
             "manifest must be what save_pretrained writes, with a format and modules; adapter_config.json was edited"
         )
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a file of tensors that is not whole; only its header is read.
+
+    Raises:
+        DeltaFormatError: it is no safetensors file, or not of the length that its header says.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise DeltaFormatError(
+            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({error}). It is incomplete or "
+            "damaged; copy or download it again."
+        ) from error
 
 
 def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:

@@ -332,7 +332,7 @@ class DowserModel(BaseTuner):
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         named = CODE.replace(".code", f".{adapter_name}.code")
-        # PEFT leaves out the buffers that are no part of a state dict, see `layer.Index`.
+        # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, named) if key.endswith(CODE) else key: t for key, t in remapped.items()}
         try:
             check_file(model, adapter_name, remapped)

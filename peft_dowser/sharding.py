@@ -34,7 +34,7 @@ def complete(
     """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
 
     PEFT looks for tensors under the names of the modules; FSDP1 and activation checkpointing add parts to those, which
-    the names of the tensors lack. The index code may be no part of a state dict, see `layer.Index`.
+    the names of the tensors lack. The index code may be no part of a state dict, see `state.Index`.
 
     Args:
         selected: the adapter's tensors, their keys with the adapter's name; changed in place.

@@ -1,0 +1,216 @@
+"""A small saved adapter, the ways of damaging it, and what must hold after somebody has tried to load it."""
+
+import json
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from helpers import config, set_values
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MARGIN = 64
+
+
+class Small(nn.Module):
+    """Two linear layers whose weights lie in the middle of larger memory, and one that no adapter touches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 4)
+        generator = torch.Generator().manual_seed(0)
+        self.memory = []
+        for layer in (self.up, self.down, self.head):
+            memory = torch.randn(layer.weight.numel() + 2 * MARGIN, generator=generator)
+            self.memory.append(memory)
+            layer.weight = nn.Parameter(memory[MARGIN:-MARGIN].view(layer.weight.shape))
+            layer.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(self.up(x).relu()))
+
+
+X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+
+
+def saved(folder: Path, **overrides) -> None:
+    """An adapter of `Small`, with values as if it had been trained."""
+    settings = {"score": "random", "update_ratio": 0.1, "target_modules": ["up", "down"], "task_type": None}
+    model = get_peft_model(Small(), config(**(settings | overrides)))
+    set_values(model)
+    model.save_pretrained(folder)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
+
+
+class Untouched:
+    """A base model, and whether it is what it was."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.names = [name for name, _ in base.named_modules()]
+        self.bits = {name: tensor.clone() for name, tensor in _tensors(base).items()}
+        self.trainable = [parameter.requires_grad for parameter in base.parameters()]
+        self.memory = [memory.clone() for memory in getattr(base, "memory", [])]
+
+    def weights_are_equal(self) -> bool:
+        """Whether all base weights, and the memory around them, have the same bits."""
+        margins = zip(self.memory, getattr(self.base, "memory", []), strict=True)
+        return self._equal(lambda name: ".dowser_" not in name) and all(
+            torch.equal(before, after) for before, after in margins
+        )
+
+    def _equal(self, chosen: Callable[[str], bool]) -> bool:
+        found = _tensors(self.base)
+        return all(torch.equal(found[name], bits) for name, bits in self.bits.items() if chosen(name))
+
+    def holds(self) -> bool:
+        """Whether nothing at all has changed."""
+        same_names = [name for name, _ in self.base.named_modules()] == self.names
+        trainable = [parameter.requires_grad for parameter in self.base.parameters()]
+        return (
+            same_names and trainable == self.trainable and self.weights_are_equal() and self._equal(lambda name: True)
+        )
+
+
+def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]) -> None:
+    tensors = load_file(folder / FILE)
+    changed = change(tensors)
+    save_file(changed if isinstance(changed, dict) else tensors, folder / FILE)
+
+
+def edit_config(folder: Path, change: Callable[[dict], dict | None]) -> None:
+    found = json.loads((folder / CONFIG).read_text())
+    changed = change(found)
+    (folder / CONFIG).write_text(json.dumps(changed if isinstance(changed, dict) else found))
+
+
+# Random damage
+
+
+def flip_bytes(folder: Path, generator: random.Random) -> None:
+    """Other bytes anywhere in the file."""
+    content = bytearray((folder / FILE).read_bytes())
+    for _ in range(generator.randint(1, 4)):
+        content[generator.randrange(len(content))] = generator.randrange(256)
+    (folder / FILE).write_bytes(content)
+
+
+def cut(folder: Path, generator: random.Random) -> None:
+    """A file that ends early, or goes on."""
+    content = (folder / FILE).read_bytes()
+    end = generator.randrange(len(content))
+    (folder / FILE).write_bytes(content[:end] if generator.random() < 0.8 else content + content[:end])
+
+
+def flip_header(folder: Path, generator: random.Random) -> None:
+    """Other bytes in the header."""
+    content = bytearray((folder / FILE).read_bytes())
+    length = struct.unpack("<Q", content[:8])[0]
+    for _ in range(generator.randint(1, 3)):
+        content[generator.randrange(8 + length)] = generator.randrange(256)
+    (folder / FILE).write_bytes(content)
+
+
+def change_code(folder: Path, generator: random.Random) -> None:
+    """An index code with other bits, all bits, or of another length."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = generator.choice([key for key in tensors if key.endswith("code")])
+        code = tensors[key].clone()
+        kind = generator.randrange(4)
+        if kind == 0:
+            for _ in range(generator.randint(1, 3)):
+                code[generator.randrange(len(code))] ^= 1 << generator.randrange(8)
+        elif kind == 1:
+            code = torch.tensor(list(generator.randbytes(len(code))), dtype=torch.uint8)
+        elif kind == 2:
+            code = torch.tensor(list(generator.randbytes(generator.randrange(40))), dtype=torch.uint8)
+        else:
+            code = code.to(generator.choice([torch.int8, torch.int32, torch.float32, torch.bool]))
+        tensors[key] = code
+
+    edit_tensors(folder, change)
+
+
+def change_values(folder: Path, generator: random.Random) -> None:
+    """Values that are not finite, of another number, shape or dtype."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = generator.choice([key for key in tensors if key.endswith("weight")])
+        values = tensors[key].clone()
+        kind = generator.randrange(4)
+        if kind == 0:
+            values[generator.randrange(len(values))] = generator.choice([float("nan"), float("inf"), -float("inf")])
+        elif kind == 1:
+            values = torch.zeros(generator.randrange(60))
+        elif kind == 2:
+            values = values.view(generator.choice([(-1, 1), (1, -1), (-1, 2)]))
+        else:
+            values = values.to(generator.choice([torch.int32, torch.uint8, torch.float8_e4m3fn, torch.bool]))
+        tensors[key] = values
+
+    edit_tensors(folder, change)
+
+
+def change_names(folder: Path, generator: random.Random) -> None:
+    """Tensors that are missing, exchanged, or called otherwise."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        first, second = generator.sample(sorted(tensors), 2)
+        kind = generator.randrange(3)
+        if kind == 0:
+            del tensors[first]
+        elif kind == 1:
+            tensors[first], tensors[second] = tensors[second].clone(), tensors[first].clone()
+        else:
+            tensors[first.replace("down", generator.choice(["up", "head", "..", "down\0"])) + "x"] = tensors.pop(first)
+
+    edit_tensors(folder, change)
+
+
+def change_counts(folder: Path, generator: random.Random) -> None:
+    """Counts that are not those of the file."""
+
+    def change(found: dict) -> None:
+        name = generator.choice(sorted(found["nnz_pattern"]))
+        found["nnz_pattern"][name] = generator.choice([0, -1, 1, 23, 25, 10**12, 2**70, True, None, "24", 24.0, [24]])
+        if generator.random() < 0.5:
+            del found["manifest"]
+
+    edit_config(folder, change)
+
+
+def change_manifest(folder: Path, generator: random.Random) -> None:
+    """A manifest that says something else."""
+
+    def change(found: dict) -> None:
+        modules = found["manifest"]["modules"]
+        entry = modules[generator.choice(sorted(modules))]
+        key = generator.choice(sorted(entry.keys() - {"base_sample", "values_sha256"}))
+        entry[key] = generator.choice([None, -1, [], [2**40, 2**40], "00", {}, True, 1.5])
+
+    edit_config(folder, change)
+
+
+DAMAGES = [
+    flip_bytes,
+    cut,
+    flip_header,
+    change_code,
+    change_values,
+    change_names,
+    change_counts,
+    change_manifest,
+]
+
+
+def load(base: nn.Module, folder: Path) -> PeftModel:
+    """Load as most users do."""
+    return PeftModel.from_pretrained(base, folder)
