@@ -8,6 +8,7 @@ import torch
 from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from peft_dowser import DowserLayer
 
@@ -157,6 +158,39 @@ def test_compiled_without_graph_breaks(dtype: torch.dtype) -> None:
     found.backward()
     for name, parameter in values_of(model).items():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=2e-2, atol=1e-4)
+
+
+def test_new_values_and_positions_compile_nothing_again() -> None:
+    model, other = (get_peft_model(tiny_llama(), config(score="random", seed=seed)) for seed in (0, 1))
+    optimizer = torch.optim.AdamW(values_of(model).values(), lr=0.1)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend=counter)
+
+    def loss() -> torch.Tensor:
+        return compiled(input_ids=BATCH, labels=BATCH, use_cache=False).loss
+
+    losses = []
+    for _ in range(3):
+        losses.append(loss())
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    set_values(other)
+    model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(loss(), other(input_ids=BATCH, labels=BATCH).loss)
+    assert counter.frame_count == 1
+    assert losses[0] > losses[1] > losses[2]
+
+
+def test_exported_it_gives_the_same_bits() -> None:
+    model = get_peft_model(tiny_llama(), config())
+    set_values(model)
+    inputs = {"input_ids": BATCH, "use_cache": False}
+    with torch.no_grad():
+        exported = torch.export.export(model.base_model.model, (), inputs)
+        assert torch.equal(exported.module()(**inputs).logits, model(**inputs).logits)
+    assert sum(node.target is torch.ops.dowser.linear.default for node in exported.graph.nodes) == 14
 
 
 def test_weight_decay_pulls_to_the_base_and_leaves_frozen_weights() -> None:
