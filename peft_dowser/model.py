@@ -303,6 +303,14 @@ class DowserModel(BaseTuner):
         for layer in _dowser_layers(self.model):
             if adapter_name in layer.dowser_values:
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
+        narrow = {v.dtype for v in _values(self.model, adapter_name) if v.requires_grad and v.element_size() < 4}
+        if narrow:
+            logger.warning(
+                "Adapter '%s' trains in %s, so an update much smaller than its value is lost. For float32 "
+                "values leave autocast_adapter_dtype on.",
+                adapter_name,
+                narrow.pop(),
+            )
 
     @classmethod
     def _get_adapter_state_dict(
@@ -345,6 +353,10 @@ class DowserModel(BaseTuner):
 
 def _dowser_layers(model: nn.Module) -> list[DowserLayer]:
     return [module for module in model.modules() if isinstance(module, DowserLayer)]
+
+
+def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
+    return [layer.values(adapter_name) for layer in _dowser_layers(model) if adapter_name in layer.dowser_values]
 
 
 @contextmanager

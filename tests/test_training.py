@@ -215,3 +215,41 @@ def test_gradient_and_optimizer_state_grow_with_nnz_only() -> None:
     state = sum(t.numel() for entry in optimizer.state.values() for t in entry.values() if t.dim())
     assert state == 2 * nnz
     assert sum(p.grad.numel() for p in model.parameters() if p.grad is not None) == nnz
+
+
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
+def test_fused_and_foreach_optimizers_train_the_values(options: dict) -> None:
+    plain, other = (get_peft_model(tiny_llama(), config()) for _ in range(2))
+    for model, kind in ((plain, {}), (other, options)):
+        optimizer = torch.optim.AdamW(values_of(model).values(), lr=1e-2, **kind)
+        for _ in range(3):
+            model(input_ids=BATCH, labels=BATCH).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name, values in values_of(plain).items():
+        torch.testing.assert_close(values_of(other)[name], values)
+
+
+def test_the_8_bit_optimizer_trains_the_values() -> None:
+    optim = pytest.importorskip("bitsandbytes").optim
+    model = get_peft_model(tiny_llama(hidden=128), config())
+    optimizer = optim.AdamW8bit(values_of(model).values(), lr=1e-2, min_8bit_size=1)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=BATCH, labels=BATCH).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
+
+
+def test_bfloat16_values_are_announced(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(tiny_llama(torch.bfloat16), config(), autocast_adapter_dtype=False)
+    assert {values.dtype for values in values_of(model).values()} == {torch.bfloat16}
+    assert "Adapter 'default' trains in torch.bfloat16" in caplog.text
+    caplog.clear()
+    get_peft_model(tiny_llama(torch.bfloat16), config())
+    get_peft_model(tiny_llama(), config(), autocast_adapter_dtype=False)
+    assert "trains in" not in caplog.text
