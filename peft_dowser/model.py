@@ -411,6 +411,8 @@ def _report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]
 
 def _report_bare_experts(fused: Mapping[str, Target]) -> None:
     """Say that the default targets leave out the weights of experts, and how to include them."""
+    # What transformers marks as experts; other parameters of three dimensions may be anything.
+    fused = {name: target for name, target in fused.items() if hasattr(target.module, "is_transposed")}
     if fused:
         logger.warning(
             "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "

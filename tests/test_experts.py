@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from accelerate import cpu_offload
 from datasets import Dataset
 from groups import on_ranks
-from helpers import config, set_values
+from helpers import config, set_values, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
@@ -22,10 +22,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoTokenizer,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
@@ -38,7 +46,7 @@ from peft_dowser.experts import Experts
 from peft_dowser.fused import Product, standing_in, weight_of, wrapped_forward
 from peft_dowser.merging import merge, verify
 from peft_dowser.seeds import derived_seed
-from peft_dowser.sparse_experts import sparse_experts
+from peft_dowser.sparse_experts import expert_bounds, sparse_experts
 from peft_dowser.sparse_linear import add_delta_
 from peft_dowser.targets import resolve_targets
 
@@ -266,6 +274,14 @@ def test_the_gradient_of_a_product_is_right_in_float64(kind: str, transposed: bo
     expected = torch.stack([row @ (dense[e] if transposed else dense[e].T) for row, e in zip(x, chosen, strict=True)])
     if kind == "each":
         torch.testing.assert_close(run(x, values).reshape(4, 5), expected)
+
+
+def test_experts_of_more_than_two_to_the_31_weights_are_told_apart() -> None:
+    shape = (4, 1 << 15, 1 << 15)  # not allocated
+    positions = torch.tensor([5, (1 << 30) - 1, 1 << 30, (1 << 31) + 7, (1 << 32) - 1])
+    assert expert_bounds(positions, shape) == [0, 2, 3, 4, 5]
+    largest = torch.tensor([0, (1 << 31) - 2], dtype=torch.int32)
+    assert expert_bounds(largest, (1, 1, (1 << 31) - 1)) == [0, 2]
 
 
 class Odd(nn.Module):
@@ -793,6 +809,49 @@ def test_the_default_leaves_experts_out_and_says_so(caplog: pytest.LogCaptureFix
     assert not any("experts" in name for name in layers_of(model))
     assert "0.0 million weights of experts are not adapted" in caplog.text
     assert "target_parameters=['mlp.experts.down_proj', 'mlp.experts.gate_up_proj']" in caplog.text
+
+
+def test_other_parameters_of_three_dimensions_are_no_experts(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    model.model.layers[0].self_attn.bias_table = nn.Parameter(torch.ones(2, 3, 4))
+    with caplog.at_level(logging.WARNING, logger="peft_dowser.model"):
+        get_peft_model(model, config(score="magnitude"))
+    assert caplog.text == ""
+
+
+OTHERS: dict[str, Any] = {
+    "olmoe": (OlmoeForCausalLM, OlmoeConfig, {"num_experts": 4}),
+    "granitemoe": (GraniteMoeForCausalLM, GraniteMoeConfig, {"num_local_experts": 4}),
+    "jamba": (
+        JambaForCausalLM,
+        JambaConfig,
+        {"num_experts": 4, "attn_layer_period": 1, "attn_layer_offset": 0, "expert_layer_period": 1}
+        | {"expert_layer_offset": 0, "use_mamba_kernels": False},
+    ),
+    "deepseek_v3": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16, "first_k_dense_replace": 1}
+        | {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+        | {"head_dim": 4, "num_key_value_heads": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_are_adapted_alike(family: str) -> None:
+    kind, settings, changes = OTHERS[family]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = kind(settings(**SIZES | changes)).eval()
+    names = ["experts.gate_up_proj", "experts.down_proj"]
+    model = get_peft_model(copy.deepcopy(base), config(target_parameters=names, target_modules=[], num_probes=32))
+    set_values(model)
+    ids = some_ids()
+    outputs = model(input_ids=ids, labels=ids)
+    assert torch.equal(outputs.logits, by_hand(base, model)(ids).logits)
+    outputs.loss.backward()
+    assert all(layer.values("default").grad.any() for layer in layers_of(model).values())
 
 
 def test_last_layers_and_layer_lists_hold_for_experts_too() -> None:
