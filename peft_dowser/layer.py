@@ -202,10 +202,17 @@ class Linear(nn.Module, DowserLayer):
         self.base_layer = base_layer
         DowserLayer.__init__(self, name)
 
+    @property
+    def is_additive(self) -> bool:
+        """Whether the base layer must run itself, because calling it does more than its weight and bias say."""
+        base = self.get_base_layer()
+        hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+        return any(hooks) or hasattr(base, "_hf_hook")  # the latter is accelerate's
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives.
 
-        Where the base layer has hooks, they run: y = base_layer(x) + x D^T, equal up to rounding.
+        Where the layer `is_additive`, y = base_layer(x) + x D^T, equal up to rounding.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -218,7 +225,7 @@ class Linear(nn.Module, DowserLayer):
             x = x.to(torch.get_autocast_dtype(device))
         values = [self.loaded_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
-        if _has_hooks(base):
+        if self.is_additive:
             features = (self.out_features, self.in_features)
             nothing = x.new_zeros(()).expand(features[::-1] if transposed else features)
             added = sparse_linear(x, nothing, None, values, positions, transposed)
@@ -227,9 +234,3 @@ class Linear(nn.Module, DowserLayer):
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward says."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or hasattr(module, "_hf_hook")  # the latter is accelerate's

@@ -20,6 +20,7 @@ from .arithmetic import CombinationType, SignMethod
 from .codec import DeltaFormatError
 from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
+from .embedding import Embedding
 from .experts import Experts, FusedParameter
 from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
@@ -77,6 +78,7 @@ class DowserModel(BaseTuner):
         self._fused: list[str] = []
         self._manifest: dict[str, Any] | None = None
         try:
+            _check_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
         except BaseException:
@@ -164,11 +166,14 @@ class DowserModel(BaseTuner):
     ) -> None:
         if isinstance(target, FusedParameter) or not self._is_adapted(current_key, target):
             return
-        layer = target if isinstance(target, DowserLayer) else Linear(target, current_key)
+        layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
         self._add_adapter(layer, peft_config, adapter_name)
         if layer is not target:
             # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
             setattr(parent, target_name, layer)
+
+    def _new_layer(self, base_layer: nn.Module, name: str) -> DowserLayer:
+        return Embedding(base_layer, name) if isinstance(base_layer, nn.Embedding) else Linear(base_layer, name)
 
     def _inject_parameters(
         self, peft_config: DowserConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -349,6 +354,15 @@ class DowserModel(BaseTuner):
             _thaw(model)
             raise
         return remapped
+
+
+def _check_name(adapter_name: str) -> None:
+    """Refuse a name that torch cannot give a module."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
+            "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
+        )
 
 
 def _dowser_layers(model: nn.Module) -> list[DowserLayer]:

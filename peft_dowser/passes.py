@@ -23,7 +23,7 @@ from .prompts import Kind, Prompt, kind_of
 from .ranks import rank
 from .seeds import derived_seed
 from .statistics import ModuleStatistics
-from .taps import Tap, tapped
+from .taps import Tap, tap_of, tapped
 from .target import Target
 
 logger = logging.getLogger(__name__)
@@ -101,9 +101,9 @@ class Passes:
             of_experts = {
                 name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in fused.items()
             }
-        of_linears = {name: Tap(mask, len(chosen), self.wants_gradient) for name in plain}
-        taps: list[Tap | ExpertsTap] = [*of_linears.values(), *of_experts.values()]
-        with tapped(plain, of_linears), tapped_experts(fused, of_experts):
+        of_plain = {name: tap_of(target, mask, len(chosen), self.wants_gradient) for name, target in plain.items()}
+        taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
+        with tapped(plain, of_plain), tapped_experts(fused, of_experts):
             with torch.no_grad():  # the taps turn it on
                 outputs = self._forward(inputs, mask)
             starts = [start for tap in taps for start in tap.starts]
@@ -113,7 +113,7 @@ class Passes:
                     tap.of_loss = True
                 loss = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.prompts)
                 torch.autograd.grad(loss, starts, allow_unused=True)
-        for name, tap in of_linears.items():
+        for name, tap in of_plain.items():
             self._keep(name, tap, chosen)
         for name, experts in of_experts.items():
             matrices = fused[name].matrices()

@@ -40,11 +40,10 @@ class Tap:
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
         """Forward hook."""
-        hidden = (args[0] if args else kwargs["input"]).detach()
-        by_prompt = self._by_prompt(hidden)
-        if by_prompt is None:
+        hidden = (args[0] if args else next(iter(kwargs.values()))).detach()
+        measured = self._measured(hidden)
+        if measured is None:
             return
-        tokens, weights = by_prompt
         # Until here the forward ran without a graph, so that it begins at the first probed modules even where a hook of
         # the caller makes the embeddings require grad.
         torch.set_grad_enabled(True)
@@ -54,13 +53,25 @@ class Tap:
         kept = hidden if self.wants_gradient else None
         output.register_hook(lambda grad: self._backward(grad.detach(), kept))
         self.calls += 1
-        self.activity = plus(self.activity, _weighted_sum(tokens.abs(), weights))
-        self.energy = plus(self.energy, (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1)))
+        self.activity = plus(self.activity, measured[0])
+        self.energy = plus(self.energy, measured[1])
+
+    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Activity and energy of one call; None where the tokens of different prompts cannot be told apart."""
+        by_prompt = self._by_prompt(hidden)
+        if by_prompt is None:
+            return None
+        tokens, weights = by_prompt
+        energy = (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1))
+        return _weighted_sum(tokens.abs(), weights), energy
+
+    def _product(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        """dz^T h, shape `(out, in)`, float32."""
+        return (grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])).float()
 
     def _backward(self, grad: Tensor, hidden: Tensor | None) -> None:
         if self.of_loss and hidden is not None:
-            rows, columns = grad.reshape(-1, grad.shape[-1]), hidden.reshape(-1, hidden.shape[-1])
-            self.gradient = plus(self.gradient, (rows.T @ columns).float())
+            self.gradient = plus(self.gradient, self._product(grad, hidden))
         elif by_prompt := self._by_prompt(grad):
             self.sensitivity = plus(self.sensitivity, _weighted_sum(by_prompt[0].abs(), by_prompt[1]))
 
@@ -77,6 +88,36 @@ class Tap:
             tokens = values.reshape(self.batch, -1, features)
             return tokens, tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1], dtype=torch.float32)
         return None
+
+
+@dataclass
+class LookupTap(Tap):
+    """Statistics of an embedding, whose h is one-hot: activity is the frequency of each token, energy its count.
+
+    Attributes:
+        entries: `in`, the number of tokens that the embedding knows.
+    """
+
+    entries: int = 0
+
+    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        by_prompt = self._by_prompt(hidden[..., None])
+        if by_prompt is None:
+            return None
+        ids, weights = by_prompt[0][..., 0].long(), by_prompt[1]
+        activity = weights.new_zeros(len(ids), self.entries).scatter_add_(1, ids, weights)
+        return activity, torch.bincount(ids[weights > 0], minlength=self.entries).float()
+
+    def _product(self, grad: Tensor, hidden: Tensor) -> Tensor:
+        rows = grad.reshape(-1, grad.shape[-1]).float()
+        return rows.new_zeros(self.entries, rows.shape[1]).index_add_(0, hidden.reshape(-1).long(), rows).T
+
+
+def tap_of(target: Target, mask: Tensor | None, batch: int, wants_gradient: bool) -> Tap:
+    """A tap for one matrix."""
+    if isinstance(target.module, nn.Embedding):
+        return LookupTap(mask, batch, wants_gradient, entries=target.features[1])
+    return Tap(mask, batch, wants_gradient)
 
 
 @contextmanager

@@ -48,7 +48,7 @@ class Target:
         """Whether a matrix is stored as `(in, out)`: y = h W."""
         if self.is_fused or self.expert is not None:
             return bool(getattr(self.module, "is_transposed", False))  # set by transformers where it is so
-        return isinstance(self.module, Conv1D)
+        return isinstance(self.module, Conv1D | nn.Embedding)  # an embedding multiplies one-hot h
 
     @property
     def is_fused(self) -> bool:

@@ -55,7 +55,9 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         kept = set(_in_last_layers([*names, *parameters], config.last_layers))
         names = [name for name in names if name in kept]
         parameters = {name: target for name, target in parameters.items() if name in kept}
-    return {name: _target(name, model.get_submodule(name)) for name in names} | parameters
+    targets = {name: _target(name, model.get_submodule(name)) for name in names} | parameters
+    _check_untied(model, targets)
+    return targets
 
 
 def fused_parameters(model: nn.Module) -> dict[str, Target]:
@@ -165,17 +167,25 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def _is_lookup(module: nn.Module) -> bool:
+    """Whether this is an embedding that gives the rows of its weight, perhaps times a scale, and does nothing else."""
+    if not isinstance(module, nn.Embedding) or module.max_norm is not None:  # the latter rewrites its weight
+        return False
+    return type(module).forward is nn.Embedding.forward or type(module).__name__.endswith("ScaledWordEmbedding")
+
+
 def _unwrapped(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _target(name: str, module: nn.Module) -> Target:
     module = _unwrapped(module)
-    if not _is_linear(module):
+    if not _is_linear(module) and not _is_lookup(module):
         fused = [_short(f"{name}{key}") for key in fused_parameters(module) if key.count(".") == 1]
         raise TypeError(
-            f"Target module '{name}' is a {type(module).__name__}. Target modules must be torch.nn.Linear or "
-            "transformers' Conv1D; change target_modules or exclude_modules."
+            f"Target module '{name}' is a {type(module).__name__}. Target modules must be torch.nn.Linear, "
+            "transformers' Conv1D, or a torch.nn.Embedding that only looks up rows; change target_modules or "
+            "exclude_modules."
             + (f" The fused weights of its experts are adapted by target_parameters={fused}." if fused else "")
         )
     weight = cast(nn.Linear, module).weight
@@ -185,6 +195,21 @@ def _target(name: str, module: nn.Module) -> Target:
             "bfloat16, float32 and float64; load the base without quantization."
         )
     return Target(name, module)
+
+
+def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
+    """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
+    for name, target in targets.items():
+        others = sorted(set(names[id(getattr(target.module, target.parameter))]) - {target.tensor_name})
+        if others:
+            raise ValueError(
+                f"The weight of target module '{name}' is tied: it is {others} too, which would stay as it is until a "
+                "merge changes both. Leave the module out, or untie the model first: give the module a copy of its "
+                "weight and set tie_word_embeddings=False in the model's config."
+            )
 
 
 def _check_matched(targets: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:

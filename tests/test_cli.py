@@ -244,7 +244,7 @@ def test_a_folder_without_a_dowser_adapter_is_refused_in_one_line(
         (["--scale", "nan"], "scale must be a finite number other than 0, got nan."),
         (["--output", "tuned"], "'tuned' is not an empty folder; choose another output, or empty it first."),
         (["--target-modules", "nope"], "Target modules ['nope'] not found in the base model"),
-        (["--target-modules", "embed_tokens"], "Target module 'model.embed_tokens' is a Embedding."),
+        (["--target-modules", "norm"], "Target module 'model.norm' is a LlamaRMSNorm."),
     ],
 )
 def test_an_extraction_that_cannot_be_is_refused_in_one_line(

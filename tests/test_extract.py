@@ -394,10 +394,7 @@ def refuse(message: str, folder: Path, base: str | None = None, tuned: str | Non
         ({"scale": 0.0}, "scale must be a finite number other than 0, got 0.0."),
         ({"scale": float("inf")}, "scale must be a finite number other than 0, got inf."),
         ({"scale": 1e40}, "scale=1e+40 is too large: values are no longer finite in float32."),
-        (
-            {"target_modules": ["embed_tokens"]},
-            "Target module 'model.embed_tokens' is a Embedding. Target modules must",
-        ),
+        ({"target_modules": ["norm"]}, "Target module 'model.norm' is a LlamaRMSNorm. Target modules must"),
     ],
 )
 def test_arguments_are_checked(options: dict, message: str, tmp_path: Path) -> None:

@@ -214,7 +214,7 @@ def test_targets_by_list_regex_and_all_linear() -> None:
     ("overrides", "message"),
     [
         ({"target_modules": ["nope"]}, r"Target modules \['nope'\] not found in the base model.*'down_proj'"),
-        ({"target_modules": ["embed_tokens"]}, "Target module 'model.embed_tokens' is a Embedding"),
+        ({"target_modules": ["norm"]}, "Target module 'model.norm' is a LlamaRMSNorm"),
         ({"last_layers": 3}, "last_layers=3, but 'model.layers' has only 2 layers"),
         ({"update_ratio": 1e-9}, "No weight would train.*selects none of its weights.*larger update_ratio"),
         ({"statistics": "/no/such/file"}, "No probe statistics at '/no/such/file'"),
