@@ -153,11 +153,6 @@ def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str 
             f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
             f"be one of {', '.join(FLOAT_DTYPES)}, of shape {shape}."
         )
-    if name in base.tensors and base.twins.get(name) in base.tensors:
-        return (
-            f"'{base.name}' holds the target weight '{name}' twice, also as '{base.twins[name]}', which its config "
-            "ties to it. Merge in memory, with merge_and_unload()."
-        )
     return None
 
 

@@ -35,9 +35,9 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         Targets by name, in the order of the model: modules first, then fused parameters.
 
     Raises:
-        ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, or
-            `last_layers` cannot be met.
-        TypeError: a target module is no linear layer.
+        ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, a weight is
+            tied to that of another module, or `last_layers` cannot be met.
+        TypeError: a target module is neither a linear layer nor an embedding.
     """
     parameters = _target_parameters(model, config)
     if config.target_modules is None:

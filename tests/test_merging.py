@@ -169,14 +169,30 @@ def test_values_of_other_dtypes(tmp_path: Path) -> None:
         assert_same_bits(stored(tmp_path / f"merged{number}"), merged_in_memory(base, adapter, tmp_path / dtype))
 
 
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
-def test_a_tied_weight_is_merged_where_it_is_stored(tmp_path: Path) -> None:
-    base, adapter = pair(tmp_path, gpt2, target_modules=["lm_head", "c_fc"])
+def untied_gpt2() -> GPT2LMHeadModel:
+    model = gpt2()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    return model
+
+
+def test_embeddings_and_an_untied_head_are_merged(tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path, untied_gpt2, torch.bfloat16, target_modules=["lm_head", "wte", "c_fc"])
     merge(adapter, tmp_path / "merged")
     expected = merged_in_memory(base, adapter, tmp_path / "memory", gpt2)
     assert_same_bits(stored(tmp_path / "merged"), expected)
-    assert "lm_head.weight" not in expected
-    assert not torch.equal(expected["transformer.wte.weight"], stored(base)["transformer.wte.weight"])
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        assert not torch.equal(expected[name], stored(base)[name])
+
+
+@pytest.mark.parametrize("target", ["lm_head", "wte"])
+def test_a_tied_target_is_refused(tmp_path: Path, target: str) -> None:
+    base, adapter = pair(tmp_path, untied_gpt2, shards="1GB", target_modules=[target])
+    path = Path(base) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    name = {"lm_head": "lm_head", "wte": "transformer.wte"}[target]
+    refuse(f"The weight of target module '{name}' is tied", adapter, tmp_path / "merged")
+    assert any("is tied" in problem for problem in verify(adapter))
 
 
 @pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers")
@@ -339,16 +355,6 @@ def test_a_base_of_another_shape_than_its_config_is_refused(tmp_path: Path) -> N
         lambda tensors: {key: value.float() for key, value in tensors.items() if UP not in key},
     )
     refuse(f"'{base}' has no tensor for the target weight '{UP}.weight'", adapter, tmp_path / "merged")
-
-
-@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
-def test_a_tied_weight_that_is_stored_twice_is_refused(tmp_path: Path) -> None:
-    base, adapter = pair(tmp_path, gpt2, shards="1GB", target_modules=["lm_head"])
-    edit(
-        Path(base) / "model.safetensors",
-        lambda tensors: tensors | {"lm_head.weight": tensors["transformer.wte.weight"].clone()},
-    )
-    refuse("holds the target weight 'lm_head.weight' twice", adapter, tmp_path / "merged")
 
 
 def test_target_weights_that_are_tied_to_each_other_are_refused(
