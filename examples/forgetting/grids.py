@@ -12,6 +12,7 @@ RATE = 1e-3  # at which all methods are compared before any rate is tuned
 HARSH_RATE = 2e-3  # at which the core is compared too: there is more to forget
 SWEEP_SEED = 100  # rates are chosen on this seed and judged on the others
 LOW, MIDDLE, HIGH = (2.5e-4, 5e-4, 1e-3), (5e-4, 1e-3, 2e-3), (1e-3, 2e-3, 4e-3)
+HIGHEST = (4e-3, 8e-3, 1.6e-2)
 SEQUENCE = "style+desc+name"
 SEQUENCE_METHODS = ("full", "random", "magnitude", "dowser", "dowser+images", "lora")
 # A rate is good enough if it reaches the best downstream accuracy of any method within this many points.
@@ -46,9 +47,13 @@ class Scope:
 
 def rates(method: str, ratio: float) -> tuple[float, ...]:
     """Learning rates that are tried: fewer trained parameters need larger ones."""
-    if method in (*DENSE, "lora", *AFTERWARDS):
+    if method == "osf":
+        return HIGHEST
+    if method in (*DENSE, *AFTERWARDS):
         return LOW
-    return HIGH if ratio < 0.25 or method == "osf" else MIDDLE
+    if ratio < 0.25:
+        return HIGH
+    return LOW if method == "lora" else MIDDLE
 
 
 def common(scope: Scope) -> list[Run]:
