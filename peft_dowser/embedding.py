@@ -3,6 +3,7 @@
 import copy
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .layer import Linear
@@ -31,7 +32,8 @@ class Embedding(Linear):
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x, *args, **kwargs)
         base = cast(nn.Embedding, self.get_base_layer())
-        weight = base.weight.new_zeros(()).expand(self.base_shape) if self.is_additive else base.weight
+        nothing = torch.zeros((), dtype=base.weight.dtype, device=x.device)
+        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
         values = [self.loaded_values(name) for name in active]
         rows, places = x.long().unique(return_inverse=True)
         total = summed_rows(weight, rows, values, [self.index(name).decoded() for name in active])

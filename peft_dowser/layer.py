@@ -13,6 +13,7 @@ from .manifest import base_sample
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
 from .state import Index, Values
+from .storage import offload_hook
 from .target import Target
 
 
@@ -24,7 +25,8 @@ class DowserLayer(BaseTunerLayer):
         dowser_index: `Index` by adapter name.
         module_name: name of the target in the base model.
         base_shape: shape of the target as it is stored.
-        base_sample: entries of it before any merge, see `manifest.base_sample`.
+        base_sample: entries of it before any merge, see `manifest.base_sample`; None of a quantized one.
+        merges_in_place: whether a merge writes a few entries of a weight that is there, and so costs next to nothing.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
 
@@ -39,13 +41,17 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.base_shape = self.target.shape
-        self.base_sample = base_sample(self.weight)
+        self.base_sample = None if self.target.is_quantized else base_sample(self.target.read())
         self.out_features, self.in_features = self.target.features
 
     @property
     def target(self) -> Target:
         """The weight that the adapters change."""
         return Target(self.module_name, self.get_base_layer())
+
+    @property
+    def merges_in_place(self) -> bool:
+        return offload_hook(self.get_base_layer()) is None
 
     def values(self, adapter_name: str) -> nn.Parameter:
         """The trained values of an adapter, shape `(nnz,)`."""
@@ -63,9 +69,8 @@ class DowserLayer(BaseTunerLayer):
         """The delta of an adapter, in the adapter's own memory; empty where the adapter has no values here."""
         if adapter_name in self.dowser_values:
             return Delta(self.index(adapter_name).decoded(), self.loaded_values(adapter_name).detach())
-        weight = self.weight
-        empty = torch.empty(0, dtype=torch.float32, device=weight.device)
-        return Delta(empty.to(position_dtype(weight.numel())), empty)
+        empty = torch.empty(0, dtype=torch.float32, device=self.target.device)
+        return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
     def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
@@ -75,11 +80,11 @@ class DowserLayer(BaseTunerLayer):
             positions: flat positions in the stored weight, strictly increasing, shape `(nnz,)`.
             init_weights: True starts from a delta of zero, False from random values of the size of the weights.
         """
-        weight = self.weight
-        values = torch.zeros(positions.numel(), device=weight.device, dtype=torch.float32)
+        target = self.target
+        values = torch.zeros(positions.numel(), device=target.device, dtype=torch.float32)
         if not init_weights:
-            values.normal_(std=float(weight.detach().float().std()))
-        self._add(adapter_name, values, encode(positions, weight.numel()), positions)
+            values.normal_(std=float(target.read().float().std()))
+        self._add(adapter_name, values, encode(positions, target.numel), positions)
 
     def add_placeholder(self, adapter_name: str, nnz: int, code_digest: str | None = None) -> None:
         """Add an adapter whose positions and values a file will fill in.
@@ -92,14 +97,14 @@ class DowserLayer(BaseTunerLayer):
         Raises:
             DeltaFormatError: more values than the weight has entries.
         """
-        weight = self.weight
-        if nnz > weight.numel():
+        target = self.target
+        if nnz > target.numel:
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
-                f"{weight.numel()} entries ({tuple(weight.shape)}). The adapter was made for another base model."
+                f"{target.numel} entries ({target.shape}). The adapter was made for another base model."
             )
-        device = weight.device
-        code = torch.zeros(code_length(weight.numel(), nnz), dtype=torch.uint8, device=device)
+        device = target.device
+        code = torch.zeros(code_length(target.numel, nnz), dtype=torch.uint8, device=device)
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest)
 
@@ -107,7 +112,7 @@ class DowserLayer(BaseTunerLayer):
         """Give a placeholder its positions and values."""
         self.values(adapter_name).data = delta.values
         cast(Values, self.dowser_values[adapter_name]).awaited = False
-        self.index(adapter_name).code = encode(delta.positions, self.weight.numel())
+        self.index(adapter_name).code = encode(delta.positions, self.target.numel)
 
     def add_copy(self, adapter_name: str, of: str) -> None:
         """Add an adapter with the positions and values of another one."""
@@ -123,7 +128,7 @@ class DowserLayer(BaseTunerLayer):
         positions: Tensor | None,
         code_digest: str | None = None,
     ) -> None:
-        numel = self.weight.numel()
+        numel = self.target.numel
         self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
         self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
 
@@ -131,7 +136,7 @@ class DowserLayer(BaseTunerLayer):
         # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.
         if adapter_name not in self.dowser_values:
             return
-        device = self.weight.device if device is None else device
+        device = self.target.device if device is None else device
         if device.type == "meta":
             return  # weights that will come from rank 0; the positions are real on every rank
         if not self.values(adapter_name).is_meta:
@@ -188,8 +193,7 @@ class DowserLayer(BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape and dtype of the stored weight; for inspection."""
-        weight = self.weight
-        delta = torch.zeros_like(weight).requires_grad_(False)
+        delta = torch.zeros_like(self.target.read())
         add_delta_(delta, self.index(adapter_name).decoded(), self.values(adapter_name).detach())
         return delta
 

@@ -14,6 +14,7 @@ import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import _get_submodules, get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .arithmetic import CombinationType, SignMethod
@@ -27,10 +28,12 @@ from .layer import DowserLayer, Linear
 from .manifest import base_sample
 from .probe import check_materialized, check_whole, probe_targets
 from .provenance import check_modules, check_shapes, described, warn_of_other_base
+from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import PROBED_SCORES, choose_masks
 from .sharding import complete, leave_positions_to_us
 from .statistics import ProbeStatistics
+from .storage import backend_of
 from .target import Target
 from .targets import fused_parameters, layer_of, resolve_targets
 
@@ -173,6 +176,9 @@ class DowserModel(BaseTuner):
             setattr(parent, target_name, layer)
 
     def _new_layer(self, base_layer: nn.Module, name: str) -> DowserLayer:
+        if backend_of(base_layer) is not None:
+            requantize = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
+            return QuantizedLinear(base_layer, name, requantize)
         return Embedding(base_layer, name) if isinstance(base_layer, nn.Embedding) else Linear(base_layer, name)
 
     def _inject_parameters(
@@ -201,8 +207,8 @@ class DowserModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, Experts):
-            setattr(parent, child_name, new_module)  # PEFT's own looks for the one weight of a linear layer
+        if isinstance(child, Experts | DowserLayer):
+            setattr(parent, child_name, new_module)  # PEFT's own looks for the weight of a linear layer
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
@@ -226,7 +232,7 @@ class DowserModel(BaseTuner):
         Forming W + D for every token costs several times the base, so the active adapters are merged before the loop
         and unmerged after it; both are exact. Not thread-safe.
         """
-        layers = _dowser_layers(self.model)
+        layers = [layer for layer in _dowser_layers(self.model) if layer.merges_in_place]
         if any(layer.merged or layer.disable_adapters for layer in layers):
             return self.model.generate(*args, **kwargs)
         try:
@@ -306,7 +312,7 @@ class DowserModel(BaseTuner):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
         for layer in _dowser_layers(self.model):
-            if adapter_name in layer.dowser_values:
+            if adapter_name in layer.dowser_values and not layer.target.is_quantized:
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
         narrow = {v.dtype for v in _values(self.model, adapter_name) if v.requires_grad and v.element_size() < 4}
         if narrow:

@@ -44,7 +44,7 @@ class Passes:
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
-        self.device = next(model.parameters()).device
+        self.device = next(iter(targets.values())).device
         self.wants_gradient = config.score == "gradient"
         self.found: dict[str, ModuleStatistics] = {}
 

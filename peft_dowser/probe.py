@@ -20,6 +20,7 @@ from .passes import Passes
 from .prompts import Prompt, prompt_length, synthetic_prompts
 from .ranks import from_rank, gather, is_sharded, on_every_rank, rank
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, concatenated
+from .storage import differentiable, offload_hook
 from .target import Target
 from .targets import resolve_targets
 
@@ -172,7 +173,12 @@ def check_materialized(model: nn.Module) -> None:
 
 
 def _on_meta(model: nn.Module) -> list[str]:
-    return [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    return [
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.is_meta and offload_hook(module) is None
+    ]
 
 
 def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
@@ -191,14 +197,16 @@ def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: in
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
     training = [(module, module.training) for module in model.modules()]
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # By name: an offloaded parameter is another object after every forward.
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     owner: Any = model
     generation_config = getattr(model, "generation_config", None)
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
     cuda = [device for device in devices if device.type == "cuda"]
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(differentiable(model))
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
@@ -211,8 +219,8 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         finally:
             for module, was_training in training:
                 module.training = was_training
-            for parameter in trainable:
-                parameter.requires_grad_(True)
+            for name in trainable:
+                model.get_parameter(name).requires_grad_(True)
             if generation_config is not None:
                 owner.generation_config = generation_config
 

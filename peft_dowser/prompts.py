@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .config import DowserConfig
 from .seeds import derived_seed
+from .storage import device_of
 
 logger = logging.getLogger(__name__)
 
@@ -161,8 +162,7 @@ def _text_tokens(model: PreTrainedModel) -> Tensor:
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    embeddings: Any = model.get_input_embeddings()
-    return embeddings.weight.device
+    return device_of(model.get_input_embeddings())
 
 
 def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:

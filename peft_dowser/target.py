@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .storage import backend_of, device_of, onloaded
+
 
 @dataclass(frozen=True)
 class Target:
@@ -25,7 +27,12 @@ class Target:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape as stored: `(out, in)`, or `(in, out)` if `transposed`, after the number of experts if fused."""
+        """Shape as stored: `(out, in)`, or `(in, out)` if `transposed`, after the number of experts if fused.
+
+        Of a quantized weight, the shape of what it stands for.
+        """
+        if self.is_quantized:
+            return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
         shape = tuple(self._whole.shape)
         return shape if self.expert is None else shape[1:]
 
@@ -35,7 +42,12 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        return self._whole.device
+        """Where the base layer computes."""
+        return device_of(self.module)
+
+    @property
+    def is_quantized(self) -> bool:
+        return backend_of(self.module) is not None
 
     @property
     def features(self) -> tuple[int, int]:
@@ -79,8 +91,13 @@ class Target:
         return [replace(self, name=f"{self.name}[{expert}]", expert=expert) for expert in range(self.shape[0])]
 
     def read(self) -> Tensor:
-        """The weight as stored; must not be written."""
-        weight = self._whole.detach()
+        """The weight in a floating-point dtype, as stored; must not be written.
+
+        Note: of a quantized or offloaded weight this is a temporary of its full size.
+        """
+        with onloaded(self.module):
+            backend = backend_of(self.module)
+            weight = (self._whole if backend is None else backend.get_base_weight(self.module)).detach()
         return weight if self.expert is None else weight[self.expert]
 
     @property

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import DowserConfig
+from .storage import backend_of
 from .target import Target
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
@@ -164,7 +165,7 @@ def _language_model(model: PreTrainedModel) -> nn.Module:
 
 def _is_linear(module: nn.Module) -> bool:
     module = _unwrapped(module)
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, nn.Linear | Conv1D) or backend_of(module) is not None
 
 
 def _is_lookup(module: nn.Module) -> bool:
@@ -188,12 +189,13 @@ def _target(name: str, module: nn.Module) -> Target:
             "exclude_modules."
             + (f" The fused weights of its experts are adapted by target_parameters={fused}." if fused else "")
         )
-    weight = cast(nn.Linear, module).weight
-    if not weight.is_floating_point() or weight.element_size() < 2:
-        raise TypeError(
-            f"Target module '{name}' has a weight of {weight.dtype}. This release adapts weights of float16, "
-            "bfloat16, float32 and float64; load the base without quantization."
-        )
+    if backend_of(module) is None:
+        weight = cast(nn.Linear, module).weight
+        if not weight.is_floating_point() or weight.element_size() < 2:
+            raise TypeError(
+                f"Target module '{name}' has a weight of {weight.dtype}, and PEFT knows no library that has quantized "
+                "it so. Load the base in floating point, or quantize it with bitsandbytes, torchao or HQQ."
+            )
     return Target(name, module)
 
 

@@ -1,0 +1,118 @@
+"""A quantized linear layer with sparse deltas: the base runs as it is, and only a merge quantizes again."""
+
+import copy
+import warnings
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+from .layer import Linear
+from .sparse_linear import add_delta_
+from .storage import backend_of, unpack
+
+
+class QuantizedLinear(Linear):
+    """A linear layer that bitsandbytes, torchao, HQQ or another library of PEFT's has quantized.
+
+    y = base_layer(x) + x D^T. A merge computes W + D in floating point and quantizes the whole matrix again, so it
+    rounds every weight of the matrix; unmerging puts the quantized original back, bit for bit.
+    """
+
+    @property
+    def is_additive(self) -> bool:
+        return True
+
+    @property
+    def merges_in_place(self) -> bool:
+        return False
+
+    def __init__(self, base_layer: nn.Module, name: str, requantize: Any = None) -> None:
+        unpack(base_layer)
+        super().__init__(base_layer, name)
+        self._requantize = requantize
+        # What a merge replaces, in a tuple that hides it from torch: it is no part of the model meanwhile.
+        self._original: tuple[nn.Module, ...] = ()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Replace the base layer by one that holds W + D, quantized again.
+
+        Args:
+            safe_merge: refuse sums that are not finite.
+            adapter_names: adapters to merge, in this order; None takes the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found an infinite or undefined sum, or PEFT cannot quantize such a layer again;
+                nothing has changed.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dowser_values]
+        if not names:
+            return
+        original = self._original[0] if self._original else self.get_base_layer()
+        backend = self._merging_backend(original)
+        before = backend.get_base_weight(original).detach()
+        total = before.clone()
+        for name in (*self.merged_adapters, *names):
+            add_delta_(total, self.index(name).decoded(), self.loaded_values(name).detach())
+        if safe_merge and not bool(torch.isfinite(total).all()):
+            raise ValueError(
+                f"Adapters {names}: merging would write values that are not finite into module '{self.module_name}'. "
+                "The adapter is broken; nothing was merged into this module."
+            )
+        warnings.warn(
+            f"Merging into a base quantized by {backend.backend_name} rounds every weight of the adapted matrices "
+            "again, so outputs change a little. To merge exactly, load the base in floating point.",
+            stacklevel=2,
+        )
+        self._original = (original,)
+        self.base_layer = _copied(original)
+        backend.set_base_weight(self, total)
+        unpack(self.base_layer)
+        after = backend.get_base_weight(self.get_base_layer()).detach()
+        for name in names:
+            at, values = self.index(name).decoded(), self.values(name).detach()
+            unchanged = before.view(-1).index_select(0, at) == after.view(-1).index_select(0, at)
+            self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
+        self.merged_adapters += names
+
+    def unmerge(self) -> None:
+        """Put the quantized original back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.base_layer = self._original[0]
+        self._original = ()
+        self.merged_adapters.clear()
+        self.vanished.clear()
+
+    def _merging_backend(self, original: nn.Module) -> QuantizationBackend:
+        backend = cast(QuantizationBackend, backend_of(original, self._requantize))
+        if not backend.supports_merge:
+            raise ValueError(
+                f"Module '{self.module_name}' is quantized by {backend.backend_name}, into which PEFT cannot merge. "
+                "Load the base in floating point and merge there; nothing was merged."
+            )
+        return backend
+
+
+def _copied(module: nn.Module) -> nn.Module:
+    """A module with the same tensors, of which each can be replaced without changing the other module."""
+    copied = module.__new__(type(module))
+    copied.__dict__ = dict(module.__dict__)
+    # Of its own: PEFT writes into the attributes of a 4-bit weight that it replaces.
+    copied._parameters = {
+        name: copy.copy(weight) if hasattr(weight, "bnb_quantized") else weight
+        for name, weight in module._parameters.items()
+    }
+    copied._buffers = dict(module._buffers)
+    if hasattr(module, "state"):  # bitsandbytes keeps the statistics of 8-bit weights there
+        copied.state = _copied_state(module.state)
+    return copied
+
+
+def _copied_state(state: Any) -> Any:
+    copied = state.__class__.__new__(state.__class__)
+    copied.__dict__ = dict(state.__dict__)
+    return copied

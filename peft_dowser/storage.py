@@ -1,0 +1,82 @@
+"""How a base layer keeps its weight: as it is, quantized, or away from the device until a forward asks for it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.hooks import AlignDevicesHook
+from peft.utils import resolve_quantization_backend
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+
+def backend_of(layer: nn.Module, requantize: Any = None) -> QuantizationBackend | None:
+    """PEFT's access to a quantized layer; None where the layer is not quantized.
+
+    Args:
+        layer: the base layer.
+        requantize: how torchao quantizes a weight again, as PEFT finds it in the model.
+    """
+    if type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter:
+        return None  # the common case, without asking for every library
+    return resolve_quantization_backend(layer, get_apply_tensor_subclass=requantize or _unknown)
+
+
+def _unknown() -> Any:
+    raise ValueError(
+        "How this torchao base was quantized is not known, so nothing can be merged into it. Quantize it by loading it "
+        "with transformers' TorchAoConfig, or merge into the base in floating point."
+    )
+
+
+@contextmanager
+def differentiable(model: nn.Module) -> Iterator[None]:
+    """Keep bitsandbytes from packing 4-bit weights for its kernel for CPUs with AVX-512, which has no backward."""
+    packing: list[Any] = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
+    try:
+        for module in packing:
+            unpack(module)
+        yield
+    finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
+
+
+def unpack(layer: Any) -> None:
+    """Give a 4-bit layer of bitsandbytes on a CPU the storage that has a backward, for good."""
+    if getattr(layer, "support_avx512bf16_for_cpu", False):
+        layer.state_dict()  # a packed weight is unpacked to be saved
+        layer.support_avx512bf16_for_cpu = False
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes; not where an offloaded one keeps its weights meanwhile."""
+    hook = offload_hook(module)
+    if hook is not None:
+        return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
+    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+
+
+def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
+    """The hook of accelerate that brings the weights of an offloaded module; None where they are there."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        if isinstance(one, AlignDevicesHook) and one.offload:
+            return one
+    return None
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Bring the weights of an offloaded module for a while."""
+    hook = offload_hook(module)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        hook.post_forward(module, None)

@@ -1,0 +1,186 @@
+"""Bases quantized by bitsandbytes, torchao and HQQ: probe, train, save, load, merge and restore.
+
+The libraries are no dependency of the tests: whichever is installed is tested, and continuous integration installs all.
+"""
+
+import copy
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import config, set_values, tiny_llama
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+
+from peft_dowser import DowserLayer
+from peft_dowser.quantized import QuantizedLinear
+from peft_dowser.storage import backend_of, unpack
+
+pytestmark = [
+    pytest.mark.quantized,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+    # bitsandbytes computes 8-bit products in float16 and says so.
+    pytest.mark.filterwarnings("ignore:MatMul8bitLt"),
+]
+LIBRARIES = {"8-bit": "bitsandbytes", "4-bit": "bitsandbytes", "torchao": "torchao", "hqq": "hqq"}
+KINDS = [
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(importlib.util.find_spec(library) is None, reason=f"{library} is not installed"),
+    )
+    for kind, library in LIBRARIES.items()
+]
+IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
+MERGING = "ignore:Merging into a base quantized by"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("base")
+    tiny_llama(hidden=64).save_pretrained(path)
+    return str(path)
+
+
+def load(folder: str, kind: str) -> nn.Module:
+    if kind == "torchao":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        wanted = TorchAoConfig(Int8WeightOnlyConfig())
+    elif kind == "hqq":
+        return with_hqq(AutoModelForCausalLM.from_pretrained(folder).eval())
+    elif kind == "8-bit":
+        wanted = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        wanted = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=wanted, device_map="cpu", dtype=torch.float32
+    )
+    for module in model.modules():
+        unpack(module)  # so that one kernel computes with and without an adapter
+    return model.eval()
+
+
+def with_hqq(model: nn.Module) -> nn.Module:
+    """What transformers did before its version 5, which cannot load HQQ."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    for name, module in list(model.model.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent = model.model.get_submodule(name.rpartition(".")[0])
+            wanted = BaseQuantizeConfig(nbits=8, group_size=64)
+            quantized = HQQLinear(module, wanted, compute_dtype=torch.float32, device="cpu")
+            setattr(parent, name.rpartition(".")[2], quantized)
+    return model
+
+
+def logits(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def layers(model: nn.Module) -> list[QuantizedLinear]:
+    return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scores_are_those_of_the_dequantized_weights(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config(score="magnitude", update_ratio=0.25))
+    assert len(layers(model)) == 14
+    for layer in layers(model):
+        weight = backend_of(layer.base_layer).get_base_weight(layer.base_layer)  # type: ignore[union-attr]
+        chosen = weight.abs().view(-1)[layer.index("default").decoded().long()]
+        assert chosen.numel() == weight.numel() // 4
+        assert chosen.max() <= weight.abs().view(-1).kthvalue(weight.numel() // 4).values
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_product(folder: str, kind: str) -> None:
+    base = load(folder, kind)
+    before = logits(base)
+    model = get_peft_model(base, config())
+    assert torch.equal(logits(model), before)
+    set_values(model)
+    layer = layers(model)[0]
+    x = torch.randn(5, layer.in_features)
+    dense = torch.zeros(layer.out_features * layer.in_features)
+    dense[layer.index("default").decoded().long()] = layer.values("default").detach()
+    expected = layer.base_layer(x) + x @ dense.view(layer.out_features, layer.in_features).T
+    torch.testing.assert_close(layer(x), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_trains_saves_and_loads(folder: str, kind: str, tmp_path: Path) -> None:
+    model = get_peft_model(prepare_model_for_kbit_training(load(folder, kind)), config())
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(5):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        assert all(layer.values("default").grad.any() for layer in layers(model))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    assert all(layer.values("default").dtype == torch.float32 for layer in layers(model))
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(prepare_model_for_kbit_training(load(folder, kind)), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.filterwarnings(MERGING)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_rounds_and_unmerging_restores_every_bit(folder: str, kind: str) -> None:
+    base = load(folder, kind)
+    before = logits(base)
+    model = get_peft_model(base, config(update_ratio=0.25))
+    set_values(model)
+    adapted = logits(model)
+    model.merge_adapter()
+    merged = logits(model)
+    assert not torch.equal(merged, before)
+    assert (merged - adapted).abs().max() < 0.7 * (adapted - before).abs().max()
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), adapted)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings(MERGING, "ignore:Already following adapters were merged")
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_adapters_are_added_to_the_original_before_it_is_quantized_once(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config(score="random"))
+    model.add_adapter("other", config(score="random", seed=1))
+    set_values(model)
+    apart, together = copy.deepcopy(model), copy.deepcopy(model)
+    apart.merge_adapter(["default"])
+    apart.merge_adapter(["other"])
+    together.merge_adapter(["default", "other"])
+    assert torch.equal(logits(apart), logits(together))
+    apart.unmerge_adapter()
+    assert torch.equal(logits(apart), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_merging_is_announced_and_unloading_gives_a_quantized_model(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config(update_ratio=0.25))
+    set_values(model)
+    with pytest.warns(UserWarning, match="rounds every weight of the adapted matrices again"):
+        merged = model.merge_and_unload()
+    assert not any(isinstance(module, DowserLayer) for module in merged.modules())
+    assert backend_of(merged.model.layers[0].self_attn.q_proj) is not None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_generating_leaves_the_base_quantized_once(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config())
+    set_values(model)
+    before = logits(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
+    assert torch.equal(logits(model), before)
