@@ -13,24 +13,18 @@ from .sparse_rows import summed_rows
 class Embedding(Linear):
     """`torch.nn.Embedding`, perhaps scaled as in transformers' word embeddings, with sparse deltas on its weight."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Rows of W + D for the active adapters' D: bit for bit what the merged layer gives.
-
-        Where the layer `is_additive`, the rows of D are added to what the base layer gives, equal up to rounding.
+    def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Rows of W + D; where the layer `is_additive`, the rows of D added to what the base layer gives.
 
         Args:
             x: token ids, any shape, int32 or int64.
+            active: the adapters.
             args: further arguments of the base layer.
             kwargs: the same.
 
         Returns:
             Embeddings, shape `(*x.shape, width)`.
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        active = [name for name in self.active_adapters if name in self.dowser_values]
-        if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
         base = cast(nn.Embedding, self.get_base_layer())
         nothing = torch.zeros((), dtype=base.weight.dtype, device=x.device)
         weight = nothing.expand(self.base_shape) if self.is_additive else base.weight

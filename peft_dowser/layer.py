@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .manifest import base_sample
+from .mixed_rows import by_adapter
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
 from .state import Index, Values
@@ -213,16 +214,27 @@ class Linear(nn.Module, DowserLayer):
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         return any(hooks) or hasattr(base, "_hf_hook")  # the latter is accelerate's
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y = x (W + D)^T + b for the active adapters' D: bit for bit what the merged layer gives.
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.
 
-        Where the layer `is_additive`, y = base_layer(x) + x D^T, equal up to rounding.
+        Args:
+            x: input of the base layer.
+            args: further arguments of the base layer.
+            adapter_names: one adapter for each row of `x`, instead of the active ones.
+            kwargs: further arguments of the base layer.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        active = [name for name in self.active_adapters if name in self.dowser_values]
-        if self.disable_adapters or self.merged or not active:
-            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None and not self.disable_adapters:
+            return by_adapter(x, adapter_names, lambda rows, name: self._output(rows, [name], *args, **kwargs))
+        return self._output(x, [] if self.disable_adapters or self.merged else self.active_adapters, *args, **kwargs)
+
+    def _output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in adapters if name in self.dowser_values]
+        return self._adapted(x, active, *args, **kwargs) if active else self.base_layer(x, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """y = x (W + D)^T + b for the adapters' D; y = base_layer(x) + x D^T where the layer `is_additive`."""
         base, transposed = self.get_base_layer(), self.target.transposed
         device = x.device.type
         if torch.is_autocast_enabled(device):

@@ -26,6 +26,7 @@ from .experts import Experts, FusedParameter
 from .gate import CODE, check_counts, check_file, counts_in, withdraw
 from .layer import DowserLayer, Linear
 from .manifest import base_sample
+from .mixed_batch import check_names, mixed_batch
 from .probe import check_materialized, check_whole, probe_targets
 from .provenance import check_modules, check_shapes, described, warn_of_other_base
 from .quantized import QuantizedLinear
@@ -49,6 +50,7 @@ class DowserModel(BaseTuner):
 
     peft_config: dict[str, DowserConfig]
     trainable_before: list[nn.Parameter]
+    _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
     # Empty: the default targets are found in the structure of the model, see `targets.py`.
@@ -219,12 +221,18 @@ class DowserModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "adapter_names: batches that mix adapters are not supported by this release of peft-dowser; run one "
-                "forward per adapter, after set_adapter."
-            )
-        yield
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        check_names(self.model, names, self.peft_config)
+        beams = kwargs.get("num_beams") or 1
+        with mixed_batch(self.model, [name for name in names for _ in range(beams)]):
+            self._mixes = True
+            try:
+                yield
+            finally:
+                self._mixes = False
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the model, at the speed of the base.
@@ -233,7 +241,7 @@ class DowserModel(BaseTuner):
         and unmerged after it; both are exact. Not thread-safe.
         """
         layers = [layer for layer in _dowser_layers(self.model) if layer.merges_in_place]
-        if any(layer.merged or layer.disable_adapters for layer in layers):
+        if self._mixes or any(layer.merged or layer.disable_adapters for layer in layers):
             return self.model.generate(*args, **kwargs)
         try:
             for layer in layers:

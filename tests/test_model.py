@@ -285,11 +285,6 @@ def test_hooks_of_a_base_layer_run(kind: str) -> None:
     assert torch.equal(logits(model), expected)
 
 
-def test_mixed_batches_are_refused() -> None:
-    with pytest.raises(ValueError, match="adapter_names: batches that mix adapters are not supported"):
-        adapted()(input_ids=IDS, adapter_names=["default", "default"])
-
-
 # Exactness
 
 

@@ -25,6 +25,7 @@ FLOOR = {
     "manifest",
     "masks",
     "metrics",
+    "mixed_rows",
     "postmerge",
     "scores",
     "seeds",

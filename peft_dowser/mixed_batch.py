@@ -1,0 +1,54 @@
+"""Batches whose rows are for different adapters: `model(..., adapter_names=[...])`, one name per row."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .experts import FusedParameter
+from .layer import DowserLayer
+
+# What PEFT calls the bare base model in `adapter_names`.
+BASE = "__base__"
+
+
+def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]) -> None:
+    """Refuse names that a mixed batch cannot have.
+
+    Args:
+        model: the adapted model.
+        names: one per row.
+        known: adapters by name.
+
+    Raises:
+        ValueError: a name is unknown, an adapter is merged, or one of them changes the weights of experts, which see
+            tokens and not rows.
+    """
+    if unknown := sorted(set(names) - {BASE, *known}):
+        raise ValueError(f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)} and '{BASE}'.")
+    layers = [module for module in model.modules() if isinstance(module, DowserLayer)]
+    if any(layer.merged for layer in layers):
+        raise ValueError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first.")
+    if any(isinstance(layer, FusedParameter) and set(names) & set(layer.dowser_values) for layer in layers):
+        raise ValueError(
+            "adapter_names: an adapter of the batch changes the fused weights of experts, where the rows of a batch "
+            "cannot be told apart; run one forward per adapter, after set_adapter."
+        )
+
+
+@contextmanager
+def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """Hand the names to every adapted layer for a while."""
+
+    def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return args, kwargs | {"adapter_names": list(names)}
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            adapted = isinstance(module, DowserLayer) and not isinstance(module, FusedParameter)
+            if adapted or isinstance(module, AuxiliaryTrainingWrapper):
+                hook = module.register_forward_pre_hook(add_names, with_kwargs=True)
+                hooks.callback(hook.remove)
+        yield

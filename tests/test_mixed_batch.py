@@ -1,0 +1,79 @@
+"""Batches that mix adapters, against one forward per adapter."""
+
+import pytest
+import torch
+from helpers import config, set_values, tiny_llama
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+
+IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31], [1, 2, 3, 4, 5, 6], [1, 50, 51, 52, 53, 54]])
+NAMES = ["other", "__base__", "default", "other"]
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    model = get_peft_model(tiny_llama(torch.float64), config())
+    model.add_adapter("other", config(update_ratio=0.3, seed=1, target_modules=["q_proj", "up_proj", "embed_tokens"]))
+    set_values(model)
+    return model.eval()
+
+
+def alone(model: PeftModel, name: str, ids: Tensor) -> Tensor:
+    if name == "__base__":
+        with model.disable_adapter():
+            return model(input_ids=ids).logits
+    model.set_adapter(name)
+    return model(input_ids=ids).logits
+
+
+def test_every_row_is_that_of_its_adapter(model: PeftModel) -> None:
+    expected = torch.cat([alone(model, name, IDS[row : row + 1]) for row, name in enumerate(NAMES)])
+    model.set_adapter("default")
+    found = model(input_ids=IDS, adapter_names=NAMES).logits
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert (found[0] - alone(model, "default", IDS[:1])).abs().max() > 1e-3
+    torch.testing.assert_close(model(input_ids=IDS).logits, alone(model, "default", IDS))
+
+
+def test_the_gradient_of_an_adapter_comes_from_its_rows(model: PeftModel) -> None:
+    for name in ("default", "other"):
+        model.set_requires_grad(name, True)
+    model(input_ids=IDS, adapter_names=NAMES).logits[2].sum().backward()
+    for name, parameter in model.named_parameters():
+        if ".dowser_values." in name:
+            assert bool(parameter.grad.any()) == (".default." in name)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_generate_mixes_and_merges_nothing(model: PeftModel, beams: int) -> None:
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams}
+    found = model.generate(input_ids=IDS, adapter_names=NAMES, **options)
+    for row, name in enumerate(NAMES):
+        if name == "__base__":
+            with model.disable_adapter():
+                expected = model.generate(input_ids=IDS[row : row + 1], **options)
+        else:
+            model.set_adapter(name)
+            expected = model.generate(input_ids=IDS[row : row + 1], **options)
+        width = min(expected.shape[1], found.shape[1])
+        assert torch.equal(found[row, :width], expected[0, :width])
+
+
+def test_modules_to_save_are_mixed_too() -> None:
+    model = get_peft_model(tiny_llama(torch.float64), config(modules_to_save=["lm_head"])).eval()
+    set_values(model)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    names = ["__base__", "default", "default", "__base__"]
+    expected = torch.cat([alone(model, name, IDS[row : row + 1]) for row, name in enumerate(names)])
+    torch.testing.assert_close(model(input_ids=IDS, adapter_names=names).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_names_that_a_batch_cannot_have_are_refused(model: PeftModel) -> None:
+    with pytest.raises(ValueError, match=r"unknown adapters \['nope'\]; the model has \['default', 'other'\]"):
+        model(input_ids=IDS, adapter_names=["nope"] * 4)
+    with pytest.raises(ValueError, match="one name for each of the 4 rows, got 2"):
+        model(input_ids=IDS, adapter_names=["default", "other"])
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match=r"an adapter is merged into the base; call unmerge_adapter\(\) first"):
+        model(input_ids=IDS, adapter_names=NAMES)
