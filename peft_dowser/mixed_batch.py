@@ -31,10 +31,11 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
     layers = [module for module in model.modules() if isinstance(module, DowserLayer)]
     if any(layer.merged for layer in layers):
         raise ValueError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first.")
-    if any(isinstance(layer, FusedParameter) and set(names) & set(layer.dowser_values) for layer in layers):
+    fused = [layer for layer in layers if isinstance(layer, FusedParameter)]
+    if any(layer.in_use() or set(names) & set(layer.dowser_values) for layer in fused):
         raise ValueError(
-            "adapter_names: an adapter of the batch changes the fused weights of experts, where the rows of a batch "
-            "cannot be told apart; run one forward per adapter, after set_adapter."
+            "adapter_names: an adapter of the batch, or the active one, changes the fused weights of experts, where "
+            "the rows of a batch cannot be told apart; run one forward per adapter, after set_adapter."
         )
 
 

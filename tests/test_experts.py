@@ -887,16 +887,10 @@ def test_wrong_names_are_refused_with_the_right_ones(changes: dict, error: type[
     assert not any(isinstance(module, DowserLayer) for module in model.modules())
 
 
-def test_experts_are_refused_in_mixed_batches() -> None:
+@pytest.mark.parametrize("names", [["default", "__base__"], ["__base__", "__base__"]])
+def test_experts_are_refused_in_mixed_batches(names: list[str]) -> None:
     model = adapted(tiny_moe("mixtral"))
-    ids = torch.tensor([[1, 5, 9], [1, 20, 3]])
     with pytest.raises(
         ValueError, match="changes the fused weights of experts, where the rows of a batch cannot be told"
     ):
-        model(input_ids=ids, adapter_names=["default", "__base__"])
-    assert torch.equal(model(input_ids=ids, adapter_names=["__base__"] * 2).logits, base_logits(model, ids))
-
-
-def base_logits(model: PeftModel, ids: torch.Tensor) -> torch.Tensor:
-    with model.disable_adapter():
-        return model(input_ids=ids).logits
+        model(input_ids=torch.tensor([[1, 5, 9], [1, 20, 3]]), adapter_names=names)
