@@ -5,14 +5,15 @@
 PEFT reads no entry points: a program that loads a Dowser adapter must import this package, or PEFT ends in
 `KeyError: 'DOWSER'`. Where programs cannot be changed, `enable` writes two small files into the site-packages of the
 running Python: a `.pth` file, whose line Python runs at every start, and what it imports, which waits for the import of
-`peft` and imports this package after it. Nothing else is changed, and `disable` removes both. Programs that do not import
-PEFT pay a look into a list.
+`peft` and imports this package after it. Nothing else is changed, and `disable` removes both. Programs that do not
+import PEFT pay a look into a list.
 """
 
 import argparse
 import sys
 import sysconfig
 from collections.abc import Sequence
+from importlib.util import cache_from_source
 from pathlib import Path
 
 NAME = "peft_dowser_autoload.pth"
@@ -84,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 path.write_text(text)
             elif options.action == "disable":
                 path.unlink(missing_ok=True)
+                Path(cache_from_source(str(path))).unlink(missing_ok=True)
     except OSError as error:
         print(f"peft_dowser.autoload: {error}. Nothing else was changed.", file=sys.stderr)
         return 2

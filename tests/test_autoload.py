@@ -42,7 +42,7 @@ def test_peft_reads_an_adapter_without_the_import_while_enabled(
     found = run(load, site)
     assert found.stdout == "DowserConfig\n", found.stderr
     assert autoload.main(["disable", "--folder", str(site)]) == 0
-    assert not list(site.iterdir())
+    assert not [path for path in site.rglob("*") if path.is_file()]
     assert "KeyError: 'DOWSER'" in run(load, site).stderr
 
 
