@@ -1,5 +1,6 @@
 """Trainers: TRL's SFT, DPO and GRPO and the plain Trainer, on a tiny Llama and the tiny LLaVA's tokenizer."""
 
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -272,3 +273,27 @@ def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         trainer.model.merge_and_unload()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_sft_example_trains_from_its_yaml(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """The very command of the README, on a model and texts in folders."""
+    small_llama(tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    described = tmp_path / "model" / "tokenizer_config.json"
+    described.write_text(described.read_text().replace('"processor_class": "LlavaProcessor",', ""))
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "train.jsonl").write_text('{"text": "12+30?42"}\n' * 8)
+    output = tmp_path / "adapter"
+    changes = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "texts", "output_dir": output}
+    changes |= {"max_steps": 2, "warmup_steps": 0, "num_probes": 2, "probe_length": 8, "max_length": 16}
+    changes |= {"dtype": "float32", "bf16": False, "use_cpu": True, "update_ratio": 0.25}
+    arguments = [str(part) for key, value in changes.items() for part in (f"--{key}", value)]
+    examples = Path(__file__).parent.parent / "examples"
+    command = [sys.executable, str(examples / "sft.py"), "--config", str(examples / "sft.yaml"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "upstream_loss" in done.stdout
+    loaded = PeftModel.from_pretrained(small_llama(tokenizer), output)
+    assert loaded.peft_config["default"].update_ratio == 0.25
+    assert any(p.any() for name, p in loaded.named_parameters() if "dowser_values" in name)

@@ -1,0 +1,53 @@
+"""Fine-tune a language model on your own texts with TRL, from a YAML file:
+
+    python examples/sft.py --config examples/sft.yaml
+
+Every key of the file can also be an argument, which then counts more than the file. `--help` lists what TRL's
+`SFTConfig` takes. Data sets are Hub ids or folders with JSON lines that have a `text`, or `messages`:
+
+    python examples/sft.py --config examples/sft.yaml --dataset_name my_texts --model_name_or_path my_model
+"""
+
+from dataclasses import dataclass, field
+
+from datasets import load_dataset
+from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
+
+from peft_dowser import DowserConfig, ForgettingCallback
+
+
+@dataclass
+class DowserArguments:
+    """What `DowserConfig` takes, as far as it fits a command line."""
+
+    update_ratio: float = field(default=0.1, metadata={"help": "rho, the fraction of each target weight that trains"})
+    score: str = field(default="dowser", metadata={"help": "dowser, random, magnitude, wanda or gradient"})
+    last_layers: int | None = field(default=None, metadata={"help": "train only the last L decoder layers"})
+    num_probes: int = field(default=64, metadata={"help": "N, synthetic prompts"})
+    num_rademacher: int = field(default=8, metadata={"help": "R, random projections per prompt"})
+    probe_length: int = field(default=64, metadata={"help": "T, tokens per prompt"})
+    statistics: str | None = field(default=None, metadata={"help": "file written by `peft-dowser probe`"})
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments))
+    script, training, model, dowser = parser.parse_args_and_config(arguments)
+    training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision}
+    data = load_dataset(script.dataset_name, name=script.dataset_config)
+    evaluated = training.eval_strategy != "no"
+    trainer = SFTTrainer(
+        model=model.model_name_or_path,
+        args=training,
+        train_dataset=data[script.dataset_train_split],
+        eval_dataset=data[script.dataset_test_split] if evaluated else None,
+        peft_config=DowserConfig(task_type="CAUSAL_LM", seed=training.seed, **vars(dowser)),
+    )
+    # What the model forgets, on prompts that it writes itself: needs no data.
+    forgetting = DowserConfig(num_probes=dowser.num_probes, probe_length=dowser.probe_length, seed=training.seed)
+    trainer.add_callback(ForgettingCallback(config=forgetting, trainer=trainer))
+    trainer.train()
+    trainer.save_model()
+
+
+if __name__ == "__main__":
+    main()
