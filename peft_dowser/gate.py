@@ -98,23 +98,33 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
         )
 
 
-def withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that could not be loaded out of the model again."""
-    layers = [
+def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
+    """The layers that carry an adapter, with their names in the model."""
+    return [
         (name, layer)
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
     ]
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter that could not be loaded out of the model again."""
+    layers = adapted(model, adapter_name)
     if any(layer.index(adapter_name).positions is not None for _, layer in layers):
         return  # an adapter that works, into which another state should have been loaded
-    for name, layer in layers:
+    remove(model, adapter_name)
+    configs = cast(dict[str, PeftConfig], model.peft_config)
+    configs.pop(adapter_name, None)
+
+
+def remove(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter out of the model; a layer without any other gives its place back to the base layer."""
+    for name, layer in adapted(model, adapter_name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT announces the next active adapter
             layer.delete_adapter(adapter_name)
         if not layer.dowser_values:
             _unwrap(model, name, layer)
-    configs = cast(dict[str, PeftConfig], model.peft_config)
-    configs.pop(adapter_name, None)
 
 
 def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:

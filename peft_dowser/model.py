@@ -23,7 +23,7 @@ from .combination import check_sources, combined_config, combined_deltas
 from .config import DowserConfig
 from .embedding import Embedding
 from .experts import Experts, FusedParameter
-from .gate import CODE, check_counts, check_file, counts_in, withdraw
+from .gate import CODE, adapted, check_counts, check_file, counts_in, remove, withdraw
 from .layer import DowserLayer, Linear
 from .manifest import base_sample
 from .mixed_batch import check_names, mixed_batch
@@ -82,12 +82,15 @@ class DowserModel(BaseTuner):
         self._masks: dict[str, Tensor] = {}
         self._fused: list[str] = []
         self._manifest: dict[str, Any] | None = None
+        is_new = not adapted(model, adapter_name)
         try:
             _check_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
+            if is_new:
+                remove(model, adapter_name)
             raise
         finally:
             del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused
@@ -134,10 +137,10 @@ class DowserModel(BaseTuner):
         """Compare the manifest of a saved adapter with its counts and with the base."""
         where = f"Adapter '{self._adapter_name}'"
         check_modules(manifest, counts, where)
-        adapted = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
+        known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
         check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
         # An adapted weight may be merged; its sample is that of before.
-        samples = {n: adapted[n] if n in adapted else base_sample(targets[n].read()) for n in counts}
+        samples = {n: known[n] if n in known else base_sample(targets[n].read()) for n in counts}
         warn_of_other_base(manifest, samples, where)
 
     @staticmethod

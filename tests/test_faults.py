@@ -1,0 +1,240 @@
+"""Whatever interrupts a save, a probe, an injection, a load or a merge: the old file and the old model are whole."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import peft.peft_model
+import pytest
+import torch
+from bad_files import CONFIG, FILE, Small, Untouched, X, load, saved
+from helpers import config, set_values, tiny_llama
+from peft import get_peft_model
+
+import peft_dowser
+from peft_dowser import DowserLayer, probe, verify
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+FAULTS = [KeyboardInterrupt, torch.OutOfMemoryError("no memory"), OSError(28, "No space left on device")]
+
+
+def failing(function, after: int, fault):
+    """The function, whose call number `after` fails."""
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == after:
+            raise fault
+        return function(*args, **kwargs)
+
+    return called
+
+
+# Saving
+
+
+@pytest.mark.parametrize("step", ["safe_save_file", "rename", "config"])
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: getattr(fault, "__name__", type(fault).__name__))
+def test_a_failed_save_leaves_an_adapter_that_loads(
+    step: str, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path)
+    model = load(Small(), tmp_path)
+    before, expected = (tmp_path / FILE).read_bytes(), model(X)
+    set_values(model, seed=9)
+    changed = model(X)
+    if step == "safe_save_file":
+        monkeypatch.setattr(peft.peft_model, "safe_save_file", failing(None, 1, fault))
+    elif step == "rename":
+        (tmp_path / "elsewhere").mkdir()
+        original = peft.peft_model.safe_save_file
+
+        def to_full_disk(tensors, path, metadata):
+            original(tensors, tmp_path / "elsewhere" / FILE, metadata)
+            raise fault
+
+        monkeypatch.setattr(peft.peft_model, "safe_save_file", to_full_disk)
+    else:
+        monkeypatch.setattr(type(model.peft_config["default"]), "save_pretrained", failing(None, 1, fault))
+    with pytest.raises(BaseException) as caught:
+        model.save_pretrained(tmp_path)
+    assert caught.value is fault or caught.type is fault
+    monkeypatch.undo()
+    whole = load(Small(), tmp_path)
+    if step == "config":  # the tensors are the new ones, and the old config fits them
+        assert torch.equal(whole(X), changed)
+    else:
+        assert (tmp_path / FILE).read_bytes() == before
+        assert torch.equal(whole(X), expected)
+    assert torch.equal(model(X), changed)
+
+
+def test_saving_over_the_folder_it_was_loaded_from_works(tmp_path: Path) -> None:
+    saved(tmp_path)
+    model = load(Small(), tmp_path)
+    set_values(model, seed=4)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(load(Small(), tmp_path)(X), model(X))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(tmp_path)], capture_output=True)
+    if mount.returncode:
+        pytest.skip("no small disk can be mounted here")
+    try:
+        saved(tmp_path)
+        model = load(Small(), tmp_path)
+        expected = model(X)
+        used = sum(4096 * -(-path.stat().st_size // 4096) for path in tmp_path.iterdir())
+        (tmp_path / "filler").write_bytes(b"\0" * (64 * 1024 - used))
+        with pytest.raises(Exception, match="No space left"):
+            model.save_pretrained(tmp_path)
+        (tmp_path / "filler").unlink()
+        assert torch.equal(load(Small(), tmp_path)(X), expected)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+def test_a_killed_save_leaves_an_adapter(tmp_path: Path) -> None:
+    code = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from pathlib import Path
+from bad_files import *
+folder = Path({str(tmp_path)!r})
+saved(folder)
+model = load(Small(), folder)
+print("ready", flush=True)
+for seed in range(10**6):
+    set_values(model, seed=seed)
+    model.save_pretrained(folder)
+"""
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child.stdout.readline()
+    time.sleep(0.2)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert bool(load(Small(), tmp_path)(X).isfinite().all())
+
+
+# Probing and injecting
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, torch.OutOfMemoryError("no memory")], ids=["interrupt", "memory"])
+@pytest.mark.parametrize("after", [1, 2, 9, 40])
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: str) -> None:
+    base = tiny_llama()
+    untouched = Untouched(base)
+    state = torch.get_rng_state()
+    layer = base.model.layers[1].mlp.down_proj
+    original = layer.forward
+    if where == "forward":
+        layer.forward = failing(original, after, fault)
+    else:
+        fail = failing(lambda grad: None, min(after, 2), fault)
+
+        def forward(x):
+            out = original(x)
+            if out.requires_grad:
+                out.register_hook(fail)
+            return out
+
+        layer.forward = forward
+    try:
+        with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
+            for _ in range(40):
+                probe(base, config())
+            raise KeyboardInterrupt
+    finally:
+        del layer.forward
+    assert untouched.holds()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in base.modules())
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, torch.OutOfMemoryError("no memory")], ids=["interrupt", "memory"])
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("model", "check_whole"),
+        ("model", "resolve_targets"),
+        ("model", "probe_targets"),
+        ("model", "choose_masks"),
+        ("selection", "select_jointly"),
+    ],
+)
+def test_what_stops_before_the_injection_changes_nothing(
+    module: str, name: str, fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_llama()
+    untouched = Untouched(base)
+    place = getattr(peft_dowser, module)
+    monkeypatch.setattr(place, name, failing(getattr(place, name), 1, fault))
+    with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
+        get_peft_model(base, config())
+    assert untouched.holds()
+    monkeypatch.undo()
+    assert get_peft_model(base, config()).get_nb_trainable_parameters()[0] > 0
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, torch.OutOfMemoryError("no memory")], ids=["interrupt", "memory"])
+@pytest.mark.parametrize("after", [1, 2, 14])
+@pytest.mark.parametrize("name", ["add_positions", "add_placeholder"])
+def test_an_injection_that_is_cut_short_is_taken_back(
+    name: str, after: int, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get_peft_model(tiny_llama(), config(score="random")).save_pretrained(tmp_path)
+    base = tiny_llama()
+    untouched = Untouched(base)
+    monkeypatch.setattr(DowserLayer, name, failing(getattr(DowserLayer, name), after, fault))
+    with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
+        if name == "add_positions":
+            get_peft_model(base, config(score="random"))
+        else:
+            load(base, tmp_path)
+    assert untouched.holds()
+
+
+# Merging
+
+
+@pytest.mark.parametrize("after", [1, 2, 9])
+def test_a_merge_that_is_interrupted_can_be_taken_back(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    set_values(model)
+    untouched = Untouched(model)
+    layer = peft_dowser.layer
+    monkeypatch.setattr(layer, "write_entries_", failing(layer.write_entries_, after, KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        model.merge_adapter()
+    monkeypatch.undo()
+    ids = torch.tensor([[1, 5, 9]])
+    assert model(input_ids=ids).logits.isfinite().all()
+    for found in model.modules():
+        if isinstance(found, DowserLayer) and found.merged:
+            try_unmerge(found)
+    assert untouched.holds()
+
+
+def try_unmerge(layer: DowserLayer) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the merge was about to write is not there
+        layer.unmerge()
+
+
+def test_verify_finds_a_save_that_was_cut_between_its_two_files(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    model.save_pretrained(tmp_path / "adapter")
+    set_values(model)
+    old = (tmp_path / "adapter" / CONFIG).read_bytes()
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / CONFIG).write_bytes(old)
+    assert "files are not of one save" in verify(tmp_path / "adapter", tmp_path / "base")[0]
