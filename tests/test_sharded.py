@@ -14,7 +14,7 @@ from groups import on_ranks
 from helpers import config, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -148,8 +148,24 @@ def one_engine(rank: int, engine: str, folder: Path) -> dict:
     return {"losses": losses, "refusal": refusal, "resumed": resumed}
 
 
+def codes(model: nn.Module) -> list[torch.Tensor]:
+    return [layer.index("default").code for layer in model.modules() if isinstance(layer, DowserLayer)]
+
+
+def resumed_from_a_checkpoint(rank: int) -> bool:
+    """As accelerate saves and loads adapters under FSDP2: into a model whose own mask is another one."""
+    model, other = (with_fsdp2(get_peft_model(tiny_llama(), config(seed=seed)))[0] for seed in (0, 1))
+    assert not all(map(torch.equal, codes(model), codes(other)))
+    train(model, range(STEPS), rank, 2)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    checkpoint = get_model_state_dict(model, options=whole)
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    set_model_state_dict(other, checkpoint, options=from_rank_0)
+    return torch.equal(model(input_ids=batch_of(0)).logits, other(input_ids=batch_of(0)).logits)
+
+
 def all_engines(rank: int, folder: str) -> dict:
-    results = {}
+    results: dict = {"checkpoint": resumed_from_a_checkpoint(rank)}
     for engine in ENGINES:
         ram_efficient = RAM_EFFICIENT if engine.endswith("loaded on rank 0") else {}
         os.environ.update(ram_efficient)
@@ -206,6 +222,10 @@ def test_trains_saves_and_resumes_as_one_process_does(
 def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
     for found in results:
         assert "so the file would be incomplete" in found["fsdp2"]["refusal"]
+
+
+def test_a_checkpoint_brings_its_mask_along(results: list[dict]) -> None:
+    assert [found["checkpoint"] for found in results] == [True, True]
 
 
 def close(found: list[float], expected: list[float]) -> None:
