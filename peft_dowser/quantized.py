@@ -66,11 +66,16 @@ class QuantizedLinear(Linear):
             "again, so outputs change a little. To merge exactly, load the base in floating point.",
             stacklevel=2,
         )
-        self._original = (original,)
+        previous = self.base_layer
         self.base_layer = _copied(original)
-        backend.set_base_weight(self, total)
-        unpack(self.base_layer)
-        after = backend.get_base_weight(self.get_base_layer()).detach()
+        try:
+            backend.set_base_weight(self, total)
+            unpack(self.base_layer)
+            after = backend.get_base_weight(self.get_base_layer()).detach()
+        except BaseException:
+            self.base_layer = previous
+            raise
+        self._original = (original,)
         for name in names:
             at, values = self.index(name).decoded(), self.values(name).detach()
             unchanged = before.view(-1).index_select(0, at) == after.view(-1).index_select(0, at)
@@ -108,11 +113,5 @@ def _copied(module: nn.Module) -> nn.Module:
     }
     copied._buffers = dict(module._buffers)
     if hasattr(module, "state"):  # bitsandbytes keeps the statistics of 8-bit weights there
-        copied.state = _copied_state(module.state)
-    return copied
-
-
-def _copied_state(state: Any) -> Any:
-    copied = state.__class__.__new__(state.__class__)
-    copied.__dict__ = dict(state.__dict__)
+        copied.state = copy.copy(module.state)
     return copied

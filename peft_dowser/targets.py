@@ -205,7 +205,8 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
     for name, target in targets.items():
-        others = sorted(set(names[id(getattr(target.module, target.parameter))]) - {target.tensor_name})
+        weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
+        others = sorted(set(names.get(id(weight), [])) - {target.tensor_name})
         if others:
             raise ValueError(
                 f"The weight of target module '{name}' is tied: it is {others} too, which would stay as it is until a "
