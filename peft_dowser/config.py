@@ -11,8 +11,9 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ._registry import NAME
+from .card import complete_card
 from .codec import DeltaFormatError
-from .manifest import check_manifest, check_readable
+from .manifest import FORMAT, check_manifest, check_readable
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 SELECTS = ("low", "high")
@@ -148,6 +149,21 @@ class DowserConfig(PeftConfig):
         if self._written is not None:
             plain["manifest"] = self._written
         return plain
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the config as PEFT does, and complete the model card beside it."""
+        super().save_pretrained(save_directory, **kwargs)
+        probed = self.score in ("dowser", "wanda", "gradient")
+        facts = {
+            "base model": self.base_model_name_or_path or "",
+            "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
+            "update ratio": f"{self.update_ratio:g}",
+            "chosen by": f"score {self.score}, the {'lowest' if self.select == 'low' else 'highest'} by {self.scope}",
+            "probe": f"N = {self.num_probes}, R = {self.num_rademacher}, T = {self.probe_length}" if probed else "",
+            "seed": str(self.seed),
+            "format": str(FORMAT),
+        }
+        complete_card(Path(save_directory), facts)
 
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, one clause each."""

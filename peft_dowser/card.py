@@ -1,0 +1,53 @@
+"""The model card of a saved adapter: how it is loaded, and what it is."""
+
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+TAGS = {"dowser", "sparse", "peft"}
+_BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
+
+
+def complete_card(folder: Path, facts: dict[str, str]) -> None:
+    """Put how the adapter is loaded and what it is on top of the card that PEFT has written; other text stays.
+
+    Args:
+        folder: folder of the adapter. Nothing happens where it has no card.
+        facts: what to tell of the adapter, by name.
+    """
+    path = folder / "README.md"
+    if not path.is_file():
+        return
+    card = ModelCard.load(path)
+    card.data["tags"] = sorted(TAGS.union(card.data.get("tags") or []))
+    base = str(card.data.get("base_model") or "")
+    if _is_local(base):  # means nothing to others, and tells them about this machine
+        card.data.pop("base_model")
+        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+    weights = folder / SAFETENSORS_WEIGHTS_NAME
+    if weights.is_file():
+        facts = facts | {"size": f"{weights.stat().st_size:,} bytes"}
+    shown = {name: value for name, value in facts.items() if value and not _is_local(value)}
+    section = "\n".join([_BEGIN, _LOADING, "", *(f"- {name}: {value}" for name, value in shown.items()), _END])
+    text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
+    card.text = f"{section}\n\n{text.lstrip()}"
+    card.save(path)
+
+
+_LOADING = """\
+## A sparse delta, made with peft-dowser
+
+```python
+import peft_dowser  # pip install peft-dowser; lets PEFT read the adapter
+from peft import AutoPeftModel
+
+model = AutoPeftModel.from_pretrained("this repository, or its folder")
+```
+
+Without the first line PEFT ends in `KeyError: 'DOWSER'`."""
+
+
+def _is_local(name: str) -> bool:
+    return bool(name) and (Path(name).is_absolute() or name.startswith(".") or Path(name).exists())

@@ -1,0 +1,64 @@
+"""The model card of a saved adapter."""
+
+from pathlib import Path
+
+import pytest
+from helpers import config, set_values, tiny_llama
+from huggingface_hub import ModelCard
+from peft import PeftModel, get_peft_model
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.25, seed=3))
+    set_values(model)
+    return model
+
+
+def test_the_card_says_how_to_load_the_adapter_and_what_it_is(model: PeftModel, tmp_path: Path) -> None:
+    model.peft_config["default"].base_model_name_or_path = "someone/base"
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert {"dowser", "sparse", "peft"} <= set(card.data["tags"])
+    first = card.text.index("import peft_dowser")
+    assert first < card.text.index("from peft import AutoPeftModel")
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    trained, _ = model.get_nb_trainable_parameters()
+    for line in (
+        "base model: someone/base",
+        f"trained weights: {trained:,}",
+        "update ratio: 0.25",
+        "chosen by: score dowser, the lowest by matrix",
+        "probe: N = 4, R = 2, T = 12",
+        "seed: 3",
+        "format: 1",
+        f"size: {size:,} bytes",
+    ):
+        assert f"- {line}\n" in card.text
+
+
+def test_text_that_is_there_stays_and_nothing_is_said_twice(model: PeftModel, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\ntags:\n- mine\n---\n\n# My adapter\n\nMade with care.\n")
+    model.save_pretrained(tmp_path)
+    once = (tmp_path / "README.md").read_text()
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == once
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data["license"] == "mit"
+    assert "# My adapter\n\nMade with care." in card.text
+    assert card.text.count("import peft_dowser") == 1
+
+
+def test_a_local_base_is_not_told(tmp_path: Path) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "secret" / "base")
+    base = type(base).from_pretrained(tmp_path / "secret" / "base")
+    get_peft_model(base, config(score="magnitude")).save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "secret" not in text
+    assert "probe:" not in text
+
+
+def test_a_config_alone_has_no_card(tmp_path: Path) -> None:
+    config().save_pretrained(str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
