@@ -206,13 +206,24 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
         names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
     for name, target in targets.items():
         weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
-        others = sorted(set(names.get(id(weight), [])) - {target.tensor_name})
+        others = sorted({*names.get(id(weight), []), *_ties(model, target)} - {target.tensor_name})
         if others:
             raise ValueError(
                 f"The weight of target module '{name}' is tied: it is {others} too, which would stay as it is until a "
                 "merge changes both. Leave the module out, or untie the model first: give the module a copy of its "
                 "weight and set tie_word_embeddings=False in the model's config."
             )
+
+
+def _ties(model: nn.Module, target: Target) -> set[str]:
+    """What an offloaded weight is tied to: accelerate keeps a placeholder for each name, so only transformers knows."""
+    weight = getattr(target.module, target.parameter, None)
+    if weight is None or not weight.is_meta or not isinstance(model, PreTrainedModel):
+        return set()
+    if not model.config.get_text_config(decoder=True).tie_word_embeddings:
+        return set()
+    pairs = [{one, other} for one, other in model.all_tied_weights_keys.items()]
+    return set().union(*(pair for pair in pairs if target.tensor_name in pair))
 
 
 def _check_matched(targets: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import cpu_offload
 from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -200,6 +201,23 @@ def test_a_tied_target_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"is tied: it is \['{other}.weight'\] too.*untie the model first"):
         get_peft_model(base, config(target_modules=[name]))
     assert not any(isinstance(module, DowserLayer) for module in base.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*tie_word_embeddings")
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_a_tied_target_of_an_offloaded_base_is_refused(name: str) -> None:
+    base = cpu_offload(tied_llama(), execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is tied: it is \['.*.weight'\] too"):
+        adapted(base, target_modules=[name])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_not_tied_in_an_offloaded_base_is_adapted(tied: bool) -> None:
+    base = cpu_offload(tied_llama() if tied else tiny_llama(), execution_device=torch.device("cpu"))
+    model = adapted(base, target_modules=["up_proj"] if tied else ["embed_tokens", "lm_head"])
+    trained = logits(model)
+    model.merge_adapter()
+    assert torch.allclose(logits(model), trained, atol=1e-5)
 
 
 def test_an_untied_target_merges_and_reloads_with_the_same_bits(tmp_path: Path) -> None:
