@@ -105,6 +105,7 @@ class DowserModel(BaseTuner):
         self._manifest, peft_config.manifest = peft_config.manifest, None
         check_whole(model)
         targets = resolve_targets(model, peft_config)
+        _check_not_nested(model, targets)
         self._fused = [name for name, target in targets.items() if target.is_fused]
         by_default = peft_config.target_modules is None
         if by_default or peft_config.last_layers is not None:
@@ -212,10 +213,8 @@ class DowserModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, Experts | DowserLayer):
-            setattr(parent, child_name, new_module)  # PEFT's own looks for the weight of a linear layer
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
+        # PEFT's own also gives it the weight of the child, which is not there or no parameter in some of ours.
+        setattr(parent, child_name, new_module)
 
     def _is_adapted(self, name: str, target: nn.Module | None) -> bool:
         if self._twin is not None:
@@ -408,6 +407,23 @@ def _adapters_disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
+
+
+def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuse layers that another PEFT method has adapted: what it adds would be left out without a word."""
+    others = {
+        id(layer.get_base_layer()): type(layer)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DowserLayer)
+    }
+    nested = [name for name, target in targets.items() if id(target.module) in others]
+    if nested:
+        kind = others[id(targets[nested[0]].module)]
+        raise ValueError(
+            f"{len(nested)} of the target modules are adapted by another PEFT method already, such as '{nested[0]}' by "
+            f"{kind.__module__}.{kind.__name__}. Merge that adapter into the base first (merge_and_unload), or leave "
+            "its modules out of target_modules."
+        )
 
 
 def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import config, set_values, tiny_llama
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -688,3 +688,29 @@ def test_conversion_while_merged_unmerges_to_the_converted_base() -> None:
     model.half()
     model.unmerge_adapter()
     assert_same_bits(base_bits(model), base_bits(tiny_llama().half()))
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify", "ignore:Already found a `peft_config`")
+def test_layers_of_another_method_are_refused_before_anything_changes() -> None:
+    lora = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model = lora.base_model.model
+    before, modules = logits(model), [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match=r"2 of the target modules .*q_proj' by peft\.tuners\.lora.*Merge that"):
+        get_peft_model(model, config(target_modules=["q_proj", "v_proj"], score="random"))
+    assert [name for name, _ in model.named_modules()] == modules
+    assert torch.equal(logits(model), before)
+
+
+def test_trained_tokens_are_merged(tmp_path: Path) -> None:
+    options = {"trainable_token_indices": [5, 9], "score": "random"}
+    model = get_peft_model(tiny_llama(), config(**options)).eval()
+    set_values(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.1)
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()
+    assert torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), expected)
