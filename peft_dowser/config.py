@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ._registry import NAME
 from .card import complete_card
@@ -151,8 +152,12 @@ class DowserConfig(PeftConfig):
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config as PEFT does, and complete the model card beside it."""
-        super().save_pretrained(save_directory, **kwargs)
+        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".config-", dir=folder) as work:
+            super().save_pretrained(work, **kwargs)
+            (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         probed = self.score in ("dowser", "wanda", "gradient")
         facts = {
             "base model": self.base_model_name_or_path or "",
@@ -163,7 +168,7 @@ class DowserConfig(PeftConfig):
             "seed": str(self.seed),
             "format": str(FORMAT),
         }
-        complete_card(Path(save_directory), facts)
+        complete_card(folder, facts)
 
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, one clause each."""
