@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
 
 from .arithmetic import CombinationType, SignMethod, combine
 from .config import DowserConfig
-from .layer import DowserLayer
+from .layer import DowserLayer, can_name_an_adapter
 from .postmerge import Delta
 from .seeds import derived_seed
 
@@ -31,7 +30,7 @@ def check_sources(
         raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(configs)}.")
     if adapter_name in configs:
         raise ValueError(f"Adapter '{adapter_name}' exists already. Choose another adapter_name, or delete it first.")
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    if not can_name_an_adapter(adapter_name):
         raise ValueError(
             "adapter_name must be a name without dots that is no attribute of a torch module, as 'half' is, got "
             f"{adapter_name!r}. Choose another one."

@@ -17,6 +17,8 @@ from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
+# Those that need statistics of the model.
+PROBED_SCORES = ("dowser", "wanda", "gradient")
 SELECTS = ("low", "high")
 SCOPES = ("matrix", "row", "layer", "model")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
@@ -158,7 +160,7 @@ class DowserConfig(PeftConfig):
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
-        probed = self.score in ("dowser", "wanda", "gradient")
+        probed = self.score in PROBED_SCORES
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",

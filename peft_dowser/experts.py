@@ -35,14 +35,6 @@ class FusedParameter(nn.Module, DowserLayer):
     def weight(self) -> nn.Parameter:
         return weight_of(self.base_layer, self.parameter_name)
 
-    def in_use(self) -> list[str]:
-        """The adapters that change the products of the next forward."""
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if self.disable_adapters or self.merged:
-            return []
-        return [name for name in self.active_adapters if name in self.dowser_values]
-
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
 

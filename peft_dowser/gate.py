@@ -16,6 +16,12 @@ from .target import Target
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
 
 
+def named(part: str, adapter_name: str) -> str:
+    """How the state dict of a model, which has several adapters, calls what a file calls `VALUES` or `CODE`."""
+    stem, _, leaf = part.rpartition(".")
+    return f"{stem}.{adapter_name}.{leaf}"
+
+
 def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
     """Trained weights by module, read off the tensors of a saved adapter."""
     if state_dict is None:
@@ -56,10 +62,8 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
     """
     where = f"Adapter '{adapter_name}'"
     expected = {}
-    for name, layer in model.named_modules():
-        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
-            expected[f"{name}.dowser_values.{adapter_name}.weight"] = layer
-            expected[f"{name}.dowser_index.{adapter_name}.code"] = layer
+    for name, layer in adapted(model, adapter_name):
+        expected |= {name + named(part, adapter_name): layer for part in (VALUES, CODE)}
     check_keys(expected, state_dict, where)
     read = []
     for key, layer in expected.items():

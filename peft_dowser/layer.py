@@ -18,6 +18,11 @@ from .storage import offload_hook
 from .target import Target
 
 
+def can_name_an_adapter(name: str) -> bool:
+    """Whether torch can keep modules under this name: not empty, without a dot, no attribute of every module."""
+    return bool(name) and "." not in name and not hasattr(nn.ModuleDict(), name)
+
+
 class DowserLayer(BaseTunerLayer):
     """State of the Dowser adapters on one target.
 
@@ -65,6 +70,14 @@ class DowserLayer(BaseTunerLayer):
     def index(self, adapter_name: str) -> Index:
         """The positions of an adapter."""
         return cast(Index, self.dowser_index[adapter_name])
+
+    def in_use(self) -> list[str]:
+        """The adapters that change the next forward."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.dowser_values]
 
     def delta(self, adapter_name: str) -> Delta:
         """The delta of an adapter, in the adapter's own memory; empty where the adapter has no values here."""
@@ -223,11 +236,10 @@ class Linear(nn.Module, DowserLayer):
             adapter_names: one adapter for each row of `x`, instead of the active ones.
             kwargs: further arguments of the base layer.
         """
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
-            return by_adapter(x, adapter_names, lambda rows, name: self._output(rows, [name], *args, **kwargs))
-        return self._output(x, [] if self.disable_adapters or self.merged else self.active_adapters, *args, **kwargs)
+        in_use = self.in_use()
+        if adapter_names is None or self.disable_adapters:
+            return self._output(x, in_use, *args, **kwargs)
+        return by_adapter(x, adapter_names, lambda rows, name: self._output(rows, [name], *args, **kwargs))
 
     def _output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in adapters if name in self.dowser_values]
@@ -242,8 +254,7 @@ class Linear(nn.Module, DowserLayer):
         values = [self.loaded_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if self.is_additive:
-            features = (self.out_features, self.in_features)
-            nothing = x.new_zeros(()).expand(features[::-1] if transposed else features)
+            nothing = x.new_zeros(()).expand(self.base_shape)
             added = sparse_linear(x, nothing, None, values, positions, transposed)
             return self.base_layer(x, *args, **kwargs) + added
         return sparse_linear(x, base.weight, base.bias, values, positions, transposed)

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 from .arithmetic import CombinationType, SignMethod
 from .codec import DeltaFormatError
 from .combination import check_sources, combined_config, combined_deltas
-from .config import DowserConfig
+from .config import PROBED_SCORES, DowserConfig
 from .embedding import Embedding
 from .experts import Experts, FusedParameter
-from .gate import CODE, adapted, check_counts, check_file, counts_in, remove, withdraw
-from .layer import DowserLayer, Linear
+from .gate import CODE, adapted, check_counts, check_file, counts_in, named, remove, withdraw
+from .layer import DowserLayer, Linear, can_name_an_adapter
 from .manifest import base_sample
 from .mixed_batch import check_names, mixed_batch
 from .probe import check_materialized, check_whole, probe_targets
 from .provenance import check_modules, check_shapes, described, warn_of_other_base
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
-from .selection import PROBED_SCORES, choose_masks
+from .selection import choose_masks
 from .sharding import complete, leave_positions_to_us
 from .statistics import ProbeStatistics
 from .storage import backend_of
@@ -321,10 +321,12 @@ class DowserModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        for layer in _dowser_layers(self.model):
-            if adapter_name in layer.dowser_values and not layer.target.is_quantized:
+        layers = [layer for _, layer in adapted(self.model, adapter_name)]
+        for layer in layers:
+            if not layer.target.is_quantized:
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
-        narrow = {v.dtype for v in _values(self.model, adapter_name) if v.requires_grad and v.element_size() < 4}
+        values = [layer.values(adapter_name) for layer in layers]
+        narrow = {value.dtype for value in values if value.requires_grad and value.element_size() < 4}
         if narrow:
             logger.warning(
                 "Adapter '%s' trains in %s, so an update much smaller than its value is lost. For float32 "
@@ -360,9 +362,9 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        named = CODE.replace(".code", f".{adapter_name}.code")
+        code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
-        remapped = {key.replace(CODE, named) if key.endswith(CODE) else key: t for key, t in remapped.items()}
+        remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
         try:
             check_file(model, adapter_name, remapped)
         except DeltaFormatError:
@@ -374,7 +376,7 @@ class DowserModel(BaseTuner):
 
 def _check_name(adapter_name: str) -> None:
     """Refuse a name that torch cannot give a module."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    if not can_name_an_adapter(adapter_name):
         raise ValueError(
             f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
             "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
@@ -383,10 +385,6 @@ def _check_name(adapter_name: str) -> None:
 
 def _dowser_layers(model: nn.Module) -> list[DowserLayer]:
     return [module for module in model.modules() if isinstance(module, DowserLayer)]
-
-
-def _values(model: nn.Module, adapter_name: str) -> list[nn.Parameter]:
-    return [layer.values(adapter_name) for layer in _dowser_layers(model) if adapter_name in layer.dowser_values]
 
 
 @contextmanager

@@ -7,21 +7,18 @@ from typing import Any
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError
-from .gate import CODE, PREFIX, VALUES, few
-from .layer import DowserLayer
+from .gate import CODE, PREFIX, VALUES, adapted, few, named
 from .manifest import entry, is_sample, manifest, same_base
 
 
 def described(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
     """The manifest of the tensors that are about to be saved, their keys with the adapter's name."""
     modules = {}
-    for layer in model.modules():
-        if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values:
-            code = CODE.replace(".code", f".{adapter_name}.code")
-            values = VALUES.replace(".weight", f".{adapter_name}.weight")
-            name = layer.module_name
-            start = name if name + values in tensors else PREFIX + name
-            modules[name] = entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
+    code, values = named(CODE, adapter_name), named(VALUES, adapter_name)
+    for _, layer in adapted(model, adapter_name):
+        name = layer.module_name
+        start = name if name + values in tensors else PREFIX + name
+        modules[name] = entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
     return manifest(modules)
 
 

@@ -23,9 +23,6 @@ from .statistics import ProbeStatistics
 from .target import Target
 from .targets import layer_of
 
-# Scores that need statistics of the model.
-PROBED_SCORES = ("dowser", "wanda", "gradient")
-
 
 def choose_masks(
     targets: Mapping[str, Target], config: DowserConfig, statistics: ProbeStatistics | None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from .gate import CODE, PREFIX, VALUES
+from .gate import CODE, PREFIX, VALUES, adapted, named
 from .layer import DowserLayer
 from .ranks import is_sharded
 
@@ -46,12 +46,10 @@ def complete(
         ValueError: values of a module are empty or sharded.
     """
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
-    for layer in model.modules():
-        if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
-            continue
+    for _, layer in adapted(model, adapter_name):
         module, index = layer.module_name, layer.index(adapter_name)
         start = f"{PREFIX if inside_peft else ''}{module}"
-        values_key = start + VALUES.replace(".weight", f".{adapter_name}.weight")
+        values_key = start + named(VALUES, adapter_name)
         values = state_dict.get(values_key)
         if values is None or is_sharded(values) or values.numel() != index.nnz:
             whole = 0 if values is None or is_sharded(values) else values.numel()
@@ -62,4 +60,4 @@ def complete(
                 "save_pretrained(..., state_dict=...) with it on rank 0."
             )
         selected[values_key] = values
-        selected[start + CODE.replace(".code", f".{adapter_name}.code")] = index.code
+        selected[start + named(CODE, adapter_name)] = index.code
