@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
-from .manifest import base_sample
 from .mixed_rows import by_adapter
 from .postmerge import Delta
 from .sparse_linear import add_delta_, sparse_linear
@@ -47,7 +46,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.base_shape = self.target.shape
-        self.base_sample = None if self.target.is_quantized else base_sample(self.target.read())
+        self.base_sample = self.target.sample()
         self.out_features, self.in_features = self.target.features
 
     @property

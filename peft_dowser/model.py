@@ -25,7 +25,6 @@ from .embedding import Embedding
 from .experts import Experts, FusedParameter
 from .gate import CODE, adapted, check_counts, check_file, counts_in, named, remove, withdraw
 from .layer import DowserLayer, Linear, can_name_an_adapter
-from .manifest import base_sample
 from .mixed_batch import check_names, mixed_batch
 from .probe import check_materialized, check_whole, probe_targets
 from .provenance import check_modules, check_shapes, described, warn_of_other_base
@@ -141,7 +140,7 @@ class DowserModel(BaseTuner):
         known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
         check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
         # An adapted weight may be merged; its sample is that of before.
-        samples = {n: known[n] if n in known else base_sample(targets[n].read()) for n in counts}
+        samples = {n: known[n] if n in known else targets[n].sample() for n in counts}
         warn_of_other_base(manifest, samples, where)
 
     @staticmethod

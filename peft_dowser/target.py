@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .manifest import base_sample
 from .storage import backend_of, device_of, onloaded
 
 
@@ -99,6 +100,10 @@ class Target:
             backend = backend_of(self.module)
             weight = (self._whole if backend is None else backend.get_base_weight(self.module)).detach()
         return weight if self.expert is None else weight[self.expert]
+
+    def sample(self) -> str | None:
+        """`manifest.base_sample` of the weight; None of a quantized one, whose entries are those of no checkpoint."""
+        return None if self.is_quantized else base_sample(self.read())
 
     @property
     def _whole(self) -> nn.Parameter:

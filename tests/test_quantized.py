@@ -81,6 +81,10 @@ def logits(model: nn.Module) -> Tensor:
         return model(input_ids=IDS).logits
 
 
+def dowser_layers(model: nn.Module) -> list[DowserLayer]:
+    return [module for module in model.modules() if isinstance(module, DowserLayer)]
+
+
 def layers(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
@@ -130,6 +134,21 @@ def test_it_trains_saves_and_loads(folder: str, kind: str, tmp_path: Path) -> No
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(prepare_model_for_kbit_training(load(folder, kind)), tmp_path).eval()
     assert torch.equal(logits(loaded), logits(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_of_the_base_in_floating_point_loads_without_a_warning(
+    folder: str, kind: str, tmp_path: Path
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config(score="magnitude"))
+    set_values(model)
+    model.save_pretrained(tmp_path)
+    base = load(folder, kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded = PeftModel.from_pretrained(base, tmp_path)
+    for layer, original in zip(layers(loaded), dowser_layers(model), strict=True):
+        assert torch.equal(layer.values("default"), original.values("default"))
 
 
 @pytest.mark.filterwarnings(MERGING)
