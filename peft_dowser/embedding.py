@@ -13,6 +13,9 @@ from .sparse_rows import summed_rows
 class Embedding(Linear):
     """`torch.nn.Embedding`, perhaps scaled as in transformers' word embeddings, with sparse deltas on its weight."""
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT writes what it converts as factors of a linear layer
+
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """Rows of W + D; where the layer `is_additive`, the rows of D added to what the base layer gives.
 
@@ -28,7 +31,7 @@ class Embedding(Linear):
         base = cast(nn.Embedding, self.get_base_layer())
         nothing = torch.zeros((), dtype=base.weight.dtype, device=x.device)
         weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
-        values = [self.loaded_values(name) for name in active]
+        values = [self.scaled_values(name) for name in active]
         rows, places = x.long().unique(return_inverse=True)
         total = summed_rows(weight, rows, values, [self.index(name).decoded() for name in active])
         found = _only(base, rows, total)(places)

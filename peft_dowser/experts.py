@@ -93,7 +93,7 @@ class _Deltas:
 
     def __init__(self, fused: FusedParameter, adapters: list[str]) -> None:
         self.fused = fused
-        self.values = [fused.loaded_values(name) for name in adapters]
+        self.values = [fused.scaled_values(name) for name in adapters]
         self.positions = [fused.index(name).decoded() for name in adapters]
         self._by_expert: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
 

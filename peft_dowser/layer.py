@@ -1,5 +1,6 @@
 """`DowserLayer`: one adapted weight matrix, its sparse deltas, and their merge into the base."""
 
+import math
 import warnings
 from typing import Any, cast
 
@@ -31,17 +32,19 @@ class DowserLayer(BaseTunerLayer):
         module_name: name of the target in the base model.
         base_shape: shape of the target as it is stored.
         base_sample: entries of it before any merge, see `manifest.base_sample`; None of a quantized one.
+        scaling: by adapter, the factor of its values, see `set_scale`.
         merges_in_place: whether a merge writes a few entries of a weight that is there, and so costs next to nothing.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
 
     adapter_layer_names = ("dowser_values",)
-    other_param_names = ("dowser_index",)
+    other_param_names = ("dowser_index", "scaling")
 
     def __init__(self, name: str) -> None:
         self.module_name = name
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
+        self.scaling: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
@@ -62,9 +65,31 @@ class DowserLayer(BaseTunerLayer):
         """The trained values of an adapter, shape `(nnz,)`."""
         return cast(Values, self.dowser_values[adapter_name]).weight
 
-    def loaded_values(self, adapter_name: str) -> nn.Parameter:
-        """The same; refuses those of a placeholder."""
-        return cast(Values, self.dowser_values[adapter_name]).loaded()
+    def scaled_values(self, adapter_name: str) -> Tensor:
+        """The values as they are added to the weight: times the adapter's scale. Refuses those of a placeholder."""
+        values = cast(Values, self.dowser_values[adapter_name]).loaded()
+        scale = self.scaling[adapter_name]
+        return values if scale == 1 else values * scale
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Multiply the delta of an adapter by a factor, in forward and merge alike; without effect where it has none.
+
+        Args:
+            adapter: its name.
+            scale: any finite number: 1 is the adapter as it was trained, -1 the step away from it.
+
+        Raises:
+            ValueError: the number is not finite, or the adapter is merged.
+        """
+        if not math.isfinite(scale):
+            raise ValueError(f"The scale of adapter '{adapter}' must be a finite number, got {scale}.")
+        if adapter in self.merged_adapters:
+            raise ValueError(
+                f"Adapter '{adapter}' is merged into the base, so another scale would not change the model. Call "
+                "unmerge_adapter() first."
+            )
+        if adapter in self.scaling:
+            self.scaling[adapter] = float(scale)
 
     def index(self, adapter_name: str) -> Index:
         """The positions of an adapter."""
@@ -79,9 +104,9 @@ class DowserLayer(BaseTunerLayer):
         return [name for name in self.active_adapters if name in self.dowser_values]
 
     def delta(self, adapter_name: str) -> Delta:
-        """The delta of an adapter, in the adapter's own memory; empty where the adapter has no values here."""
+        """The delta of an adapter, times its scale; empty where it has no values here. Must not be written."""
         if adapter_name in self.dowser_values:
-            return Delta(self.index(adapter_name).decoded(), self.loaded_values(adapter_name).detach())
+            return Delta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
         empty = torch.empty(0, dtype=torch.float32, device=self.target.device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
@@ -132,6 +157,7 @@ class DowserLayer(BaseTunerLayer):
         index = self.index(of)
         positions = None if index.positions is None else index.positions.clone()
         self._add(adapter_name, self.values(of).detach().clone(), index.code.clone(), positions)
+        self.scaling[adapter_name] = self.scaling[of]
 
     def _add(
         self,
@@ -142,6 +168,7 @@ class DowserLayer(BaseTunerLayer):
         code_digest: str | None = None,
     ) -> None:
         numel = self.target.numel
+        self.scaling[adapter_name] = 1.0
         self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
         self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
 
@@ -170,7 +197,7 @@ class DowserLayer(BaseTunerLayer):
             if name not in self.dowser_values:
                 continue
             weight, index = self.weight.data, self.index(name)
-            values = self.loaded_values(name).detach()
+            values = self.scaled_values(name).detach()
             entries = merged_entries(weight, index.decoded(), values)
             if safe_merge:
                 entries.check_finite(name, self.module_name)
@@ -205,10 +232,20 @@ class DowserLayer(BaseTunerLayer):
         index.originals = index.written = None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
-        """The dense delta, in the shape and dtype of the stored weight; for inspection."""
-        delta = torch.zeros_like(self.target.read())
-        add_delta_(delta, self.index(adapter_name).decoded(), self.values(adapter_name).detach())
-        return delta
+        """The dense delta, in the shape of the stored weight and the dtype of the values.
+
+        Raises:
+            ValueError: the adapter has no values here.
+        """
+        if adapter_name not in self.dowser_values:
+            raise ValueError(
+                f"Adapter '{adapter_name}' has no values in module '{self.module_name}', which has adapters "
+                f"{sorted(self.dowser_values)}."
+            )
+        delta = self.delta(adapter_name)
+        dense = delta.values.new_zeros(self.base_shape)
+        add_delta_(dense, delta.positions, delta.values)
+        return dense
 
 
 class Linear(nn.Module, DowserLayer):
@@ -218,6 +255,9 @@ class Linear(nn.Module, DowserLayer):
         super().__init__()
         self.base_layer = base_layer
         DowserLayer.__init__(self, name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
 
     @property
     def is_additive(self) -> bool:
@@ -250,7 +290,7 @@ class Linear(nn.Module, DowserLayer):
         device = x.device.type
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
-        values = [self.loaded_values(name) for name in active]
+        values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if self.is_additive:
             nothing = x.new_zeros(()).expand(self.base_shape)

@@ -288,6 +288,17 @@ class DowserModel(BaseTuner):
             if layer.module_name in deltas:
                 layer.fill(adapter_name, deltas[layer.module_name])
 
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Multiply the delta of an adapter by a factor, see `DowserLayer.set_scale`; a saved file does not hold it.
+
+        Raises:
+            ValueError: the adapter is unknown or merged, or the factor is not finite.
+        """
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"Unknown adapter '{adapter_name}'; the model has {sorted(self.peft_config)}.")
+        for layer in _dowser_layers(self.model):
+            layer.set_scale(adapter_name, scale)
+
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             _rehearse_merge(self.model, adapter_names)
@@ -343,6 +354,7 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
+        _report_scale(model, adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         complete(selected, state_dict, model, adapter_name)
         if config.save_dtype is not None:
@@ -476,6 +488,18 @@ def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
             lost,
             total,
             100 * lost / total,
+        )
+
+
+def _report_scale(model: nn.Module, adapter_name: str) -> None:
+    """Say that what is saved is the adapter as it was trained, not as it is scaled."""
+    scales = sorted({layer.scaling[adapter_name] for _, layer in adapted(model, adapter_name)} - {1.0})
+    if scales:
+        warnings.warn(
+            f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "
+            f"scaled, make an adapter of it: add_weighted_adapter(['{adapter_name}'], [1.0], 'NEW_NAME').",
+            UserWarning,
+            stacklevel=2,
         )
 
 

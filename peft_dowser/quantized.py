@@ -55,7 +55,7 @@ class QuantizedLinear(Linear):
         before = backend.get_base_weight(original).detach()
         total = before.clone()
         for name in (*self.merged_adapters, *names):
-            add_delta_(total, self.index(name).decoded(), self.loaded_values(name).detach())
+            add_delta_(total, self.index(name).decoded(), self.scaled_values(name).detach())
         if safe_merge and not bool(torch.isfinite(total).all()):
             raise ValueError(
                 f"Adapters {names}: merging would write values that are not finite into module '{self.module_name}'. "
@@ -77,7 +77,7 @@ class QuantizedLinear(Linear):
             raise
         self._original = (original,)
         for name in names:
-            at, values = self.index(name).decoded(), self.values(name).detach()
+            at, values = self.index(name).decoded(), self.scaled_values(name).detach()
             unchanged = before.view(-1).index_select(0, at) == after.view(-1).index_select(0, at)
             self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
         self.merged_adapters += names
