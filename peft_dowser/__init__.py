@@ -15,9 +15,11 @@ from .callbacks import ForgettingCallback, SpiderCallback  # noqa: E402
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
 from .extract import extract  # noqa: E402
+from .hotswap import hotswap  # noqa: E402
 from .layer import DowserLayer  # noqa: E402
 from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
+from .patch import Patch  # noqa: E402
 from .probe import probe  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
 
@@ -27,10 +29,12 @@ __all__ = [
     "DowserLayer",
     "DowserModel",
     "ForgettingCallback",
+    "Patch",
     "ProbeStatistics",
     "SpiderCallback",
     "arithmetic",
     "extract",
+    "hotswap",
     "merge",
     "metrics",
     "postmerge",

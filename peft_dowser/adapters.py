@@ -1,7 +1,7 @@
 """Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +17,9 @@ from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
 from .gate import CODE, PREFIX, VALUES, check_counts, check_keys
-from .manifest import base_sample, digest
+from .manifest import base_sample, check_code, digest
 from .provenance import check_modules, check_shapes, unlike
+from .target import Target
 from .targets import resolve_targets
 
 
@@ -51,31 +52,46 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        where = f"{self._where}, module '{module}'"
         values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
-        code = self.file.get_tensor(f"{PREFIX}{module}{CODE}")
         try:
             check_values(values, self.counts[module])
+            code = self.code(module)
             positions = decode(code, numel, self.counts[module])
+            if self.config.manifest is not None:
+                check_code(code, self.config.manifest["modules"][module]["code_sha256"])
         except DeltaFormatError as error:
-            raise DeltaFormatError(f"{where}: {error}.") from error
+            raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
         return positions, values.float()  # float32, as PEFT loads them
+
+    def code(self, module: str) -> Tensor:
+        """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
+        return self.file.get_tensor(f"{PREFIX}{module}{CODE}")
 
     def other(self, name: str) -> Tensor:
         """A tensor that is no delta, by its name in the base model."""
         return self.file.get_tensor(self.others[name])
 
+    def check_fits(self, targets: Mapping[str, Target]) -> None:
+        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
+
+        Args:
+            targets: those of the adapter's config in the model, by name.
+
+        Raises:
+            DeltaFormatError: it does not fit.
+        """
+        check_counts(self.counts, targets, self.name)
+        expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
+        check_keys(expected, self.file.keys(), self._where)
+        if self.config.manifest is not None:
+            check_modules(self.config.manifest, self.counts, self._where)
+            check_shapes(self.config.manifest, {module: targets[module].shape for module in self.counts}, self._where)
+
     def problems(self, base: Checkpoint) -> Iterator[str]:
         """Whatever keeps the adapter from being merged into a base, one message each; none where it fits."""
         try:
             targets = resolve_targets(base.model, self.config)
-            check_counts(self.counts, targets, self.name)
-            expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
-            check_keys(expected, self.file.keys(), self._where)
-            if self.config.manifest is not None:
-                check_modules(self.config.manifest, self.counts, self._where)
-                shapes = {module: targets[module].shape for module in self.counts}
-                check_shapes(self.config.manifest, shapes, self._where)
+            self.check_fits(targets)
         except (ValueError, TypeError) as error:
             yield str(error)
             return
@@ -112,15 +128,13 @@ class SavedAdapter:
         return unlike(self.config.manifest, samples)
 
     def altered(self) -> Iterator[str]:
-        """A message for every tensor that is not the one that was saved, by the digests of the manifest."""
+        """A message for every module whose values are not those that were saved, by the digests of the manifest."""
         for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
-            for part, key in ((CODE, "code_sha256"), (VALUES, "values_sha256")):
-                if digest(self.file.get_tensor(f"{PREFIX}{module}{part}")) != entry[key]:
-                    what = "index code is not the one" if part == CODE else "values are not those"
-                    yield (
-                        f"{self._where}, module '{module}': the {what} that its manifest describes. The adapter's two "
-                        "files are not of one save, or were edited."
-                    )
+            if digest(self.file.get_tensor(f"{PREFIX}{module}{VALUES}")) != entry["values_sha256"]:
+                yield (
+                    f"{self._where}, module '{module}': the values are not those that its manifest describes. The "
+                    "adapter's two files are not of one save, or were edited."
+                )
 
     @property
     def _where(self) -> str:

@@ -40,7 +40,7 @@ def check_sources(
             f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before combining adapters."
         )
     for name in adapters:
-        if also := _trains_more(configs[name]):
+        if also := trains_more(configs[name]):
             raise ValueError(
                 f"Adapter '{name}' also trains {also}, which no sparse delta holds, so it would be lost in "
                 f"'{adapter_name}'. Combine adapters that train sparse deltas only."
@@ -109,7 +109,7 @@ def _check_finite(delta: Delta, module_name: str) -> None:
         )
 
 
-def _trains_more(config: DowserConfig) -> str | None:
+def trains_more(config: DowserConfig) -> str | None:
     """What an adapter trains besides its sparse deltas, if anything."""
     if config.modules_to_save:
         return f"modules_to_save={sorted(config.modules_to_save)}"

@@ -146,11 +146,17 @@ class DowserLayer(BaseTunerLayer):
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest)
 
-    def fill(self, adapter_name: str, delta: Delta) -> None:
-        """Give a placeholder its positions and values."""
-        self.values(adapter_name).data = delta.values
-        cast(Values, self.dowser_values[adapter_name]).awaited = False
-        self.index(adapter_name).code = encode(delta.positions, self.target.numel)
+    def fill(self, adapter_name: str, delta: Delta, code: Tensor) -> None:
+        """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
+
+        Args:
+            adapter_name: its name; it may be a placeholder, and must not be merged.
+            delta: the positions and values.
+            code: the index code of the positions.
+        """
+        cast(Values, self.dowser_values[adapter_name]).fill(delta.values)
+        self.index(adapter_name).fill(code, delta.positions)
+        self.scaling[adapter_name] = 1.0
 
     def add_copy(self, adapter_name: str, of: str) -> None:
         """Add an adapter with the positions and values of another one."""

@@ -88,6 +88,19 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
+def check_code(code: Tensor, expected: str) -> None:
+    """Refuse an index code that is not the one of the manifest, by its digest.
+
+    Raises:
+        DeltaFormatError: it is another one.
+    """
+    if digest(code) != expected:
+        raise DeltaFormatError(
+            "the index code is not the one that the manifest in adapter_config.json describes; the two files are not "
+            "of one save, or were edited"
+        )
+
+
 def base_sample(weight: Tensor) -> str | None:
     """Sixteen entries of a weight, rounded to float32, little-endian, in hexadecimal; None where it has no real ones.
 

@@ -18,7 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .arithmetic import CombinationType, SignMethod
-from .codec import DeltaFormatError
+from .codec import DeltaFormatError, encode
 from .combination import check_sources, combined_config, combined_deltas
 from .config import PROBED_SCORES, DowserConfig
 from .embedding import Embedding
@@ -286,7 +286,8 @@ class DowserModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
             if layer.module_name in deltas:
-                layer.fill(adapter_name, deltas[layer.module_name])
+                delta = deltas[layer.module_name]
+                layer.fill(adapter_name, delta, encode(delta.positions, layer.target.numel))
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the delta of an adapter by a factor, see `DowserLayer.set_scale`; a saved file does not hold it.

@@ -46,8 +46,13 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
     bits = flat.view(torch.int16 if weight.element_size() == 2 else torch.int32)
     for at, delta in zip(positions.split(_DELTA_BLOCK), values.split(_DELTA_BLOCK), strict=True):
         at = at.long()
-        total = flat.index_select(0, at).to(wide).add_(delta).to(weight.dtype)
-        bits.scatter_(0, at, total.view(bits.dtype))
+        bits.scatter_(0, at, entries_plus(flat.index_select(0, at), delta).view(bits.dtype))
+
+
+def entries_plus(entries: Tensor, values: Tensor) -> Tensor:
+    """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`."""
+    wide = torch.promote_types(torch.promote_types(entries.dtype, torch.float32), values.dtype)
+    return (entries.to(wide) + values).to(entries.dtype)
 
 
 def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:

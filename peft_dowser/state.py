@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from .codec import DeltaFormatError, check_values, decode
-from .manifest import digest
+from .manifest import check_code
 
 _NOT_LOADED = (
     "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
@@ -42,6 +42,15 @@ class Values(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "weight" in state_dict:
             self.awaited = False
+
+    def fill(self, values: Tensor) -> None:
+        """Take other values, shape `(nnz,)`; the same parameter stays, and its memory where the number does."""
+        self.awaited = False
+        if values.shape == self.weight.shape:
+            self.weight.data.copy_(values)
+        else:
+            self.weight.data = values.to(self.weight.device, self.weight.dtype, copy=True)
+            self.weight.grad = None
 
     def loaded(self) -> nn.Parameter:
         """The values.
@@ -110,6 +119,15 @@ class Index(nn.Module):
         if self.positions is not None:
             self.digest = None  # another file may follow
 
+    def fill(self, code: Tensor, positions: Tensor) -> None:
+        """Take other positions with their code; in the same memory where their number stays."""
+        if self.positions is not None and positions.shape == self.positions.shape:
+            self.code.copy_(code)
+            self.positions.copy_(positions)
+            return
+        self.nnz, self.checked = positions.numel(), (code, positions)
+        self.code = code.to(self.code.device)
+
     def read(self, code: Tensor) -> Tensor:
         """The positions in a code.
 
@@ -117,11 +135,8 @@ class Index(nn.Module):
             DeltaFormatError: it is no code of so many positions, or not the one that the manifest describes.
         """
         positions = decode(code, self.numel, self.nnz)
-        if self.digest is not None and digest(code) != self.digest:
-            raise DeltaFormatError(
-                "the index code is not the one that the manifest in adapter_config.json describes; the two files are "
-                "not of one save, or were edited"
-            )
+        if self.digest is not None:
+            check_code(code, self.digest)
         return positions
 
     def decoded(self) -> Tensor:

@@ -3,7 +3,7 @@
     python examples/benchmarks/run.py --only step probing --output FOLDER
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
-GPU where torch has one. On two CPU cores: step 40 minutes, generation 10, probing 5, files 3, billion 3.
+GPU where torch has one. On two CPU cores: step 40 minutes, generation 10, probing 5, files 3, switching 5, billion 3.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import files
 import generation
 import one_billion
 import probing
+import switching
 import training_step
 from measure import report
 
@@ -22,6 +23,7 @@ PARTS = {
     "generation": generation,
     "probing": probing,
     "files": files,
+    "switching": switching,
     "billion": one_billion,
 }
 
