@@ -42,6 +42,8 @@ class DowserConfig(PeftConfig):
         last_layers: train only the last L layers of the language model (the paper's L).
         modules_to_save: further modules to train and save as a whole.
         trainable_token_indices: token indices whose embeddings train, or indices by embedding name.
+        ensure_weight_tying: adapt a weight that several modules share, such as embeddings and output head, in all of
+            them: they get one delta. Without it such a target is refused. As in LoRA it also holds for modules_to_save.
         bias: which biases train: "none", "all" or "dowser_only". Any but "none" changes the base model's biases.
         target_parameters: fused weights of experts to adapt, names or their ends: "mlp.experts.down_proj". Each expert
             is ranked by itself. None are adapted by default.
@@ -77,6 +79,7 @@ class DowserConfig(PeftConfig):
     last_layers: int | None = None
     modules_to_save: list[str] | None = None
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     bias: str = "none"
     target_parameters: list[str] | None = None
     score: str = "dowser"
@@ -100,6 +103,8 @@ class DowserConfig(PeftConfig):
         # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
         # make a second adapter, which must choose its own weights.
         self._selected: dict[str, int] | None = None
+        # Read and filled by PEFT: modules that get the adapter's copy of the embeddings in `modules_to_save`.
+        self.modules_to_tie: set[str] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
         self._written: dict[str, Any] | None = None
         self.check()
@@ -196,8 +201,9 @@ class DowserConfig(PeftConfig):
         for name in ("probe_batch_size", "last_layers"):
             if getattr(self, name) is not None:
                 yield from _not_an_integer(name, getattr(self, name), at_least=1)
-        if not isinstance(self.init_weights, bool):
-            yield f"init_weights must be True or False, got {self.init_weights!r}"
+        for name in ("init_weights", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                yield f"{name} must be True or False, got {getattr(self, name)!r}"
         if self.statistics is not None and not isinstance(self.statistics, str):
             yield f"statistics must be the path of a file, got {self.statistics!r}"
         yield from self._target_problems()

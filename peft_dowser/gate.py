@@ -11,6 +11,7 @@ from .codec import DeltaFormatError, check_values
 from .experts import FusedParameter
 from .layer import DowserLayer
 from .target import Target
+from .tied import Tied
 
 # How a saved adapter calls the tensors of a module: its values and its index code.
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
@@ -142,6 +143,10 @@ def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:
         path, _, child = path.rpartition(".")
         parent = model.get_submodule(path)
     setattr(parent, child, layer.get_base_layer())
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Tied) and module.layer is layer:
+            path, _, child = name.rpartition(".")
+            setattr(model.get_submodule(path), child, module.base_layer)
 
 
 def few(names: list[str]) -> str:

@@ -2,11 +2,13 @@
 
 from contextlib import ExitStack
 from pathlib import Path
+from typing import cast
 
 from torch import nn
 
 from .adapters import SavedAdapter, open_adapter
 from .combination import trains_more
+from .config import DowserConfig
 from .gate import adapted, few
 from .layer import DowserLayer
 from .postmerge import Delta
@@ -55,7 +57,7 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
         raise ValueError(
             f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
         )
-    known = model.peft_config[adapter_name]  # type: ignore[index]
+    known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
     for name, config in ((adapter_name, known), (saved.name, saved.config)):
         if also := trains_more(config):
             raise ValueError(

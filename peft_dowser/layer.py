@@ -281,8 +281,13 @@ class Linear(nn.Module, DowserLayer):
             adapter_names: one adapter for each row of `x`, instead of the active ones.
             kwargs: further arguments of the base layer.
         """
-        in_use = self.in_use()
-        if adapter_names is None or self.disable_adapters:
+        return self.output(x, self.in_use(), None if self.disable_adapters else adapter_names, *args, **kwargs)
+
+    def output(
+        self, x: Tensor, in_use: list[str], adapter_names: list[str] | None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The output for given adapters: one for each row of `x`, or, where that is None, all of `in_use`."""
+        if adapter_names is None:
             return self._output(x, in_use, *args, **kwargs)
         return by_adapter(x, adapter_names, lambda rows, name: self._output(rows, [name], *args, **kwargs))
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from .experts import FusedParameter
 from .layer import DowserLayer
+from .tied import Tied
 
 # What PEFT calls the bare base model in `adapter_names`.
 BASE = "__base__"
@@ -49,7 +50,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in model.modules():
             adapted = isinstance(module, DowserLayer) and not isinstance(module, FusedParameter)
-            if adapted or isinstance(module, AuxiliaryTrainingWrapper):
+            if adapted or isinstance(module, Tied | AuxiliaryTrainingWrapper):
                 hook = module.register_forward_pre_hook(add_names, with_kwargs=True)
                 hooks.callback(hook.remove)
         yield

@@ -36,6 +36,7 @@ from .statistics import ProbeStatistics
 from .storage import backend_of
 from .target import Target
 from .targets import fused_parameters, layer_of, resolve_targets
+from .tied import Tied
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class DowserModel(BaseTuner):
         self._counts = counts_in(state_dict)
         self._masks: dict[str, Tensor] = {}
         self._fused: list[str] = []
+        self._ties: dict[str, tuple[Target, ...]] = {}
         self._manifest: dict[str, Any] | None = None
         is_new = not adapted(model, adapter_name)
         try:
@@ -92,7 +94,7 @@ class DowserModel(BaseTuner):
                 remove(model, adapter_name)
             raise
         finally:
-            del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused
+            del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused, self._ties
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
@@ -106,8 +108,13 @@ class DowserModel(BaseTuner):
         targets = resolve_targets(model, peft_config)
         _check_not_nested(model, targets)
         self._fused = [name for name, target in targets.items() if target.is_fused]
+        self._ties = {name: target.tied for name, target in targets.items() if target.tied}
+        if peft_config.ensure_weight_tying and not (self._ties or peft_config.modules_to_save):
+            warnings.warn(
+                "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
+            )
         by_default = peft_config.target_modules is None
-        if by_default or peft_config.last_layers is not None:
+        if by_default or self._ties or peft_config.last_layers is not None:
             peft_config.target_modules = set(targets) - set(self._fused)
         if peft_config.last_layers is not None:
             peft_config.target_parameters = self._fused or None
@@ -179,8 +186,34 @@ class DowserModel(BaseTuner):
         if layer is not target:
             # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
             setattr(parent, target_name, layer)
+            for use in self._ties.get(current_key, ()):
+                path, _, name = use.name.rpartition(".")
+                setattr(self.model.get_submodule(path), name, Tied(layer, self._new_layer(use.module, use.name)))
 
-    def _new_layer(self, base_layer: nn.Module, name: str) -> DowserLayer:
+    def _check_tied_modules(self, model: nn.Module, peft_config: DowserConfig) -> None:
+        # `resolve_targets` finds tied targets by their weights; PEFT looks for the names of embeddings.
+        if peft_config.modules_to_save or not peft_config.ensure_weight_tying:
+            super()._check_tied_modules(model, peft_config)
+
+    def _add_targets_to_tie(self, peft_config: DowserConfig, tied_weight_keys: list[str]) -> None:
+        pass  # the same
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT would warn of merging them, which is exact here
+
+    def _add_modules_to_save_to_tie(self, peft_config: DowserConfig, tied_weight_keys: list[str]) -> None:
+        """Save the embeddings once, and let the modules that are tied to them use that copy."""
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        name = next(name for name, module in self.model.named_modules() if module is embeddings)
+        others = [
+            module
+            for module in peft_config.modules_to_save or []
+            if not any(f".{key}".endswith(f".{module}") for key in (name, *tied_weight_keys))
+        ]
+        peft_config.modules_to_save = [name, *others]
+        peft_config.modules_to_tie = set(tied_weight_keys)
+
+    def _new_layer(self, base_layer: nn.Module, name: str) -> Linear:
         if backend_of(base_layer) is not None:
             requantize = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
             return QuantizedLinear(base_layer, name, requantize)

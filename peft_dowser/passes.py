@@ -129,9 +129,14 @@ class Passes:
             options["output_hidden_states"] = True
         if "use_cache" in accepted:
             options["use_cache"] = False
-        if "logits_to_keep" in accepted and not self.wants_gradient:
+        if "logits_to_keep" in accepted and not self.wants_gradient and not self._probes_head():
             options["logits_to_keep"] = last_positions(mask).unique()
         return self.model(**(inputs | options))
+
+    def _probes_head(self) -> bool:
+        """Whether the output head is a target: its input counts at every token, not at the last alone."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return any(target.module is head for target in self.targets.values())
 
     def _probed_output(self, outputs: Any, mask: Tensor | None) -> Tensor:
         """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""

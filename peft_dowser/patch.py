@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from torch import Tensor, nn
 
 from .adapters import SavedAdapter, open_adapter

@@ -68,7 +68,8 @@ def probe_targets(
     prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
-    """`probe` for targets that are found already, by name."""
+    """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
+    targets = {use.name: use for target in targets.values() for use in target.uses}
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."

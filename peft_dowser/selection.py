@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from functools import partial
+from typing import cast
 
 import torch
 from peft.utils.other import get_pattern_key
@@ -20,6 +21,7 @@ from .masks import (
 )
 from .seeds import derived_seed
 from .statistics import ProbeStatistics
+from .taps import plus
 from .target import Target
 from .targets import layer_of
 
@@ -64,7 +66,18 @@ def _joined(target: Target, masks: Mapping[str, Tensor]) -> Tensor | None:
 
 
 def score_matrix(matrix: Target, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
-    """Scores of one matrix, shape `(out, in)` whatever its layout, float32."""
+    """Scores of one matrix, shape `(out, in)` whatever its layout, float32; of a tied one, the sum over its uses."""
+    if statistics is None or not matrix.tied:
+        return _score_of_use(matrix, config, statistics)
+    total: Tensor | None = None
+    for use in matrix.uses:
+        if use.name in statistics.modules:
+            score = _score_of_use(use, config, statistics)
+            total = plus(total, score if use.transposed == matrix.transposed else score.T)
+    return cast(Tensor, total)
+
+
+def _score_of_use(matrix: Target, config: DowserConfig, statistics: ProbeStatistics | None) -> Tensor:
     name, weight = matrix.name, matrix.read()
     if matrix.transposed:
         weight = weight.T
@@ -146,7 +159,8 @@ class _Ranking:
     def _joins(self, name: str, alone: bool) -> bool:
         if ratio_of(self.matrices[name].whole_name, self.config) == 0:
             return False
-        if self.statistics is not None and name not in self.statistics.modules:
+        uses = [use.name for use in self.matrices[name].uses]
+        if self.statistics is not None and not any(use in self.statistics.modules for use in uses):
             self.frozen[name] = "no probe reached it"
             return False
         score = self._score(name)

@@ -19,12 +19,14 @@ class Target:
         module: the base layer that holds it.
         parameter: its name in that module.
         expert: the number of the matrix in a fused parameter; None for the whole.
+        tied: other modules that use the same weight, and with it the same delta.
     """
 
     name: str
     module: nn.Module
     parameter: str = "weight"
     expert: int | None = None
+    tied: tuple["Target", ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,6 +86,11 @@ class Target:
     def whole_name(self) -> str:
         """Its name; of the matrix of an expert, that of the fused parameter."""
         return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
+
+    @property
+    def uses(self) -> tuple["Target", ...]:
+        """The modules that multiply with it: this one, and those that are tied to it."""
+        return (self, *self.tied)
 
     def matrices(self) -> list["Target"]:
         """The matrices that are ranked one by one: this one, or those of the experts."""

@@ -3,6 +3,7 @@
 import copy
 import re
 import warnings
+from dataclasses import replace
 from typing import cast
 
 from peft.tuners.tuners_utils import (
@@ -57,6 +58,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         names = [name for name in names if name in kept]
         parameters = {name: target for name, target in parameters.items() if name in kept}
     targets = {name: _target(name, model.get_submodule(name)) for name in names} | parameters
+    if config.ensure_weight_tying:
+        targets = _with_ties(model, targets)
     _check_untied(model, targets)
     return targets
 
@@ -176,7 +179,9 @@ def _is_lookup(module: nn.Module) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(module, BaseTunerLayer):
+        return module.get_base_layer()
+    return cast(nn.Module, module._modules.get("base_layer", module))
 
 
 def _target(name: str, module: nn.Module) -> Target:
@@ -199,6 +204,24 @@ def _target(name: str, module: nn.Module) -> Target:
     return Target(name, module)
 
 
+def _with_ties(model: nn.Module, targets: dict[str, Target]) -> dict[str, Target]:
+    """The targets, each weight once: under the first of the modules that use it, which has the others as its ties."""
+    users: dict[int, list[str]] = {}
+    for name in _adaptable_names(model):
+        weight = getattr(_unwrapped(model.get_submodule(name)), "weight", None)
+        users.setdefault(id(weight), []).append(name)
+    found = {}
+    for name, target in targets.items():
+        weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
+        first, *others = [name] if weight is None or target.is_fused else users[id(weight)]
+        if others and first not in found:
+            ties = tuple(_target(other, model.get_submodule(other)) for other in others)
+            found[first] = replace(_target(first, model.get_submodule(first)), tied=ties)
+        elif not others:
+            found[name] = target
+    return found
+
+
 def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
     """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge."""
     names: dict[int, list[str]] = {}
@@ -206,12 +229,14 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
         names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
     for name, target in targets.items():
         weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
-        others = sorted({*names.get(id(weight), []), *_ties(model, target)} - {target.tensor_name})
+        known = {use.tensor_name for use in target.uses}
+        others = sorted({*names.get(id(weight), []), *_ties(model, target)} - known)
         if others:
             raise ValueError(
                 f"The weight of target module '{name}' is tied: it is {others} too, which would stay as it is until a "
-                "merge changes both. Leave the module out, or untie the model first: give the module a copy of its "
-                "weight and set tie_word_embeddings=False in the model's config."
+                "merge changes both. Set ensure_weight_tying=True to give all of them one delta, leave the module "
+                "out, or untie the model first: give the module a copy of its weight and set tie_word_embeddings=False "
+                "in the model's config."
             )
 
 

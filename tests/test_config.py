@@ -24,6 +24,7 @@ DEFAULTS = {
     "last_layers": None,
     "modules_to_save": None,
     "trainable_token_indices": None,
+    "ensure_weight_tying": False,
     "bias": "none",
     "target_parameters": None,
     "score": "dowser",
@@ -57,6 +58,7 @@ WRONG = {
     "bias": ("one of none, all, dowser_only", ["lora_only", False, None]),
     "save_dtype": ("one of float32, bfloat16, float16", ["float64", 16, torch.float16]),
     "init_weights": ("True or False", [1, "True", None]),
+    "ensure_weight_tying": ("True or False", [1, "yes", None]),
     "statistics": ("the path of a file", [3, True, Path("s")]),
 }
 WRONG_TYPES = {
