@@ -98,6 +98,7 @@ def combined_config(first: DowserConfig, deltas: Mapping[str, Delta], layers: It
         last_layers=None,
         statistics=None,
         nnz_pattern=counts,
+        manifest=None,
     )
 
 

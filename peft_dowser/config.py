@@ -105,6 +105,8 @@ class DowserConfig(PeftConfig):
         self._selected: dict[str, int] | None = None
         # Read and filled by PEFT: modules that get the adapter's copy of the embeddings in `modules_to_save`.
         self.modules_to_tie: set[str] | None = None
+        # Whether a model has it: the manifest that came with the file is then that of the past.
+        self._in_use = False
         # The manifest of what was saved last: no field either, for a later save has other values.
         self._written: dict[str, Any] | None = None
         self.check()
@@ -154,7 +156,7 @@ class DowserConfig(PeftConfig):
             # The mask is in the file from now on; the statistics that it came from stay on this machine.
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
-        if self._written is not None:
+        if self._in_use:
             plain["manifest"] = self._written
         return plain
 

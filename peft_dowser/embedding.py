@@ -42,6 +42,7 @@ def _only(base: nn.Embedding, rows: Tensor, weight: Tensor) -> nn.Embedding:
     """An embedding of the class and the settings of another, but with the given rows only."""
     small = copy.copy(base)
     small.__dict__.pop("forward", None)  # accelerate's, which brings the whole weight
+    small.__dict__.pop("weight", None)  # FSDP1's, which is no parameter while a forward runs
     small._parameters = {"weight": weight}  # type: ignore[dict-item]
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(small, hooks, {})

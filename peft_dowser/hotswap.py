@@ -45,7 +45,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
     for name, layer in layers.items():
         layer.fill(adapter_name, deltas[name], codes[name])
     config = saved.config
-    config.nnz_pattern, config.manifest = saved.counts, None
+    config.nnz_pattern, config._in_use = saved.counts, True
     config.inference_mode = model.peft_config[adapter_name].inference_mode  # type: ignore[index, union-attr]
     model.peft_config[adapter_name] = config  # type: ignore[index, operator]
 

@@ -74,8 +74,10 @@ class DowserModel(BaseTuner):
             None,
         )
         # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
-        config = copy.deepcopy(given)
+        is_loaded = given.nnz_pattern is not None and self._twin is None
+        config = given if is_loaded else copy.deepcopy(given)
         config._selected = config._written = None
+        config._in_use = True
         self.peft_config[adapter_name] = config
         self._adapter_name = adapter_name
         self._counts = counts_in(state_dict)
@@ -102,8 +104,7 @@ class DowserModel(BaseTuner):
     def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
         """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
         peft_config.check()
-        # It describes a file, not what will be trained from here on.
-        self._manifest, peft_config.manifest = peft_config.manifest, None
+        self._manifest = peft_config.manifest
         check_whole(model)
         targets = resolve_targets(model, peft_config)
         _check_not_nested(model, targets)

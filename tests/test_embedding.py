@@ -254,3 +254,14 @@ def test_a_name_that_torch_cannot_give_an_adapter_is_refused(name: str) -> None:
         with pytest.raises(ValueError, match="cannot be the name of an adapter"):
             model.add_adapter(name, config())
     assert list(model.peft_config) == ["default"]
+
+
+def test_a_weight_that_is_no_parameter_meanwhile() -> None:
+    """FSDP1 (`use_orig_params`) puts the gathered weight into a plain attribute while a forward runs."""
+    model = adapted()
+    expected = logits(model)
+    base = embedding(model).get_base_layer()
+    weight = base.weight
+    del base._parameters["weight"]
+    base.__dict__["weight"] = weight.detach()
+    assert torch.equal(logits(model), expected)
