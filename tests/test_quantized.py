@@ -13,7 +13,7 @@ import torch
 from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from peft_dowser import DowserLayer
 from peft_dowser.quantized import QuantizedLinear
@@ -33,6 +33,7 @@ KINDS = [
     )
     for kind, library in LIBRARIES.items()
 ]
+TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 MERGING = "ignore:Merging into a base quantized by"
 
@@ -203,3 +204,36 @@ def test_generating_leaves_the_base_quantized_once(folder: str, kind: str) -> No
         warnings.simplefilter("error", UserWarning)
         model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
     assert torch.equal(logits(model), before)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS)
+def test_trl_trains_it(folder: str, kind: str, tmp_path: Path) -> None:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY_LLAVA)
+    texts = [{"input_ids": [1, *(3 + (7 * row + at) % 60 for at in range(8))]} for row in range(16)]
+    trainer = SFTTrainer(
+        model=load(folder, kind),
+        args=SFTConfig(
+            output_dir=str(tmp_path),
+            max_steps=3,
+            learning_rate=1e-2,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            logging_steps=1,
+        ),
+        train_dataset=Dataset.from_list(texts),
+        processing_class=tokenizer,
+        peft_config=config(score="random"),
+    )
+    layers = [module for module in trainer.model.modules() if isinstance(module, DowserLayer)]
+    trainer.train()
+    assert all(int(layer.values("default").count_nonzero()) for layer in layers)
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(folder, kind), tmp_path / "adapter")
+    assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))

@@ -1,4 +1,4 @@
-"""Trainers: TRL's SFT, DPO and GRPO and the plain Trainer, on a tiny Llama and the tiny LLaVA's tokenizer."""
+"""Trainers: those of TRL (SFT, DPO, KTO, GRPO, Reward) and the plain one, on a tiny Llama and the tiny LLaVA."""
 
 import subprocess
 import sys
@@ -17,14 +17,26 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
-from peft_dowser import DeltaFormatError, DowserLayer
+from peft_dowser import DeltaFormatError, DowserLayer, probe
 
 TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
 QUIET = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "seed": 0}
@@ -248,6 +260,63 @@ def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase,
     divergences = [entry["kl"] for entry in trainer.state.log_history if "kl" in entry]
     assert divergences[0] == pytest.approx(0, abs=1e-6)
     assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(trainer.model).items())
+
+
+@pytest.mark.parametrize("given", ["config", "loaded"])
+def test_kto_starts_at_a_reward_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
+    """The reference is the base (config) or a true copy of the loaded adapter."""
+    rows = [{"prompt": f"rev {a}b?", "completion": f"b{a}", "label": True} for a in "cdefghij"]
+    rows += [{"prompt": f"rev {a}b?", "completion": f"{a}b", "label": False} for a in "cdefghij"]
+    trainer = KTOTrainer(
+        model=loaded_adapter(tokenizer, tmp_path) if given == "loaded" else small_llama(tokenizer),
+        args=KTOConfig(
+            output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4, **QUIET
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=config() if given == "config" else None,
+    )
+    base, start = frozen(trainer.model), values(trainer.model)
+    trainer.train()
+    rewards = [
+        entry[key]
+        for entry in trainer.state.log_history
+        for key in entry
+        if key in ("rewards/chosen", "rewards/rejected")
+    ]
+    assert rewards[0] == pytest.approx(0, abs=1e-6) and any(abs(reward) > 1e-4 for reward in rewards)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(trainer.model).items())
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in values(trainer.model).items())
+
+
+def test_a_reward_model_trains_its_values_and_its_head(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def classifier() -> LlamaForSequenceClassification:
+        torch.manual_seed(0)
+        settings = small_llama(tokenizer).config
+        settings.num_labels = 1
+        return LlamaForSequenceClassification(settings)
+
+    # A classifier writes no prompts: the language model is probed, whose layers have the same names.
+    statistics = str(tmp_path / "statistics.safetensors")
+    probe(small_llama(tokenizer), config()).save(statistics)
+
+    trainer = RewardTrainer(
+        model=classifier(),
+        args=RewardConfig(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, **QUIET),
+        train_dataset=PREFERENCES,
+        processing_class=tokenizer,
+        peft_config=config(task_type="SEQ_CLS", statistics=statistics),
+    )
+    base, start = frozen(trainer.model), values(trainer.model)
+    trainer.train()
+    changed = {name for name, tensor in frozen(trainer.model).items() if not torch.equal(tensor, base[name])}
+    assert changed == {name for name in base if ".score.modules_to_save." in name}
+    assert any(not torch.equal(tensor, start[name]) for name, tensor in values(trainer.model).items())
+    trainer.save_model(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(classifier(), tmp_path / "adapter").eval()
+    ids = torch.tensor([[5, 9, 13, 7]])
+    with torch.no_grad():
+        assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
 def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
