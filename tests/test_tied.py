@@ -134,7 +134,8 @@ def test_two_adapters_and_a_mixed_batch() -> None:
     second = logits(model)
     with torch.no_grad():
         mixed = model(input_ids=IDS, adapter_names=["default", "other"]).logits
-    assert torch.equal(mixed[0], first[0]) and torch.equal(mixed[1], second[1])
+    # Only close: the product of one row may round otherwise than the same row within a batch.
+    torch.testing.assert_close(mixed, torch.stack([first[0], second[1]]))
     assert not torch.equal(first, second)
 
 
