@@ -38,9 +38,16 @@ def _parser() -> argparse.ArgumentParser:
     probe.set_defaults(run=_probe)
 
     inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
-    inspect.add_argument("adapter", help="folder of the adapter")
+    inspect.add_argument("adapter", help="folder or Hub id of the adapter")
+    inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
     inspect.set_defaults(run=_inspect)
+
+    diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")
+    diff.add_argument("a", metavar="A", help="folder or Hub id of an adapter")
+    diff.add_argument("b", metavar="B", help="folder or Hub id of another one")
+    diff.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    diff.set_defaults(run=_diff)
 
     extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
     extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
@@ -224,69 +231,39 @@ def _load(name: str) -> Any:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from safetensors import SafetensorError
+    from .inspection import inspect
 
-    from .manifest import check_manifest
-
-    folder = Path(options.adapter)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' holds no adapter_model.safetensors.")
-    config = _read_config(folder / "adapter_config.json")
-    if config.get("peft_type") != "DOWSER":
-        raise ValueError(f"'{folder}' holds a {config.get('peft_type')} adapter, not a Dowser adapter.")
-    if config.get("manifest") is not None:
-        check_manifest(config["manifest"])
-    try:
-        modules = _modules(path)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
-    chosen = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
-    summary = {key: config.get(key) for key in chosen} | {
-        "trained": sum(module["trained"] for module in modules),
-        "bytes": path.stat().st_size,
-        "modules": modules,
-    }
-    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+    found = inspect(options.adapter, base=options.base)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if key != "modules" and value is not None:
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'bytes':>12} {'bits/index':>10} {'|delta|':>10}"
+    print(f"{columns} {'vanish':>7}  module")
+    for row in found["modules"]:
+        bits = row["index_bits"] / max(1, row["trained"])
+        print(
+            f"{row['trained']:>12} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {row['bytes']:>12} {bits:>10.2f} "
+            f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {row['module']}"
+        )
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"'{path}' holds no configuration.")
-    return config
+def _diff(options: argparse.Namespace) -> None:
+    from .diff import diff, total
+
+    found = diff(options.a, options.b)
+    together = total(found.values())
+    if options.json:
+        modules = [{"module": name} | one.summary() for name, one in found.items()]
+        print(json.dumps({"a": options.a, "b": options.b} | together.summary() | {"modules": modules}, indent=2))
+        return
+    print(f"{'shared':>12} {'only in A':>12} {'only in B':>12} {'conflicts':>12} {'cosine':>8}  module")
+    for name, one in (found | {"all": together}).items():
+        counts = f"{one.shared:>12} {one.only_a:>12} {one.only_b:>12} {one.conflicts:>12}"
+        print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {name}")
 
 
-def _modules(path: Path) -> list[dict[str, Any]]:
-    from safetensors import safe_open
-
-    from .gate import CODE, PREFIX, VALUES
-
-    modules = []
-    with safe_open(path, framework="pt") as file:
-        for key in sorted(file.keys()):
-            if key.endswith(VALUES):
-                values = file.get_tensor(key)
-                code = file.get_slice(key.removesuffix(VALUES) + CODE)
-                modules.append(
-                    {
-                        "module": key.removeprefix(PREFIX).removesuffix(VALUES),
-                        "trained": values.numel(),
-                        "dtype": str(values.dtype).removeprefix("torch."),
-                        "index_bits": 8 * code.get_shape()[0],
-                        "delta_norm": float(values.float().norm()),
-                    }
-                )
-    return modules
-
-
-def _table(summary: dict[str, Any]) -> str:
-    lines = [f"{key}: {value}" for key, value in summary.items() if key != "modules"]
-    lines.append(f"{'trained':>12} {'bits/index':>10} {'|delta|':>10}  module")
-    for module in summary["modules"]:
-        bits = module["index_bits"] / max(1, module["trained"])
-        lines.append(f"{module['trained']:>12} {bits:>10.2f} {module['delta_norm']:>10.4g}  {module['module']}")
-    return "\n".join(lines)
+def _shown(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
