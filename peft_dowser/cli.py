@@ -49,6 +49,14 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--json", action="store_true", help="print JSON instead of a table")
     diff.set_defaults(run=_diff)
 
+    report = commands.add_parser("report", help="draw what a saved adapter trains: one page that needs no other file")
+    report.add_argument("adapter", help="folder or Hub id of the adapter")
+    report.add_argument("-o", "--output", required=True, help="file for the page (HTML)")
+    report.add_argument(
+        "--statistics", metavar="FILE", help="of `peft-dowser probe`: draw what the probe found as well"
+    )
+    report.set_defaults(run=_report)
+
     extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
     extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
     extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
@@ -263,6 +271,16 @@ def _diff(options: argparse.Namespace) -> None:
     for name, one in (found | {"all": together}).items():
         counts = f"{one.shared:>12} {one.only_a:>12} {one.only_b:>12} {one.conflicts:>12}"
         print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {name}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    _check_output(Path(options.output))
+    try:
+        from .report import report
+    except ImportError as error:  # matplotlib is missing
+        raise ValueError(error) from error
+    report(options.adapter, options.output, statistics=options.statistics)
+    print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
 
 
 def _shown(number: float | None, form: str) -> str:

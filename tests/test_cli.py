@@ -336,7 +336,7 @@ def test_models_that_cannot_be_compared_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["probe"], ["inspect"], ["diff"], ["extract"], ["merge"], ["verify"]]
+    "command", [[], ["probe"], ["inspect"], ["diff"], ["report"], ["extract"], ["merge"], ["verify"]]
 )
 def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -350,6 +350,7 @@ def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -
     [
         [],
         ["diff", "adapter"],
+        ["report", "adapter"],
         ["merge"],
         ["merge", "adapter"],
         ["verify"],
