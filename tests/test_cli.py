@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -364,6 +366,28 @@ def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None
     with pytest.raises(SystemExit) as caught:
         main(arguments)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["probe", "--help"], 0), (["report", "adapter"], 2), (["nothing"], 2)]
+)
+def test_the_command_line_is_read_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
+    heavy = {"matplotlib", "numpy", "peft", "peft_dowser", "safetensors", "torch", "transformers"}
+    script = f"""
+import sys
+from peft_dowser_cli import main
+try:
+    main({arguments})
+except SystemExit as exit:
+    print(exit.code, sorted({heavy} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_the_script_is_the_light_one() -> None:
+    declared = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert '[project.scripts]\npeft-dowser = "peft_dowser_cli:main"\n' in declared
 
 
 def test_the_console_script_is_declared() -> None:
