@@ -82,7 +82,7 @@ def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, va
         dtype=str(values.dtype).removeprefix("torch."),
         index_bits=8 * code.nbytes,
         bytes=values.nbytes + code.nbytes,
-        delta_norm=float(torch.linalg.vector_norm(values, dtype=torch.float32)),
+        delta_norm=float(values.float().norm()),
         vanished=None if vanished is None else vanished / values.numel(),
     )
 
