@@ -242,7 +242,7 @@ class Listener(QWebEngineUrlRequestInterceptor):
 
 FACTS = '''JSON.stringify({
     title: document.title,
-    images: [...document.images].map(image => image.complete && image.naturalWidth > 100),
+    images: [...document.images].map(image => image.complete && image.naturalWidth > 100 && image.width <= innerWidth),
     heading: document.querySelector("h1").getBoundingClientRect().height,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
 })'''
