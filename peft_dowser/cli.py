@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from peft_dowser_cli import main
+from .commandline import main
 
 __all__ = ["main", "run"]
 

@@ -1,4 +1,8 @@
-"""The command line of `peft-dowser`, which lies outside of the package so that it is read before torch is imported."""
+"""The command line of `peft-dowser`.
+
+It is installed as `peft_dowser_cli` too, outside of the package: so `--help`, and a mistake in the options, need not wait
+for the import of torch.
+"""
 
 import argparse
 from collections.abc import Sequence
