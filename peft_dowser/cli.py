@@ -6,10 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .commandline import main
-
-__all__ = ["main", "run"]
-
 
 def run(options: argparse.Namespace) -> int:
     """Run a command; 0 on success, 2 on an error of the user's, which is printed as one line."""

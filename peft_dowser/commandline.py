@@ -1,7 +1,7 @@
 """The command line of `peft-dowser`.
 
-It is installed as `peft_dowser_cli` too, outside of the package: so `--help`, and a mistake in the options, need not wait
-for the import of torch.
+It is installed as `peft_dowser_cli` too, outside of the package: so `--help`, and a mistake in the options, need not
+wait for the import of torch.
 """
 
 import argparse
@@ -12,9 +12,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, and run the command: see `peft_dowser.cli.run`."""
     options = _parser().parse_args(arguments)
 
-    from peft_dowser import cli
+    from peft_dowser.cli import run
 
-    return cli.run(options)
+    return run(options)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, commandline, extract, probe
-from peft_dowser.cli import main
+from peft_dowser.commandline import main
 
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
 

@@ -58,6 +58,8 @@ def measure_files(method: str, update_ratio: float, hidden: int, layers: int) ->
         base = model.unload()
         timed("decode", lambda: [decode(index.code, index.numel, index.nnz) for index in indices])
         model = timed("load", lambda: PeftModel.from_pretrained(base, folder))
+    if indices:
+        row["decoded_per_second"] = sum(index.nnz for index in indices) / row["decode_seconds"]
     timed("merge", model.merge_and_unload)
     entropy = -math.log2(update_ratio) - (1 - update_ratio) / update_ratio * math.log2(1 - update_ratio)
     row["bytes_per_trained_weight"] = written / count
