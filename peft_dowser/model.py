@@ -6,7 +6,7 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -27,7 +27,7 @@ from .gate import CODE, adapted, check_counts, check_file, counts_in, named, rem
 from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
 from .probe import check_materialized, check_whole, probe_targets
-from .provenance import check_modules, check_shapes, described, warn_of_other_base
+from .provenance import check_modules, check_shapes, described, warn_of_other_base, warn_of_other_weights
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import choose_masks
@@ -145,11 +145,8 @@ class DowserModel(BaseTuner):
         """Compare the manifest of a saved adapter with its counts and with the base."""
         where = f"Adapter '{self._adapter_name}'"
         check_modules(manifest, counts, where)
-        known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
         check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
-        # An adapted weight may be merged; its sample is that of before.
-        samples = {n: known[n] if n in known else targets[n].sample() for n in counts}
-        warn_of_other_base(manifest, samples, where)
+        warn_of_other_base(manifest, _samples(model, targets, counts), where)
 
     @staticmethod
     def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
@@ -168,7 +165,10 @@ class DowserModel(BaseTuner):
         statistics: ProbeStatistics | None,
     ) -> dict[str, Tensor]:
         check_materialized(model)
-        return choose_masks(targets, config, statistics)
+        masks = choose_masks(targets, config, statistics)
+        if statistics is not None and config.statistics is not None:
+            warn_of_other_weights(statistics, _samples(model, targets, targets), config.statistics)
+        return masks
 
     def _create_and_replace(
         self,
@@ -487,6 +487,12 @@ def _thaw(model: nn.Module) -> None:
     if isinstance(tuner, DowserModel) and not tuner.peft_config:
         for parameter in tuner.trainable_before:
             parameter.requires_grad_(True)
+
+
+def _samples(model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]) -> dict[str, str | None]:
+    """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
+    known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
+    return {name: known[name] if name in known else targets[name].sample() for name in names}
 
 
 def _report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
