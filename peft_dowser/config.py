@@ -107,6 +107,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
+        # What `ForgettingCallback` measured last.
+        self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
         self._written: dict[str, Any] | None = None
         self.check()
@@ -168,6 +170,7 @@ class DowserConfig(PeftConfig):
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         probed = self.score in PROBED_SCORES
+        measured = self._forgetting or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
@@ -176,6 +179,9 @@ class DowserConfig(PeftConfig):
             "probe": f"N = {self.num_probes}, R = {self.num_rademacher}, T = {self.probe_length}" if probed else "",
             "seed": str(self.seed),
             "format": str(FORMAT),
+            "measured in training": ", ".join(
+                f"{name} {value:.4g}" for name, value in (self._forgetting or {}).items()
+            ),
         }
         complete_card(folder, facts)
 
