@@ -179,9 +179,7 @@ class DowserConfig(PeftConfig):
             "probe": f"N = {self.num_probes}, R = {self.num_rademacher}, T = {self.probe_length}" if probed else "",
             "seed": str(self.seed),
             "format": str(FORMAT),
-            "measured in training": ", ".join(
-                f"{name} {value:.4g}" for name, value in (self._forgetting or {}).items()
-            ),
+            "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
         complete_card(folder, facts)
 
