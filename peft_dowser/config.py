@@ -169,6 +169,10 @@ class DowserConfig(PeftConfig):
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
+        self.complete_card(folder)
+
+    def complete_card(self, folder: Path) -> None:
+        """Put on top of the model card in a folder how the adapter is loaded and what it is."""
         probed = self.score in PROBED_SCORES
         measured = self._forgetting or {}
         facts = {
