@@ -173,13 +173,12 @@ def test_the_defaults_of_the_caller_play_no_part(score: str) -> None:
     expected = dowser_layers(get_peft_model(tiny_llama(), config(score=score)))
     base = tiny_llama()
     torch.set_default_dtype(torch.bfloat16)
-    torch.set_default_device("meta")
     try:
-        found = dowser_layers(get_peft_model(base, config(score=score)))
+        with torch.device("meta"):
+            found = dowser_layers(get_peft_model(base, config(score=score)))
         assert torch.get_default_dtype() == torch.bfloat16
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_default_device(None)
     for one, other in zip(found, expected, strict=True):
         assert one.dowser_values["default"].weight.dtype == torch.float32
         assert torch.equal(one.dowser_index["default"].code, other.dowser_index["default"].code)
