@@ -4,17 +4,19 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 TAGS = {"dowser", "sparse", "peft"}
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
 
-def complete_card(folder: Path, facts: dict[str, str]) -> None:
+def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) -> None:
     """Put how the adapter is loaded and what it is on top of the card that PEFT has written; other text stays.
 
     Args:
         folder: folder of the adapter. Nothing happens where it has no card.
+        task_type: that of its config, which decides the class that loads it.
         facts: what to tell of the adapter, by name.
     """
     path = folder / "README.md"
@@ -30,10 +32,17 @@ def complete_card(folder: Path, facts: dict[str, str]) -> None:
     if weights.is_file():
         facts = facts | {"size": f"{weights.stat().st_size:,} bytes"}
     shown = {name: value for name, value in facts.items() if value and not _is_local(value)}
-    section = "\n".join([_BEGIN, _LOADING, "", *(f"- {name}: {value}" for name, value in shown.items()), _END])
+    lines = [f"- {name}: {value}" for name, value in shown.items()]
+    section = "\n".join([_BEGIN, _loading(task_type), "", *lines, _END])
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"
     card.save(path)
+
+
+def _loading(task_type: str | None) -> str:
+    # PEFT refuses every other class of these.
+    known = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
+    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}")
 
 
 _LOADING = """\
@@ -46,7 +55,8 @@ from peft import AutoPeftModel
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
 ```
 
-Without the first line PEFT ends in `KeyError: 'DOWSER'`."""
+Without the first line PEFT ends in `KeyError: 'DOWSER'`. To a base that this class does not load, such as an image-text
+model, add it with `PeftModel.from_pretrained(base, "this repository, or its folder")`."""
 
 
 def _is_local(name: str) -> bool:
