@@ -27,10 +27,10 @@ from peft_dowser import DowserConfig, DowserLayer
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 sys.path.insert(0, str(TINY_LLAVA))
+from chat import collate_chat  # noqa: E402
 from tasks import DOWNSTREAM, accuracy, trl_records, upstream_accuracy  # noqa: E402
 
 TASK = DOWNSTREAM["style"]  # a pale digit, and the invented word that names it
-DECODER = r".*language_model\.layers\..*_proj"
 
 
 # %% The two ways of fine-tuning share everything but what trains.
@@ -119,7 +119,7 @@ def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, option
     return Row(
         name=name,
         upstream=upstream_accuracy(model, processor)["mean"] if is_tiny else None,
-        downstream=accuracy(model, processor, examples),
+        downstream=accuracy(model, processor, examples, batch_size=16, make_batch=collate_chat),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad) if name != "before" else 0,
         size=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
@@ -127,9 +127,7 @@ def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, option
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, processor: ProcessorMixin) -> torch.Tensor:
-    from tasks import collate
-
-    batch = collate(TASK.sample(16, seed=1, split="test"), processor)
+    batch = collate_chat(TASK.sample(16, seed=1, split="test"), processor)
     del batch["labels"]
     device = next(model.parameters()).device
     return model.eval()(**{key: value.to(device) for key, value in batch.items()}).logits
