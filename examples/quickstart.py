@@ -6,6 +6,8 @@
 #
 #     python examples/quickstart.py
 #
+# The same file opens as a notebook in VS Code, and in Jupyter with Jupytext.
+#
 # The default is the small LLaVA in `examples/tiny_llava`, which is really pretrained: it reads digits, adds numbers and
 # reverses words. `--model` takes any other LLaVA-type model with a chat template from the Hub, which learns the same
 # image task; its upstream tasks are unknown here, so only the new task is scored, by the same teacher forcing.
@@ -25,7 +27,8 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig, DowserLayer
 
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
+# A notebook is no file, and runs in its folder.
+TINY_LLAVA = (Path(__file__).parent if "__file__" in globals() else Path.cwd()) / "tiny_llava"
 sys.path.insert(0, str(TINY_LLAVA))
 from chat import collate_chat  # noqa: E402
 from tasks import DOWNSTREAM, accuracy, trl_records, upstream_accuracy  # noqa: E402
@@ -175,7 +178,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder to keep the saved models in (default: a temporary one)")
-    given = parser.parse_args()
+    given = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
     with tempfile.TemporaryDirectory() as temporary:
         run(Options(**vars(given) | {"output": given.output or Path(temporary)}))
 

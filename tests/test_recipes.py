@@ -51,6 +51,13 @@ def check_trained(folder: Path) -> None:
     assert all(layer.values("default").any() for layer in layers)
 
 
+def test_the_index_lists_every_recipe() -> None:
+    listed = re.findall(r"\]\(([\w/.]+)\)", (EXAMPLES / "README.md").read_text())
+    assert all((EXAMPLES / path).exists() for path in listed)
+    there = {path.name for path in EXAMPLES.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__pycache__"}
+    assert there == {path.split("/")[0] for path in listed} - {"sft.yaml"}
+
+
 def test_a_text_file_is_learned(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A line.\n\nAnother one, which is longer than the first.\n" * 9)
     run("text_sft.py", "--text", tmp_path / "text.txt", "--output", tmp_path / "adapter", "--steps", 2)
