@@ -121,6 +121,12 @@ def test_adapters_are_switched_combined_and_merged(run: Run, tmp_path: Path, cap
     assert merged[0] == merged[1]
 
 
+def test_the_script_for_many_processes_runs_on_one(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("A line.\n" * 16)
+    run("accelerate/train.py", TINY_LLAVA, tmp_path / "text.txt", tmp_path / "adapter", "--use-cpu", "--max-steps", 2)
+    check_trained(tmp_path / "adapter")
+
+
 @pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
 def test_a_quantized_base_needs_bitsandbytes(run: Run, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="pip install bitsandbytes"):
