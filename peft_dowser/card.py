@@ -19,15 +19,13 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
         task_type: that of its config, which decides the class that loads it.
         facts: what to tell of the adapter, by name.
     """
+    _hide_base_above(folder, facts.get("base model", ""))
     path = folder / "README.md"
     if not path.is_file():
         return
     card = ModelCard.load(path)
     card.data["tags"] = sorted(TAGS.union(card.data.get("tags") or []))
-    base = str(card.data.get("base_model") or "")
-    if _is_local(base):  # means nothing to others, and tells them about this machine
-        card.data.pop("base_model")
-        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+    _hide_local_base(card)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
         facts = facts | {"size": f"{weights.stat().st_size:,} bytes"}
@@ -37,6 +35,24 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"
     card.save(path)
+
+
+def _hide_base_above(folder: Path, base: str) -> None:
+    """Hide a local base in the card that PEFT writes for adapters with names of their own, one folder above theirs."""
+    path = folder.parent / "README.md"
+    if path.is_file() and "base_model: " in path.read_text():
+        card = ModelCard.load(path)
+        if card.data.get("base_model") == base:
+            _hide_local_base(card)
+            card.save(path)
+
+
+def _hide_local_base(card: ModelCard) -> None:
+    """Leave out a base that is a folder: it means nothing to others, and tells them about this machine."""
+    base = str(card.data.get("base_model") or "")
+    if _is_local(base):
+        card.data.pop("base_model")
+        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
 
 
 def _loading(task_type: str | None) -> str:
