@@ -40,6 +40,7 @@ def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
         learning_rate=options.learning_rate,
         per_device_train_batch_size=batch,
         max_length=None,
+        gradient_checkpointing=False,  # faster; a large model wants True
         bf16=torch.cuda.is_available(),
         save_strategy="no",
         logging_strategy="no",
@@ -55,7 +56,7 @@ def ask(model: PeftModel, options: argparse.Namespace) -> dict[str, float]:
     for name, task in ALL.items():
         model.set_adapter(name if name in model.peft_config else active)
         examples = task.sample(options.examples, seed=0, split="test")
-        found[name] = accuracy(model, options.processor, examples, batch_size=16, make_batch=collate_chat)
+        found[name] = accuracy(model, options.processor, examples, batch_size=32, make_batch=collate_chat)
     model.set_adapter(active)
     return found
 
