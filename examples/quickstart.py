@@ -6,6 +6,8 @@
 #
 #     python examples/quickstart.py
 #
+# The same file opens as a notebook in VS Code, and in Jupyter with Jupytext.
+#
 # The default is the small LLaVA in `examples/tiny_llava`, which is really pretrained: it reads digits, adds numbers and
 # reverses words. `--model` takes any other LLaVA-type model with a chat template from the Hub, which learns the same
 # image task; its upstream tasks are unknown here, so only the new task is scored, by the same teacher forcing.
@@ -25,12 +27,13 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig, DowserLayer
 
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
+# A notebook is no file, and runs in its folder.
+TINY_LLAVA = (Path(__file__).parent if "__file__" in globals() else Path.cwd()) / "tiny_llava"
 sys.path.insert(0, str(TINY_LLAVA))
+from chat import collate_chat  # noqa: E402
 from tasks import DOWNSTREAM, accuracy, trl_records, upstream_accuracy  # noqa: E402
 
 TASK = DOWNSTREAM["style"]  # a pale digit, and the invented word that names it
-DECODER = r".*language_model\.layers\..*_proj"
 
 
 # %% The two ways of fine-tuning share everything but what trains.
@@ -119,7 +122,7 @@ def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, option
     return Row(
         name=name,
         upstream=upstream_accuracy(model, processor)["mean"] if is_tiny else None,
-        downstream=accuracy(model, processor, examples),
+        downstream=accuracy(model, processor, examples, batch_size=16, make_batch=collate_chat),
         trained=sum(p.numel() for p in model.parameters() if p.requires_grad) if name != "before" else 0,
         size=sum(path.stat().st_size for path in folder.glob("*.safetensors")),
     )
@@ -127,9 +130,7 @@ def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, option
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, processor: ProcessorMixin) -> torch.Tensor:
-    from tasks import collate
-
-    batch = collate(TASK.sample(16, seed=1, split="test"), processor)
+    batch = collate_chat(TASK.sample(16, seed=1, split="test"), processor)
     del batch["labels"]
     device = next(model.parameters()).device
     return model.eval()(**{key: value.to(device) for key, value in batch.items()}).logits
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="folder to keep the saved models in (default: a temporary one)")
-    given = parser.parse_args()
+    given = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
     with tempfile.TemporaryDirectory() as temporary:
         run(Options(**vars(given) | {"output": given.output or Path(temporary)}))
 

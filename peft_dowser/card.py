@@ -4,36 +4,61 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 TAGS = {"dowser", "sparse", "peft"}
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
 
-def complete_card(folder: Path, facts: dict[str, str]) -> None:
+def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) -> None:
     """Put how the adapter is loaded and what it is on top of the card that PEFT has written; other text stays.
 
     Args:
         folder: folder of the adapter. Nothing happens where it has no card.
+        task_type: that of its config, which decides the class that loads it.
         facts: what to tell of the adapter, by name.
     """
+    _hide_base_above(folder, facts.get("base model", ""))
     path = folder / "README.md"
     if not path.is_file():
         return
     card = ModelCard.load(path)
     card.data["tags"] = sorted(TAGS.union(card.data.get("tags") or []))
-    base = str(card.data.get("base_model") or "")
-    if _is_local(base):  # means nothing to others, and tells them about this machine
-        card.data.pop("base_model")
-        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+    _hide_local_base(card)
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
         facts = facts | {"size": f"{weights.stat().st_size:,} bytes"}
     shown = {name: value for name, value in facts.items() if value and not _is_local(value)}
-    section = "\n".join([_BEGIN, _LOADING, "", *(f"- {name}: {value}" for name, value in shown.items()), _END])
+    lines = [f"- {name}: {value}" for name, value in shown.items()]
+    section = "\n".join([_BEGIN, _loading(task_type), "", *lines, _END])
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"
     card.save(path)
+
+
+def _hide_base_above(folder: Path, base: str) -> None:
+    """Hide a local base in the card that PEFT writes for adapters with names of their own, one folder above theirs."""
+    path = folder.parent / "README.md"
+    if path.is_file() and "base_model: " in path.read_text():
+        card = ModelCard.load(path)
+        if card.data.get("base_model") == base:
+            _hide_local_base(card)
+            card.save(path)
+
+
+def _hide_local_base(card: ModelCard) -> None:
+    """Leave out a base that is a folder: it means nothing to others, and tells them about this machine."""
+    base = str(card.data.get("base_model") or "")
+    if _is_local(base):
+        card.data.pop("base_model")
+        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+
+
+def _loading(task_type: str | None) -> str:
+    # PEFT refuses every other class of these.
+    known = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
+    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}")
 
 
 _LOADING = """\
@@ -46,7 +71,8 @@ from peft import AutoPeftModel
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
 ```
 
-Without the first line PEFT ends in `KeyError: 'DOWSER'`."""
+Without the first line PEFT ends in `KeyError: 'DOWSER'`. To a base that this class does not load, such as an image-text
+model, add it with `PeftModel.from_pretrained(base, "this repository, or its folder")`."""
 
 
 def _is_local(name: str) -> bool:

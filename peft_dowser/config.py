@@ -185,7 +185,7 @@ class DowserConfig(PeftConfig):
             "format": str(FORMAT),
             "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
-        complete_card(folder, facts)
+        complete_card(folder, self.task_type, facts)
 
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, one clause each."""

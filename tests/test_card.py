@@ -6,6 +6,7 @@ import pytest
 from helpers import config, set_values, tiny_llama
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
+from transformers import LlamaForCausalLM
 
 
 @pytest.fixture
@@ -57,6 +58,34 @@ def test_a_local_base_is_not_told(tmp_path: Path) -> None:
     text = (tmp_path / "adapter" / "README.md").read_text()
     assert "secret" not in text
     assert "probe:" not in text
+
+
+def test_a_local_base_is_not_told_of_an_adapter_with_a_name(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "secret" / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "secret" / "base")
+    model = get_peft_model(base, config(score="magnitude"), adapter_name="french")
+    model.save_pretrained(tmp_path / "adapters")
+    assert (tmp_path / "adapters" / "french" / "adapter_config.json").is_file()
+    assert "secret" not in (tmp_path / "adapters" / "README.md").read_text()
+
+
+def test_a_card_of_something_else_in_the_folder_above_stays(model: PeftModel, tmp_path: Path) -> None:
+    text = "---\nbase_model: someone/base\n---\n\n# My project, base_model: mine\n"
+    (tmp_path / "README.md").write_text(text)
+    model.save_pretrained(tmp_path / "adapter")
+    assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])
+def test_the_code_of_the_card_loads_the_adapter(tmp_path: Path, task_type: str | None) -> None:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, config(score="magnitude", task_type=task_type)).save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    names: dict = {}
+    exec(code.replace("this repository, or its folder", str(tmp_path / "adapter")), names)
+    assert isinstance(names["model"], PeftModel)
 
 
 def test_a_config_alone_has_no_card(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""Fine-tune a causal language model on the lines of a text file, on one process or many.
+"""Fine-tune a language model on the lines of a text file, on one process or many.
 
-    torchrun --nproc-per-node 2 examples/accelerate/train.py MODEL TEXT OUTPUT --use-cpu
+    torchrun --nproc-per-node 2 examples/accelerate/train.py examples/tiny_llava README.md OUTPUT --use-cpu
     accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/accelerate/train.py MODEL TEXT OUTPUT
 
 The adapter is made before the trainer shards the model; every rank probes a part of the prompts, and rank 0 saves.
@@ -8,9 +8,10 @@ The adapter is made before the trainer shards the model; every rank probes a par
 
 import argparse
 
+import transformers
 from datasets import load_dataset
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig
@@ -18,7 +19,7 @@ from peft_dowser import DowserConfig
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a model on the lines of a text file.")
-    parser.add_argument("model", help="folder or Hub id of a causal language model")
+    parser.add_argument("model", help="folder or Hub id of a language model")
     parser.add_argument("text", help="text file, one example per line")
     parser.add_argument("output", help="folder for the adapter")
     parser.add_argument("--update-ratio", type=float, default=0.1)
@@ -35,7 +36,8 @@ def main() -> None:
         report_to=[],
     )
     # Not left to the trainer, which under ZeRO-3 would load the base in parts.
-    base = AutoModelForCausalLM.from_pretrained(options.model)
+    (architecture,) = AutoConfig.from_pretrained(options.model).architectures
+    base = getattr(transformers, architecture).from_pretrained(options.model)
     model = get_peft_model(base, DowserConfig(update_ratio=options.update_ratio, task_type="CAUSAL_LM"))
     trainer = SFTTrainer(
         model=model,

@@ -1,0 +1,101 @@
+"""Learn one task after another, and see what is left of the earlier ones:
+
+    python examples/continual.py
+    python examples/continual.py --model llava-hf/llava-1.5-7b-hf
+
+The model is probed once. Then it learns three tasks with images, first with an adapter per task, then with one adapter
+that goes on from task to task: a minute on a CPU. A table has a row per stage and a column per task, in percent of
+right answers; `read`, `rev` and `add` are what the small LLaVA in `examples/tiny_llava`, the default, could do before.
+Where every task has its adapter, it is asked with that, and the old tasks with the newest.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
+
+from peft_dowser import DowserConfig, metrics, probe
+
+TINY_LLAVA = Path(__file__).parent / "tiny_llava"
+sys.path.insert(0, str(TINY_LLAVA))
+from chat import collate_chat  # noqa: E402
+from tasks import DOWNSTREAM, UPSTREAM, accuracy, trl_records  # noqa: E402
+
+OLD = {name: UPSTREAM[name] for name in ("read", "rev", "add")}
+NEW = DOWNSTREAM
+ALL = OLD | NEW
+
+
+def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
+    """Train the active adapter on one task."""
+    batch = 16
+    arguments = SFTConfig(
+        max_steps=options.steps,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=batch,
+        max_length=None,
+        gradient_checkpointing=False,  # faster; a large model wants True
+        bf16=torch.cuda.is_available(),
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+    )
+    data = Dataset.from_list(trl_records(NEW[task].sample(batch * options.steps, seed=0, split="train")))
+    SFTTrainer(model, arguments, train_dataset=data, processing_class=options.processor).train()
+
+
+def ask(model: PeftModel, options: argparse.Namespace) -> dict[str, float]:
+    """Percent of right answers; a task that has an adapter of its own is asked with that."""
+    active, found = model.active_adapter, {}
+    for name, task in ALL.items():
+        model.set_adapter(name if name in model.peft_config else active)
+        examples = task.sample(options.examples, seed=0, split="test")
+        found[name] = accuracy(model, options.processor, examples, batch_size=32, make_batch=collate_chat)
+    model.set_adapter(active)
+    return found
+
+
+def show(title: str, stages: list[dict[str, float]]) -> None:
+    print(f"\n{title:<20}" + "".join(f"{task:>7}" for task in ALL))
+    for stage, row in zip(["before", *NEW], stages, strict=True):
+        print(f"{stage:<20}" + "".join(f"{row[task]:7.1f}" for task in ALL))
+    learned = [[row[task] for task in NEW] for row in stages[1:]]
+    print(f"backward transfer: {metrics.backward_transfer(learned):+.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Learn one task after another.")
+    parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
+    parser.add_argument("--update-ratio", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=80, help="per task")
+    parser.add_argument("--examples", type=int, default=100, help="for the test of a task")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    options = parser.parse_args()
+    options.processor = AutoProcessor.from_pretrained(options.model)
+
+    base = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
+    config = DowserConfig(update_ratio=options.update_ratio, task_type="CAUSAL_LM")
+    with tempfile.TemporaryDirectory() as folder:
+        config.statistics = f"{folder}/statistics.safetensors"
+        probe(base, config).save(config.statistics)
+        for title, adapters in (("an adapter per task", list(NEW)), ("one adapter", ["all"] * len(NEW))):
+            model = get_peft_model(base, config, adapter_name=adapters[0])
+            stages = [ask(model, options)]
+            for task, adapter in zip(NEW, adapters, strict=True):
+                if adapter not in model.peft_config:
+                    model.add_adapter(adapter, config)
+                model.set_adapter(adapter)
+                learn(model, task, options)
+                stages.append(ask(model, options))
+            show(title, stages)
+            base = model.unload()
+
+
+if __name__ == "__main__":
+    main()
