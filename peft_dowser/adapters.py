@@ -21,6 +21,7 @@ from .manifest import base_sample, check_code, digest
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
+from .whole import foreign_tensors
 
 
 @dataclass
@@ -114,6 +115,9 @@ class SavedAdapter:
         for name in self.others:
             if problem := self._other_problem(base, name):
                 yield f"{self._where}: {problem}"
+        known = [name for name in self.others if name in base.tensors]
+        if problem := foreign_tensors(base.model, self.config, self.counts, known):
+            yield f"{self._where}: {problem}"
 
     def foreign(self, base: Checkpoint) -> list[str]:
         """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.
