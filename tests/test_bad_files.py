@@ -265,9 +265,37 @@ def test_a_module_to_save_brings_its_copy_and_not_the_original(tmp_path: Path) -
     original = "base_model.model.head.original_module.weight"
     edit_tensors(tmp_path, lambda found: found | {original: torch.ones(4, 12)})
     base = Small()
+    untouched = Untouched(base)
     with pytest.raises(DeltaFormatError, match=f"does not train: '{re.escape(original)}'"):
         load(base, tmp_path)
-    assert torch.equal(base.head.original_module.weight, Small().head.weight)
+    assert untouched.holds()
+
+
+def test_a_bad_second_adapter_with_a_whole_module_leaves_that_of_the_first(tmp_path: Path) -> None:
+    settings = {"score": "random", "target_modules": ["up", "down"], "task_type": None, "modules_to_save": ["head"]}
+    saved(tmp_path, modules_to_save=["head"])
+    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES] * float("nan")})
+    model = get_peft_model(Small(), config(**settings)).eval()
+    set_values(model)
+    expected, untouched = model(X), Untouched(model)
+    with pytest.raises(DeltaFormatError, match="values that are not finite"):
+        model.load_adapter(tmp_path, "loaded")
+    assert untouched.holds()
+    assert torch.equal(model(X), expected)
+
+
+def test_a_bad_adapter_with_trained_tokens_leaves_the_embeddings(tmp_path: Path) -> None:
+    model = get_peft_model(
+        tiny_llama(layers=1), config(score="random", target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    )
+    model.save_pretrained(tmp_path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.dowser_values.weight"
+    edit_tensors(tmp_path, lambda found: found | {key: found[key] + float("inf")})
+    base = tiny_llama(layers=1)
+    untouched = Untouched(base)
+    with pytest.raises(DeltaFormatError, match="values that are not finite"):
+        load(base, tmp_path)
+    assert untouched.holds()
 
 
 def test_a_merge_of_files_takes_no_other_weights(tmp_path: Path) -> None:
