@@ -21,6 +21,7 @@ from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .patch import Patch  # noqa: E402
 from .probe import probe  # noqa: E402
+from .pushing import keep_cards  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
 
 __all__ = [
@@ -44,3 +45,4 @@ __all__ = [
 ]
 
 register(DowserConfig, DowserModel)
+keep_cards()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from peft import PeftConfig
@@ -23,6 +23,9 @@ from .target import Target
 from .targets import resolve_targets
 from .whole import foreign_tensors
 
+# More than any weight has: positions in such a one still fit 64 bits.
+_MOST_ENTRIES = 2**62
+
 
 @dataclass
 class SavedAdapter:
@@ -31,6 +34,7 @@ class SavedAdapter:
     Attributes:
         name: its folder or Hub id.
         config: its configuration.
+        size: size of its file, in bytes.
         file: its open file.
         counts: trained weights by module.
         others: by the name in the base model, the name in the file of each tensor that is no delta: biases and modules
@@ -39,6 +43,7 @@ class SavedAdapter:
 
     name: str
     config: DowserConfig
+    size: int
     file: Any
     counts: dict[str, int]
     others: dict[str, str]
@@ -53,7 +58,7 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+        values = self.values(module)
         try:
             check_values(values, self.counts[module])
             code = self.code(module)
@@ -64,6 +69,10 @@ class SavedAdapter:
             raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
         return positions, values.float()  # float32, as PEFT loads them
 
+    def values(self, module: str) -> Tensor:
+        """The values of a module as they are in the file, unchecked, shape `(nnz,)`."""
+        return self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+
     def code(self, module: str) -> Tensor:
         """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
         return self.file.get_tensor(f"{PREFIX}{module}{CODE}")
@@ -71,6 +80,39 @@ class SavedAdapter:
     def other(self, name: str) -> Tensor:
         """A tensor that is no delta, by its name in the base model."""
         return self.file.get_tensor(self.others[name])
+
+    def check_complete(self) -> None:
+        """Refuse a file that lacks tensors of the modules in the configuration, or has those of others.
+
+        Raises:
+            DeltaFormatError: it does.
+        """
+        if not self.counts:
+            raise DeltaFormatError(f"{self._where} has values for no module. The file is incomplete, or was edited.")
+        expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
+        check_keys(expected, self.file.keys(), self._where)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest.
+
+        Raises:
+            DeltaFormatError: there is no manifest, it is not that of this file, or the file is not complete.
+        """
+        if self.config.manifest is None:
+            raise DeltaFormatError(
+                f"{self._where} has no manifest, so the shapes of its weights are unknown. Load it with its base model "
+                "and save it again with this release."
+            )
+        self.check_complete()
+        check_modules(self.config.manifest, self.counts, self._where)
+        shapes = {module: self.config.manifest["modules"][module].get("shape") for module in self.counts}
+        for module, shape in shapes.items():
+            if not _is_shape(shape):
+                raise DeltaFormatError(
+                    f"{self._where}: the manifest gives module {module[:100]!r} the shape {str(shape)[:100]}, which no "
+                    "weight has. adapter_config.json was edited."
+                )
+        return {module: tuple(shape) for module, shape in shapes.items()}
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
         """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
@@ -82,8 +124,7 @@ class SavedAdapter:
             DeltaFormatError: it does not fit.
         """
         check_counts(self.counts, targets, self.name)
-        expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
-        check_keys(expected, self.file.keys(), self._where)
+        self.check_complete()
         if self.config.manifest is not None:
             check_modules(self.config.manifest, self.counts, self._where)
             check_shapes(self.config.manifest, {module: targets[module].shape for module in self.counts}, self._where)
@@ -134,7 +175,7 @@ class SavedAdapter:
     def altered(self) -> Iterator[str]:
         """A message for every module whose values are not those that were saved, by the digests of the manifest."""
         for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
-            if digest(self.file.get_tensor(f"{PREFIX}{module}{VALUES}")) != entry["values_sha256"]:
+            if digest(self.values(module)) != entry["values_sha256"]:
                 yield (
                     f"{self._where}, module '{module}': the values are not those that its manifest describes. The "
                     "adapter's two files are not of one save, or were edited."
@@ -157,6 +198,16 @@ class SavedAdapter:
         if not bool(torch.isfinite(tensor).all()):
             return f"{shown} has entries that are not finite."
         return None
+
+
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
+    """Whether this can be the shape of a weight; a manifest may be a stranger's."""
+    return (
+        isinstance(shape, list)
+        and len(shape) in (2, 3)
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+        and math.prod(shape) < _MOST_ENTRIES
+    )
 
 
 def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
@@ -212,6 +263,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     return SavedAdapter(
         name,
         config,
+        path.stat().st_size,
         file,
         counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
         others={key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in others},

@@ -36,7 +36,8 @@ class ForgettingCallback(TrainerCallback):
     `upstream_kl`, `upstream_accuracy` and `upstream_accuracy_change`. The baseline is the base model of a `PeftModel`,
     its adapter disabled, and otherwise the model before the training. The metrics of an evaluation get the same values
     as `eval_...`, so `metric_for_best_model="forgetting"` with `greater_is_better=False` keeps the checkpoint that
-    forgot least. The training itself does not change: neither weights, modes nor torch's generators.
+    forgot least. The model card of a Dowser adapter tells what was measured last. The training itself does not change:
+    neither weights, modes nor torch's generators.
 
     Args:
         texts: upstream texts, as strings for the trainer's `processing_class`, as rows of token ids, or as keyword
@@ -111,7 +112,7 @@ class ForgettingCallback(TrainerCallback):
             self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
         self.training = True
         if not state.global_step:
-            self._log(state, self._compared(model))
+            self._log(state, model, self._compared(model))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -130,7 +131,7 @@ class ForgettingCallback(TrainerCallback):
         if not self.baseline:
             return  # an evaluation before the training
         if self.current is None:  # several evaluation sets share one measurement
-            self._log(state, self._compared(model))
+            self._log(state, model, self._compared(model))
         values = self.current or {}
         if metrics is not None:
             metrics.update({f"eval_{key}": value for key, value in values.items()})
@@ -143,7 +144,7 @@ class ForgettingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.current is None or args.load_best_model_at_end:
-            self._log(state, self._compared(model))
+            self._log(state, model, self._compared(model))
         self.training, self.current = False, None
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
@@ -198,8 +199,11 @@ class ForgettingCallback(TrainerCallback):
             values["upstream_accuracy"] = float(self.accuracy(model))
         return values
 
-    def _log(self, state: TrainerState, values: dict[str, float]) -> None:
+    def _log(self, state: TrainerState, model: Any, values: dict[str, float]) -> None:
         self.current = values
+        for adapter_name in model.active_adapters if isinstance(model, PeftModel) else []:
+            if isinstance(config := model.peft_config[adapter_name], DowserConfig):
+                config._forgetting = values  # for the model card
         if self.trainer is not None:
             self.trainer.log(dict(values))
         else:

@@ -1,95 +1,19 @@
-"""The command `peft-dowser`: plan a fine-tuning; probe a model once; make, inspect, verify and merge adapters."""
+"""The commands of `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check and merge adapters."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; 0 on success, 2 on an error of the user's, which is printed as one line."""
-    options = _parser().parse_args(arguments)
+def run(options: argparse.Namespace) -> int:
+    """Run a command; 0 on success, 2 on an error of the user's, which is printed as one line."""
     try:
-        return options.run(options) or 0
+        return _COMMANDS[options.command](options) or 0
     except (OSError, ValueError) as error:
         print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="peft-dowser", description="Model-Dowser for Hugging Face PEFT.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
-    probe.add_argument("model", help="folder or Hub id of the base model")
-    probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
-    probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
-    probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
-    probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
-    probe.add_argument("--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)")
-    probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
-    probe.add_argument(
-        "--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to probe as well"
-    )
-    probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
-    probe.add_argument("--device", help="device to probe on (default: where the model loads)")
-    probe.set_defaults(run=_probe)
-
-    inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
-    inspect.add_argument("adapter", help="folder of the adapter")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    inspect.set_defaults(run=_inspect)
-
-    extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
-    extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
-    extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
-    extract.add_argument("-o", "--output", required=True, help="folder for the adapter, new or empty")
-    extract.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction to keep (default: 0.1)")
-    extract.add_argument(
-        "--method",
-        choices=["top_delta", "dare", "graft"],
-        default="top_delta",
-        help="keep the largest changes of each matrix, random ones, or the largest of all (default: top_delta)",
-    )
-    extract.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
-    )
-    extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
-    extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
-    extract.set_defaults(run=_extract)
-
-    plan = commands.add_parser("plan", help="what a fine-tuning will take, from the config of a model alone")
-    plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
-    plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
-    plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="module names (default: as in DowserConfig)")
-    plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts as well")
-    plan.add_argument("--last-layers", type=int, help="train only the last L layers")
-    plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")
-    plan.add_argument("--dtype", default="bfloat16", help="of the base model (default: bfloat16)")
-    plan.add_argument("--values-dtype", default="float32", help="of the trained values (default: float32)")
-    plan.add_argument("--quantization", default="none", help="of the base: none, 8bit or 4bit (default: none)")
-    plan.add_argument("--batch", type=int, default=1, help="examples in a step (default: 1)")
-    plan.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
-    plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    plan.set_defaults(run=_plan)
-
-    merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
-    merge.add_argument("adapter", help="folder or Hub id of the adapter")
-    merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
-    merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    merge.add_argument("--max-shard-size", default="5GB", help="bound on a file and on the memory (default: 5GB)")
-    merge.set_defaults(run=_merge)
-
-    verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
-    verify.add_argument("adapter", help="folder or Hub id of the adapter")
-    verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
-    verify.add_argument("--json", action="store_true", help="print JSON: ok, and a list of problems")
-    verify.set_defaults(run=_verify)
-    return parser
 
 
 def _probe(options: argparse.Namespace) -> None:
@@ -224,69 +148,61 @@ def _load(name: str) -> Any:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from safetensors import SafetensorError
+    from .inspection import inspect
 
-    from .manifest import check_manifest
+    found = inspect(options.adapter, base=options.base)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return
+    for key, value in found.items():
+        if key != "modules" and value is not None:
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+    columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'bytes':>12} {'bits/index':>10} {'|delta|':>10}"
+    print(f"{columns} {'vanish':>7}  module")
+    for row in found["modules"]:
+        bits = row["index_bits"] / max(1, row["trained"])
+        print(
+            f"{row['trained']:>12} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {row['bytes']:>12} {bits:>10.2f} "
+            f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {row['module']}"
+        )
 
-    folder = Path(options.adapter)
-    path = folder / "adapter_model.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"'{folder}' holds no adapter_model.safetensors.")
-    config = _read_config(folder / "adapter_config.json")
-    if config.get("peft_type") != "DOWSER":
-        raise ValueError(f"'{folder}' holds a {config.get('peft_type')} adapter, not a Dowser adapter.")
-    if config.get("manifest") is not None:
-        check_manifest(config["manifest"])
+
+def _diff(options: argparse.Namespace) -> None:
+    from .diff import diff, total
+
+    found = diff(options.a, options.b)
+    together = total(found.values())
+    if options.json:
+        modules = [{"module": name} | one.summary() for name, one in found.items()]
+        print(json.dumps({"a": options.a, "b": options.b} | together.summary() | {"modules": modules}, indent=2))
+        return
+    print(f"{'shared':>12} {'only in A':>12} {'only in B':>12} {'conflicts':>12} {'cosine':>8}  module")
+    for name, one in (found | {"all": together}).items():
+        counts = f"{one.shared:>12} {one.only_a:>12} {one.only_b:>12} {one.conflicts:>12}"
+        print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {name}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    _check_output(Path(options.output))
     try:
-        modules = _modules(path)
-    except SafetensorError as error:
-        raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
-    chosen = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
-    summary = {key: config.get(key) for key in chosen} | {
-        "trained": sum(module["trained"] for module in modules),
-        "bytes": path.stat().st_size,
-        "modules": modules,
-    }
-    print(json.dumps(summary, indent=2) if options.json else _table(summary))
+        from .report import report
+    except ImportError as error:  # matplotlib is missing
+        raise ValueError(error) from error
+    report(options.adapter, options.output, statistics=options.statistics)
+    print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"'{path}' is not JSON ({error}).") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"'{path}' holds no configuration.")
-    return config
+def _shown(number: float | None, form: str) -> str:
+    return "-" if number is None else format(number, form)
 
 
-def _modules(path: Path) -> list[dict[str, Any]]:
-    from safetensors import safe_open
-
-    from .gate import CODE, PREFIX, VALUES
-
-    modules = []
-    with safe_open(path, framework="pt") as file:
-        for key in sorted(file.keys()):
-            if key.endswith(VALUES):
-                values = file.get_tensor(key)
-                code = file.get_slice(key.removesuffix(VALUES) + CODE)
-                modules.append(
-                    {
-                        "module": key.removeprefix(PREFIX).removesuffix(VALUES),
-                        "trained": values.numel(),
-                        "dtype": str(values.dtype).removeprefix("torch."),
-                        "index_bits": 8 * code.get_shape()[0],
-                        "delta_norm": float(values.float().norm()),
-                    }
-                )
-    return modules
-
-
-def _table(summary: dict[str, Any]) -> str:
-    lines = [f"{key}: {value}" for key, value in summary.items() if key != "modules"]
-    lines.append(f"{'trained':>12} {'bits/index':>10} {'|delta|':>10}  module")
-    for module in summary["modules"]:
-        bits = module["index_bits"] / max(1, module["trained"])
-        lines.append(f"{module['trained']:>12} {bits:>10.2f} {module['delta_norm']:>10.4g}  {module['module']}")
-    return "\n".join(lines)
+_COMMANDS = {
+    "probe": _probe,
+    "inspect": _inspect,
+    "diff": _diff,
+    "report": _report,
+    "extract": _extract,
+    "plan": _plan,
+    "merge": _merge,
+    "verify": _verify,
+}

@@ -10,11 +10,12 @@ Two layouts, chosen by size alone, so that `(numel, nnz)` fixes the length in by
 Bits are numbered from the least significant bit of the first byte. Everything runs on the device of its input.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes unpacked at a time: bounds the temporaries of `decode`, whatever the size of the matrix.
-_BLOCK = 1 << 22
+# Bytes unpacked at a time: what they become stays in the cache of a processor, whatever the size of the matrix.
+_BLOCK = 1 << 16
 # What values may be saved as; they are loaded as float32.
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -85,17 +86,17 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     if nnz == 0:
         return code.new_empty(0, dtype=position_dtype(numel))
     low_length = 0 if _is_mask(numel, nnz) else _elias_fano_lengths(numel, nnz)[0]
-    positions = _set_bits(code[low_length:])
+    positions = _set_bits(code[low_length:]).to(position_dtype(numel))
     if positions.numel() != nnz:
         raise DeltaFormatError(f"the index code selects {positions.numel()} weights, but there are {nnz} values")
     if low_length:
         low_bits = _low_bits(numel, nnz)
-        positions -= torch.arange(nnz, device=code.device)
+        positions -= torch.arange(nnz, dtype=positions.dtype, device=code.device)
         positions <<= low_bits
         positions += _unpack_low(code[:low_length], nnz, low_bits)
     if problem := _order_problem(positions, numel):
         raise DeltaFormatError(f"the index code is damaged: {problem}")
-    return positions.to(position_dtype(numel))
+    return positions
 
 
 def check_values(values: Tensor, nnz: int) -> None:
@@ -158,13 +159,19 @@ def _pack_bits(positions: Tensor, num_bits: int) -> Tensor:
 
 
 def _set_bits(packed: Tensor) -> Tensor:
-    """Numbers of the set bits, increasing, int64."""
+    """Numbers of the set bits, increasing, of the type that can hold them."""
+    dtype = position_dtype(8 * packed.numel())
+    blocks = [_set_bits_of_block(block).to(dtype) for block in packed.split(_BLOCK)]
+    for number, block in enumerate(blocks):
+        block += 8 * _BLOCK * number
+    return torch.cat(blocks)
+
+
+def _set_bits_of_block(packed: Tensor) -> Tensor:
+    if packed.is_cpu:  # numpy finds them without a branch per bit: eight times faster than torch
+        return torch.from_numpy(np.flatnonzero(np.unpackbits(packed.numpy(), bitorder="little").view(np.bool_)))
     bit = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    blocks = [
-        ((block[:, None] >> bit) & 1).view(-1).nonzero().view(-1) + 8 * _BLOCK * number
-        for number, block in enumerate(packed.split(_BLOCK))
-    ]
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+    return ((packed[:, None] >> bit) & 1).view(-1).nonzero().view(-1)
 
 
 def _pack_low(positions: Tensor, low_bits: int) -> Tensor:

@@ -107,6 +107,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
+        # What `ForgettingCallback` measured last.
+        self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
         self._written: dict[str, Any] | None = None
         self.check()
@@ -167,7 +169,12 @@ class DowserConfig(PeftConfig):
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
+        self.complete_card(folder)
+
+    def complete_card(self, folder: Path) -> None:
+        """Put on top of the model card in a folder how the adapter is loaded and what it is."""
         probed = self.score in PROBED_SCORES
+        measured = self._forgetting or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
@@ -176,6 +183,7 @@ class DowserConfig(PeftConfig):
             "probe": f"N = {self.num_probes}, R = {self.num_rademacher}, T = {self.probe_length}" if probed else "",
             "seed": str(self.seed),
             "format": str(FORMAT),
+            "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
         complete_card(folder, facts)
 

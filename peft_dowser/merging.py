@@ -23,7 +23,7 @@ from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
-from .model import report_vanished
+from .notices import report_vanished
 from .provenance import other_base
 from .targets import fused_parameters
 

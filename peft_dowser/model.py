@@ -6,14 +6,14 @@ import copy
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import _get_submodules, get_pattern_key
+from peft.utils.other import _get_submodules
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -26,8 +26,9 @@ from .experts import Experts, FusedParameter
 from .gate import CODE, adapted, check_counts, check_file, counts_in, named, remove, withdraw
 from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
+from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
 from .probe import check_materialized, check_whole, probe_targets
-from .provenance import check_modules, check_shapes, described, warn_of_other_base
+from .provenance import check_modules, check_shapes, described, warn_of_other_base, warn_of_other_weights
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import choose_masks
@@ -35,7 +36,7 @@ from .sharding import complete, leave_positions_to_us
 from .statistics import ProbeStatistics
 from .storage import backend_of
 from .target import Target
-from .targets import fused_parameters, layer_of, resolve_targets
+from .targets import fused_parameters, resolve_targets
 from .tied import Tied
 from .whole import check_whole_tensors
 
@@ -77,7 +78,7 @@ class DowserModel(BaseTuner):
         # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
         is_loaded = given.nnz_pattern is not None and self._twin is None
         config = given if is_loaded else copy.deepcopy(given)
-        config._selected = config._written = None
+        config._selected = config._written = config._forgetting = None
         config._in_use = True
         self.peft_config[adapter_name] = config
         self._adapter_name = adapter_name
@@ -135,10 +136,10 @@ class DowserModel(BaseTuner):
             statistics = self._statistics(model, targets, peft_config)
             self._masks = same_on_all_ranks(lambda: self._choice(model, targets, peft_config, statistics), targets)
         peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
-        _report_unmatched_ratios(peft_config, targets)
+        report_unmatched_ratios(peft_config, targets)
         if by_default and not self._fused:
-            _report_bare_experts(fused_parameters(model))
-        _log_selection(self._masks, targets, time.perf_counter() - started)
+            report_bare_experts(fused_parameters(model))
+        report_selection(self._masks, targets, time.perf_counter() - started)
 
     def _compare(
         self, manifest: dict[str, Any], counts: dict[str, int], model: nn.Module, targets: Mapping[str, Target]
@@ -146,11 +147,8 @@ class DowserModel(BaseTuner):
         """Compare the manifest of a saved adapter with its counts and with the base."""
         where = f"Adapter '{self._adapter_name}'"
         check_modules(manifest, counts, where)
-        known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
         check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
-        # An adapted weight may be merged; its sample is that of before.
-        samples = {n: known[n] if n in known else targets[n].sample() for n in counts}
-        warn_of_other_base(manifest, samples, where)
+        warn_of_other_base(manifest, _samples(model, targets, counts), where)
 
     @staticmethod
     def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
@@ -169,7 +167,10 @@ class DowserModel(BaseTuner):
         statistics: ProbeStatistics | None,
     ) -> dict[str, Tensor]:
         check_materialized(model)
-        return choose_masks(targets, config, statistics)
+        masks = choose_masks(targets, config, statistics)
+        if statistics is not None and config.statistics is not None:
+            warn_of_other_weights(statistics, _samples(model, targets, targets), config.statistics)
+        return masks
 
     def _create_and_replace(
         self,
@@ -390,7 +391,7 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        _report_scale(model, adapter_name)
+        report_scale(model, adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         complete(selected, state_dict, model, adapter_name)
         if config.save_dtype is not None:
@@ -491,63 +492,7 @@ def _thaw(model: nn.Module) -> None:
             parameter.requires_grad_(True)
 
 
-def _report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
-    matched = {get_pattern_key(list(config.ratio_pattern), name) for name in targets}
-    unmatched = sorted(set(config.ratio_pattern) - matched)
-    if unmatched:
-        warnings.warn(
-            f"The following ratio_pattern keys did not match any targeted module and were ignored: {unmatched}.",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _report_bare_experts(fused: Mapping[str, Target]) -> None:
-    """Say that the default targets leave out the weights of experts, and how to include them."""
-    # What transformers marks as experts; other parameters of three dimensions may be anything.
-    fused = {name: target for name, target in fused.items() if hasattr(target.module, "is_transposed")}
-    if fused:
-        logger.warning(
-            "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "
-            "part of them as well, set target_parameters=%s.",
-            sum(target.numel for target in fused.values()) / 1e6,
-            sorted({name.removeprefix(layer_of(name) + ".") for name in fused}),
-        )
-
-
-def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
-    """Say once how many trained values a merge has rounded away."""
-    lost = sum(counts[0] for layer in vanished for counts in layer.values())
-    total = sum(counts[1] for layer in vanished for counts in layer.values())
-    if lost:
-        logger.warning(
-            "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
-            lost,
-            total,
-            100 * lost / total,
-        )
-
-
-def _report_scale(model: nn.Module, adapter_name: str) -> None:
-    """Say that what is saved is the adapter as it was trained, not as it is scaled."""
-    scales = sorted({layer.scaling[adapter_name] for _, layer in adapted(model, adapter_name)} - {1.0})
-    if scales:
-        warnings.warn(
-            f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "
-            f"scaled, make an adapter of it: add_weighted_adapter(['{adapter_name}'], [1.0], 'NEW_NAME').",
-            UserWarning,
-            stacklevel=2,
-        )
-
-
-def _log_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target], seconds: float) -> None:
-    nnz = sum(mask.numel() for mask in masks.values())
-    numel = sum(targets[name].numel for name in masks)
-    logger.info(
-        "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s.",
-        nnz,
-        numel,
-        100 * nnz / numel,
-        len(masks),
-        seconds,
-    )
+def _samples(model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]) -> dict[str, str | None]:
+    """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
+    known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
+    return {name: known[name] if name in known else targets[name].sample() for name in names}

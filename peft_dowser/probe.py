@@ -89,8 +89,9 @@ def probe_targets(
         probe_images=config.probe_images if prompts is None else 0.0,
         seed=config.seed,
     )
+    samples = from_rank(able[0], lambda: {name: target.sample() for name, target in targets.items()})
     if statistics is not None:
-        check_continues(statistics, info, list(targets))
+        check_continues(statistics, info, samples)
     shares = {number: range(*ends) for number, ends in zip(able, _split(len(inputs), len(able)), strict=True)}
     mine = shares.get(rank(), range(0))
     found = on_every_rank(lambda: _probe_part(model, targets, config, inputs, mine, first) if mine else {})
@@ -101,7 +102,7 @@ def probe_targets(
             parts.insert(0, (first, statistics.modules.get(name)))
         if (whole := concatenated(parts)) is not None:
             modules[name] = whole
-    return ProbeStatistics(modules, info)
+    return ProbeStatistics(modules, info, samples)
 
 
 def _inputs(

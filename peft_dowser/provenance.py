@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .codec import DeltaFormatError
 from .gate import CODE, PREFIX, VALUES, adapted, few, named
 from .manifest import entry, is_sample, manifest, same_base
+from .statistics import ProbeStatistics
 
 
 def described(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
@@ -80,3 +81,15 @@ def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | Non
     """Warn once where weights are not those that the adapter was made for."""
     if different := unlike(saved, samples):
         warnings.warn(other_base(different, len(samples), where), UserWarning, stacklevel=2)
+
+
+def warn_of_other_weights(statistics: ProbeStatistics, samples: Mapping[str, str | None], where: str) -> None:
+    """Warn once where weights are not those that were probed."""
+    if different := statistics.unlike(samples):
+        warnings.warn(
+            f"The probe statistics '{where}' are of other weights than this model has in {len(different)} of "
+            f"{len(samples)} modules: {few(different)}. They are those of another checkpoint of the same shapes, so "
+            "the mask will not be the one for this model: probe it too.",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -70,7 +70,7 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[
     on_every_rank(lambda: _check_shapes(shapes, targets))
     codes = {name: _sent(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
     masks = on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
-    digests = gather(_digest(masks))
+    digests = gather(digest_of(masks))
     if len(set(digests)) > 1:
         raise ValueError(
             "The ranks of this run hold different masks, although rank 0 chose them for all: "
@@ -112,7 +112,8 @@ def _unpacked(packed: tuple[Tensor, int] | None, target: Target) -> Tensor:
     return decode(code, target.numel, nnz).to("cpu" if device.type == "meta" else device)
 
 
-def _digest(masks: Mapping[str, Tensor]) -> str:
+def digest_of(masks: Mapping[str, Tensor]) -> str:
+    """SHA-256 of masks and of the names of their targets, in hexadecimal."""
     digest = hashlib.sha256()
     for name, mask in masks.items():
         digest.update(f"{name} {mask.numel()} ".encode())

@@ -1,14 +1,16 @@
 """What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .manifest import is_sample, same_base
 
 _FORMAT = "peft_dowser.statistics"
 _VERSION = 1
@@ -61,20 +63,28 @@ class ProbeStatistics:
         modules: statistics by module name, relative to the base model; of an expert by the name of the fused parameter
             and its number: "model.layers.0.mlp.experts.down_proj[3]".
         info: how they were made.
+        samples: a few entries of every probed weight, by the name of the module or of the fused parameter, by which
+            other weights of the same shapes are told from these (`manifest.base_sample`); None of a quantized one.
     """
 
     modules: dict[str, ModuleStatistics]
     info: ProbeInfo
+    samples: dict[str, str | None] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {
-            f"{name}:{field}": tensor.contiguous()
+            f"{name}:{part}": tensor.contiguous()
             for name, module in self.modules.items()
-            for field, tensor in vars(module).items()
+            for part, tensor in vars(module).items()
             if tensor is not None
         }
-        metadata = {"format": _FORMAT, "version": str(_VERSION), "info": json.dumps(asdict(self.info))}
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "info": json.dumps(asdict(self.info)),
+            "samples": json.dumps(self.samples),
+        }
         save_file(tensors, path, metadata=metadata)
 
     @classmethod
@@ -97,16 +107,22 @@ class ProbeStatistics:
             raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
         fields: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
-            name, _, field = key.rpartition(":")
-            fields.setdefault(name, {})[field] = tensor
+            name, _, part = key.rpartition(":")
+            fields.setdefault(name, {})[part] = tensor
         try:
             info = ProbeInfo(**json.loads(metadata["info"]))
             modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
+            samples = _samples(json.loads(metadata.get("samples", "{}")))  # which early releases did not write
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"'{path}' lacks a part of the probe statistics ({error}).") from error
         for name, module in modules.items():
             _check_module(name, module, info.num_probes, path)
-        return cls(modules, info)
+        return cls(modules, info, samples)
+
+    def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
+        """The weights that are not those that were probed, in whatever float dtype either is, by name."""
+        pairs = ((name, self.samples.get(name), sample) for name, sample in samples.items())
+        return [name for name, then, now in pairs if then is not None and now is not None and not same_base(then, now)]
 
 
 def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> ModuleStatistics | None:
@@ -140,13 +156,13 @@ def _stacked(parts: list[tuple[int, Tensor | None]]) -> Tensor:
     return torch.cat([torch.zeros(count, width, device="cpu") if rows is None else rows for count, rows in parts])
 
 
-def check_continues(earlier: ProbeStatistics, info: ProbeInfo, modules: Sequence[str]) -> None:
-    """Refuse to add prompts to statistics that were made with other settings.
+def check_continues(earlier: ProbeStatistics, info: ProbeInfo, samples: Mapping[str, str | None]) -> None:
+    """Refuse to add prompts to statistics that were made with other settings, or of other weights.
 
     Args:
         earlier: the statistics.
         info: how the further prompts will be probed.
-        modules: the modules and fused parameters that they will be probed for.
+        samples: those of the modules and fused parameters that they will be probed for.
 
     Raises:
         ValueError: anything but the number of prompts differs; the message says what.
@@ -159,12 +175,20 @@ def check_continues(earlier: ProbeStatistics, info: ProbeInfo, modules: Sequence
     ]
     # Of a fused parameter one expert suffices: the prompts may not have reached the others.
     known = {name.partition("[")[0] for name in earlier.modules}
-    if missing := [name for name in modules if name not in known]:
+    if missing := [name for name in samples if name not in known]:
         differences.append(f"{len(missing)} target modules were not probed, '{missing[0]}' the first")
+    if others := earlier.unlike(samples):
+        differences.append(f"{len(others)} target modules had other weights, '{others[0]}' the first")
     if differences:
         raise ValueError(
             f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."
         )
+
+
+def _samples(found: object) -> dict[str, str | None]:
+    if not isinstance(found, dict) or not all(text is None or is_sample(text) for text in found.values()):
+        raise TypeError("its samples of the weights are none")
+    return found
 
 
 def _check_version(metadata: dict[str, str], path: str | Path) -> None:

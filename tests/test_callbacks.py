@@ -526,3 +526,14 @@ def test_a_model_that_cannot_write_or_predict_is_refused(tmp_path: Path) -> None
     )
     with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot write its own"):
         trained(seq2seq, tmp_path, [ForgettingCallback()])
+
+
+def test_the_model_card_tells_what_was_measured_last(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS)], **EVALUATED)
+    model.save_pretrained(tmp_path / "adapter")
+    loss, rise = history(trainer, "upstream_loss")[-1][1], history(trainer, "forgetting")[-1][1]
+    line = f"- measured in training: upstream_loss {loss:.4g}, forgetting {rise:.4g}\n"
+    assert line in (tmp_path / "adapter" / "README.md").read_text()
+    get_peft_model(tiny_llama(), model.peft_config["default"]).save_pretrained(tmp_path / "untrained")
+    assert "measured in training" not in (tmp_path / "untrained" / "README.md").read_text()

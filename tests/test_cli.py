@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import math
+import subprocess
+import sys
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -11,8 +14,8 @@ from helpers import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
-from peft_dowser.cli import main
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, commandline, extract, probe
+from peft_dowser.commandline import main
 
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
 
@@ -40,16 +43,24 @@ def adapter(folder: Path, **overrides) -> PeftModel:
 def expected_modules(model: PeftModel, dtype: str) -> list[dict]:
     """What the adapter itself says about its modules."""
     layers = {layer.module_name: layer for layer in model.modules() if isinstance(layer, DowserLayer)}
-    return [
-        {
-            "module": name,
-            "trained": layers[name].dowser_values["default"].weight.numel(),
-            "dtype": dtype,
-            "index_bits": 8 * layers[name].dowser_index["default"].code.numel(),
-            "delta_norm": layers[name].dowser_values["default"].weight.to(getattr(torch, dtype)).float().norm().item(),
-        }
-        for name in sorted(layers)
-    ]
+    modules = []
+    for name in sorted(layers):
+        weight, code = layers[name].get_base_layer().weight, layers[name].dowser_index["default"].code
+        values = layers[name].dowser_values["default"].weight.to(getattr(torch, dtype))
+        modules.append(
+            {
+                "module": name,
+                "shape": list(weight.shape),
+                "trained": values.numel(),
+                "ratio": values.numel() / weight.numel(),
+                "dtype": dtype,
+                "index_bits": 8 * code.numel(),
+                "bytes": values.nbytes + code.nbytes,
+                "delta_norm": values.float().norm().item(),
+                "vanished": None,
+            }
+        )
+    return modules
 
 
 # probe
@@ -96,6 +107,8 @@ def test_inspect_json_has_the_numbers_of_the_adapter(dtype: str, tmp_path: Path,
     modules = expected_modules(model, dtype)
     norms = [module.pop("delta_norm") for module in modules]
     assert [module.pop("delta_norm") for module in found["modules"]] == pytest.approx(norms, rel=1e-6)
+    assert found.pop("delta_norm") == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-6)
+    adapted = sum(math.prod(module["shape"]) for module in modules)
     assert found == {
         "base_model_name_or_path": None,
         "update_ratio": 0.05,
@@ -104,6 +117,8 @@ def test_inspect_json_has_the_numbers_of_the_adapter(dtype: str, tmp_path: Path,
         "scope": "matrix",
         "seed": 4,
         "trained": model.get_nb_trainable_parameters()[0],
+        "ratio": model.get_nb_trainable_parameters()[0] / adapted,
+        "vanished": None,
         "bytes": (tmp_path / "adapter_model.safetensors").stat().st_size,
         "modules": modules,
     }
@@ -117,11 +132,59 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert {"update_ratio: 0.1", f"trained: {model.get_nb_trainable_parameters()[0]}", f"bytes: {size}"} < set(lines)
     modules = expected_modules(model, "float32")
     header, *rows = (line.split() for line in lines[-len(modules) - 1 :])
-    assert header == ["trained", "bits/index", "|delta|", "module"]
-    for (trained, bits, norm, name), module in zip(rows, modules, strict=True):
-        assert (int(trained), name) == (module["trained"], module["module"])
+    assert header == ["trained", "ratio", "dtype", "bytes", "bits/index", "|delta|", "vanish", "module"]
+    for (trained, ratio, dtype, size, bits, norm, vanished, name), module in zip(rows, modules, strict=True):
+        assert (int(trained), dtype, vanished, name) == (module["trained"], "float32", "-", module["module"])
+        assert (float(ratio), int(size)) == (pytest.approx(module["ratio"], abs=5e-5), module["bytes"])
         assert float(bits) == pytest.approx(module["index_bits"] / module["trained"], abs=0.005)
         assert float(norm) == pytest.approx(module["delta_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inspect_with_a_base_counts_the_values_that_vanish_in_bfloat16(
+    dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = tiny_llama(dtype)
+    base.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    model = get_peft_model(base, config(score="random"))
+    set_values(model, std=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    layers = {layer.module_name: layer for layer in model.modules() if isinstance(layer, DowserLayer)}
+    vanished = {}
+    for name, layer in layers.items():
+        before = layer.get_base_layer().weight.to(torch.bfloat16)
+        at = layer.dowser_index["default"].positions.long()
+        delta = torch.zeros(before.numel()).index_put((at,), layer.dowser_values["default"].weight.detach())
+        after = (before.float() + delta.view_as(before)).to(torch.bfloat16)
+        vanished[name] = int(((after == before).view(-1) & (delta != 0)).sum())
+    for row in found["modules"]:
+        assert row["vanished"] * row["trained"] == pytest.approx(vanished[row["module"]])
+    assert found["vanished"] * found["trained"] == pytest.approx(sum(vanished.values()))
+    assert 0 < found["vanished"] < 1
+    assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 0
+    assert f"vanished: {found['vanished']:.4g}" in capsys.readouterr().out
+
+
+def test_inspect_with_another_base_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    adapter(tmp_path / "adapter")
+    tiny_llama(hidden=64).save_pretrained(tmp_path / "base")
+    line = line_of(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")], capsys)
+    assert "has a weight of shape (64, 128) here, the adapter was made for [32, 64]" in line
+
+
+def test_inspect_of_an_adapter_without_a_manifest_leaves_out_the_ratios(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    adapter(tmp_path)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"manifest": None}))
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {(row["shape"], row["ratio"]) for row in (found | {"shape": None}, *found["modules"])} == {(None, None)}
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[1] == "-"
 
 
 # extract
@@ -234,7 +297,10 @@ def test_a_folder_without_a_dowser_adapter_is_refused_in_one_line(
     line = line_of(["inspect", str(tmp_path)], capsys)
     assert line == f"peft-dowser: '{tmp_path}' holds a LORA adapter, not a Dowser adapter."
     line = line_of(["inspect", str(tmp_path / "none")], capsys)
-    assert line == f"peft-dowser: '{tmp_path / 'none'}' holds no adapter_model.safetensors."
+    assert line.startswith(f"peft-dowser: '{tmp_path / 'none'}' is neither a folder nor a model on the Hub that can be")
+    (tmp_path / "empty").mkdir()
+    line = line_of(["inspect", str(tmp_path / "empty")], capsys)
+    assert line == f"peft-dowser: '{tmp_path / 'empty'}' holds no adapter_model.safetensors."
 
 
 @pytest.mark.parametrize(
@@ -271,7 +337,9 @@ def test_models_that_cannot_be_compared_are_refused_in_one_line(
     assert "'nobody/has-this-model' is neither a folder nor a model on the Hub that can be read (" in line
 
 
-@pytest.mark.parametrize("command", [[], ["probe"], ["inspect"], ["extract"], ["merge"], ["verify"]])
+@pytest.mark.parametrize(
+    "command", [[], ["probe"], ["inspect"], ["diff"], ["report"], ["extract"], ["merge"], ["verify"]]
+)
 def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -283,6 +351,8 @@ def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -
     "arguments",
     [
         [],
+        ["diff", "adapter"],
+        ["report", "adapter"],
         ["merge"],
         ["merge", "adapter"],
         ["verify"],
@@ -298,6 +368,26 @@ def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None
     assert caught.value.code == 2
 
 
-def test_the_console_script_is_declared() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["probe", "--help"], 0), (["report", "adapter"], 2), (["nothing"], 2)]
+)
+def test_the_command_line_is_read_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
+    heavy = {"matplotlib", "numpy", "peft", "peft_dowser", "safetensors", "torch", "transformers"}
+    script = f"""
+import runpy, sys
+main = runpy.run_path({commandline.__file__!r})["main"]
+try:
+    main({arguments})
+except SystemExit as exit:
+    print(exit.code, sorted({heavy} & set(sys.modules)))
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_the_console_script_is_the_light_one() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="peft-dowser")
-    assert script.load() is main
+    assert script.value == "peft_dowser_cli:main"
+    installed = Path(sys.modules[script.load().__module__].__file__)
+    written = Path(commandline.__file__)
+    assert installed.read_text() == written.read_text(), "the installed command line is older: pip install -e . again"

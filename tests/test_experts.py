@@ -41,9 +41,10 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe, scores
-from peft_dowser.cli import main
+from peft_dowser.commandline import main
 from peft_dowser.experts import Experts
 from peft_dowser.fused import Product, standing_in, weight_of, wrapped_forward
+from peft_dowser.inspection import inspect
 from peft_dowser.merging import merge, verify
 from peft_dowser.seeds import derived_seed
 from peft_dowser.sparse_experts import expert_bounds, sparse_experts
@@ -798,6 +799,25 @@ def test_the_command_knows_experts(tmp_path: Path, capsys: pytest.CaptureFixture
     capsys.readouterr()
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     assert GATE_UP in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_of_experts_that_vanish_are_counted_however_the_checkpoint_holds_them(
+    family: str, tmp_path: Path
+) -> None:
+    base = tiny_moe(family, torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    original = copy.deepcopy(base)
+    model = adapted(base)
+    set_values(model, std=1e-4)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = by_hand(original, model)
+    found = inspect(tmp_path / "adapter", tmp_path / "base")["modules"]
+    assert {row["module"] for row in found} == layers_of(model).keys()
+    for row in found:
+        changed = int((merged.get_parameter(row["module"]) != original.get_parameter(row["module"])).sum())
+        assert row["vanished"] * row["trained"] == pytest.approx(row["trained"] - changed)
+        assert 0 < row["vanished"] < 1
 
 
 # Names

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from torch import nn
 
 from peft_dowser import DowserConfig, DowserLayer, probe
-from peft_dowser.cli import main
+from peft_dowser.commandline import main
 from peft_dowser.plan import bytes_per_weight, kept_bytes, plan
 
 

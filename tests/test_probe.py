@@ -221,6 +221,9 @@ def test_a_prompt_that_does_not_fit_is_an_error(model: nn.Module, monkeypatch: p
         probe(model, config(), prompts=PROMPTS)
 
 
+VIEWS = (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.view.default)
+
+
 class LargestTensor(TorchDispatchMode):
     """Records the largest tensor that any operation returns."""
 
@@ -230,8 +233,8 @@ class LargestTensor(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             # Views of a weight (its transpose) allocate nothing.
-            if isinstance(tensor, Tensor) and tensor._base is None and not isinstance(tensor, nn.Parameter):
-                self.numel = max(self.numel, tensor.numel() if func is not torch.ops.aten.t.default else 0)
+            if isinstance(tensor, Tensor) and func not in VIEWS and not isinstance(tensor, nn.Parameter):
+                self.numel = max(self.numel, tensor.numel() if tensor._base is None else 0)
         return out
 
 

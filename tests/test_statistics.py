@@ -2,11 +2,14 @@
 
 import json
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, tiny_llama
+from helpers import config, set_values, tiny_llama
 from peft import get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -199,3 +202,55 @@ def test_statistics_that_do_not_fit_leave_the_model_untouched(
     assert list(base.state_dict()) == list(fresh)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+# Other weights
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The probe statistics")
+        yield
+
+
+def test_other_weights_of_the_same_shapes_warn(saved: str) -> None:
+    other = tiny_llama(seed=1)
+    with pytest.warns(UserWarning, match="probe statistics .*are of other weights than this model has in 14 of 14"):
+        get_peft_model(other, config(statistics=saved))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_weights_do_not_warn_whatever_their_dtype(dtype: torch.dtype, saved: str) -> None:
+    with quiet():
+        get_peft_model(tiny_llama(dtype), config(statistics=saved))
+
+
+def test_an_adapted_model_has_its_own_weights(saved: str) -> None:
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    set_values(model)
+    with quiet():
+        model.add_adapter("other", config(statistics=saved))
+
+
+def test_statistics_of_other_weights_are_not_continued(saved: str) -> None:
+    earlier = ProbeStatistics.load(saved)
+    with pytest.raises(ValueError, match=r"14 target modules had other weights, 'model\.layers\.0\."):
+        probe(tiny_llama(seed=1), config(num_probes=2 * N, score="gradient"), statistics=earlier)
+
+
+def test_statistics_of_an_early_release_have_no_samples_and_do_not_warn(saved: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(saved)
+    del metadata["samples"]
+    save_file(tensors, tmp_path / "early.safetensors", metadata=metadata)
+    assert ProbeStatistics.load(tmp_path / "early.safetensors").samples == {}
+    with quiet():
+        get_peft_model(tiny_llama(seed=1), config(statistics=str(tmp_path / "early.safetensors")))
+
+
+@pytest.mark.parametrize("samples", ["[]", '{"model": "zz"}', '{"model": 3}', "no json"])
+def test_samples_that_are_none_are_refused(samples: str, saved: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(saved)
+    save_file(tensors, tmp_path / "odd.safetensors", metadata=metadata | {"samples": samples})
+    with pytest.raises(ValueError, match="lacks a part of the probe statistics"):
+        ProbeStatistics.load(tmp_path / "odd.safetensors")

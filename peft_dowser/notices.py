@@ -1,0 +1,98 @@
+"""What the tuner says: warnings where something would else go unnoticed, and one line on what it has chosen."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Mapping
+
+import psutil
+import torch
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from .config import DowserConfig
+from .gate import adapted
+from .ranks import digest_of
+from .target import Target
+from .targets import layer_of
+
+logger = logging.getLogger(__name__)
+
+
+def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
+    """Say which keys of `ratio_pattern` name no target."""
+    matched = {get_pattern_key(list(config.ratio_pattern), name) for name in targets}
+    unmatched = sorted(set(config.ratio_pattern) - matched)
+    if unmatched:
+        warnings.warn(
+            f"The following ratio_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def report_bare_experts(fused: Mapping[str, Target]) -> None:
+    """Say that the default targets leave out the weights of experts, and how to include them."""
+    # What transformers marks as experts; other parameters of three dimensions may be anything.
+    fused = {name: target for name, target in fused.items() if hasattr(target.module, "is_transposed")}
+    if fused:
+        logger.warning(
+            "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "
+            "part of them as well, set target_parameters=%s.",
+            sum(target.numel for target in fused.values()) / 1e6,
+            sorted({name.removeprefix(layer_of(name) + ".") for name in fused}),
+        )
+
+
+def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
+    """Say once how many trained values a merge has rounded away."""
+    lost = sum(counts[0] for layer in vanished for counts in layer.values())
+    total = sum(counts[1] for layer in vanished for counts in layer.values())
+    if lost:
+        logger.warning(
+            "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
+            lost,
+            total,
+            100 * lost / total,
+        )
+
+
+def report_scale(model: nn.Module, adapter_name: str) -> None:
+    """Say that what is saved is the adapter as it was trained, not as it is scaled."""
+    scales = sorted({layer.scaling[adapter_name] for _, layer in adapted(model, adapter_name)} - {1.0})
+    if scales:
+        warnings.warn(
+            f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "
+            f"scaled, make an adapter of it: add_weighted_adapter(['{adapter_name}'], [1.0], 'NEW_NAME').",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def report_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target], seconds: float) -> None:
+    """One line on the choice; the digest is the same wherever the same weights train."""
+    if not logger.isEnabledFor(logging.INFO):
+        return
+    nnz = sum(mask.numel() for mask in masks.values())
+    numel = sum(targets[name].numel for name in masks)
+    logger.info(
+        "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s, peak memory %.2f GB, digest %s.",
+        nnz,
+        numel,
+        100 * nnz / numel,
+        len(masks),
+        seconds,
+        _peak_memory(next(iter(masks.values())).device) / 1e9,
+        digest_of(masks)[:12],
+    )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that were allocated at a time so far: on the GPU, or by the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # which Windows has not
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

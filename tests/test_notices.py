@@ -1,0 +1,32 @@
+"""The one line on a choice."""
+
+import hashlib
+import logging
+
+import pytest
+from helpers import config, tiny_llama
+from peft import get_peft_model
+
+from peft_dowser import DowserLayer
+
+
+def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="peft_dowser"):
+        model = get_peft_model(tiny_llama(), config(update_ratio=0.25))
+    (record,) = [record for record in caplog.records if record.message.startswith("Dowser trains")]
+    digest, total = hashlib.sha256(), 0
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer):
+            positions = layer.dowser_index["default"].positions
+            digest.update(f"{layer.module_name} {len(positions)} ".encode() + positions.numpy().tobytes())
+            total += layer.get_base_layer().weight.numel()
+    trained, _ = model.get_nb_trainable_parameters()
+    assert record.message.startswith(f"Dowser trains {trained} of {total} weights (25.00 %) in 14 modules; chosen in ")
+    assert record.message.endswith(f"digest {digest.hexdigest()[:12]}.")
+    gigabytes = float(record.message.split("peak memory ")[1].split(" GB")[0])
+    assert 0.05 < gigabytes < 100
+
+
+def test_nothing_is_hashed_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_dowser.notices.digest_of", lambda masks: pytest.fail("hashed"))
+    get_peft_model(tiny_llama(), config(score="random"))
