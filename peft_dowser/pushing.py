@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
-from transformers.utils import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin
 
 from .config import DowserConfig
 
