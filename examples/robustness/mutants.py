@@ -24,7 +24,8 @@ loaded with `PeftModel.from_pretrained` on a fresh model, used for a forward, an
 Mutants are tried in forked processes, eight in each. Where one dies or comes to harm, each of its eight is tried again
 in a process of its own, and only that counts. Dowser's adapter is tried twice: its manifest has a digest of the
 positions, which gives much of the damage away; without it, as in files of before manifests, the other checks have to
-hold. Needs Linux.
+hold. What a write outside a weight hits is chance, so where there are such writes, "accepted", "harmed" and "crashed"
+differ by a few from run to run. Needs Linux.
 """
 
 import argparse
@@ -143,10 +144,12 @@ def _in_process(folders: Sequence[Path], well_formed: Sequence[bool]) -> list[st
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        _limit_memory()
-        for folder, well in zip(folders, well_formed, strict=True):
-            os.write(writing, (outcome(folder, well) + "\n").encode())
-        os._exit(0)
+        try:
+            _limit_memory()
+            for folder, well in zip(folders, well_formed, strict=True):
+                os.write(writing, (outcome(folder, well) + "\n").encode())
+        finally:  # whatever corrupted memory makes of this process, it must not go on in the parent's place
+            os._exit(0)
     os.close(writing)
     text = b""
     while select.select([reading], [], [], SECONDS)[0]:
