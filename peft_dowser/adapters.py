@@ -21,6 +21,7 @@ from .manifest import base_sample, check_code, digest
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
+from .whole import foreign_tensors
 
 # More than any weight has: positions in such a one still fit 64 bits.
 _MOST_ENTRIES = 2**62
@@ -155,6 +156,9 @@ class SavedAdapter:
         for name in self.others:
             if problem := self._other_problem(base, name):
                 yield f"{self._where}: {problem}"
+        known = [name for name in self.others if name in base.tensors]
+        if problem := foreign_tensors(base.model, self.config, self.counts, known):
+            yield f"{self._where}: {problem}"
 
     def foreign(self, base: Checkpoint) -> list[str]:
         """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from typing import cast
 
 from peft import PeftConfig
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError, check_values
@@ -118,8 +119,19 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
     if any(layer.index(adapter_name).positions is not None for _, layer in layers):
         return  # an adapter that works, into which another state should have been loaded
     remove(model, adapter_name)
+    _unwrap_whole_modules(model, adapter_name)
     configs = cast(dict[str, PeftConfig], model.peft_config)
     configs.pop(adapter_name, None)
+
+
+def _unwrap_whole_modules(model: nn.Module, adapter_name: str) -> None:
+    """Take away what PEFT has put around modules of which an adapter trains all weights, or some tokens."""
+    for name, wrapper in list(model.named_modules()):
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
+            wrapper.delete_adapter(adapter_name, [other for other in wrapper.active_adapters if other != adapter_name])
+            if not wrapper._adapters:
+                path, _, child = name.rpartition(".")
+                setattr(model.get_submodule(path), child, wrapper.original_module)
 
 
 def remove(model: nn.Module, adapter_name: str) -> None:

@@ -110,8 +110,9 @@ def base_sample(weight: Tensor) -> str | None:
         return None
     numel = weight.numel()
     at = [(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)]
-    flat = weight.detach().view(-1)
-    sample = flat[torch.tensor(at, device=flat.device)].float().cpu()
+    # Not through a flat view, which a weight that is stored transposed does not have.
+    entries = torch.unravel_index(torch.tensor(at, device=weight.device), weight.shape)
+    sample = weight.detach()[entries].float().cpu()
     return sample.contiguous().view(torch.uint8).numpy().tobytes().hex()
 
 

@@ -38,6 +38,7 @@ from .storage import backend_of
 from .target import Target
 from .targets import fused_parameters, resolve_targets
 from .tied import Tied
+from .whole import check_whole_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -414,6 +415,7 @@ class DowserModel(BaseTuner):
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
         try:
             check_file(model, adapter_name, remapped)
+            check_whole_tensors(model, adapter_name, config, remapped, f"Adapter '{adapter_name}'")
         except DeltaFormatError:
             withdraw(model, adapter_name)
             _thaw(model)

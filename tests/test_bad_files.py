@@ -28,7 +28,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from peft_dowser import DeltaFormatError, codec
+from peft_dowser import DeltaFormatError, codec, merging
 from peft_dowser.codec import encode
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -189,6 +189,22 @@ ROWS = [
         settings(lambda c: c["nnz_pattern"].__setitem__("nope", 3)),
         "has values for 1 modules that are no targets in this model: 'nope'",
     ),
+    (
+        "32 a weight of the base",
+        tensors(lambda t: t | {"base_model.model.head.weight": torch.ones(4, 12)}),
+        r"has 1 tensors that the adapter does not train: 'base_model\.model\.head\.weight'\. Loading them",
+    ),
+    (
+        "32 the weight under a delta",
+        tensors(lambda t: t | {f"{UP}.base_layer.weight": torch.ones(20, 12)}),
+        r"has 1 tensors that the adapter does not train: 'base_model\.model\.up\.base_layer\.weight'",
+    ),
+    (
+        "32 biases that do not train",
+        tensors(lambda t: t | {f"{UP}.base_layer.bias": torch.ones(20)}),
+        r"has 1 tensors that the adapter does not train: 'base_model\.model\.up\.base_layer\.bias'",
+    ),
+    ("33 a tensor of nothing", tensors(lambda t: t | {"x": torch.ones(1)}), "has 1 tensors that the adapter does not"),
     ("40 a wrong setting", settings(lambda c: c | {"update_ratio": "0.1"}), "update_ratio must be a number"),
 ]
 
@@ -241,6 +257,59 @@ def test_a_bad_checkpoint_is_no_state_to_resume_from(damage: Callable, message: 
     else:  # what only the config or its manifest gives away is a valid state of this adapter
         assert bool(model(X).isfinite().all())
     assert untouched.weights_are_equal()
+
+
+def test_a_module_to_save_brings_its_copy_and_not_the_original(tmp_path: Path) -> None:
+    saved(tmp_path, modules_to_save=["head"])
+    load(Small(), tmp_path)
+    original = "base_model.model.head.original_module.weight"
+    edit_tensors(tmp_path, lambda found: found | {original: torch.ones(4, 12)})
+    base = Small()
+    untouched = Untouched(base)
+    with pytest.raises(DeltaFormatError, match=f"does not train: '{re.escape(original)}'"):
+        load(base, tmp_path)
+    assert untouched.holds()
+
+
+def test_a_bad_second_adapter_with_a_whole_module_leaves_that_of_the_first(tmp_path: Path) -> None:
+    settings = {"score": "random", "target_modules": ["up", "down"], "task_type": None, "modules_to_save": ["head"]}
+    saved(tmp_path, modules_to_save=["head"])
+    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES] * float("nan")})
+    model = get_peft_model(Small(), config(**settings)).eval()
+    set_values(model)
+    expected, untouched = model(X), Untouched(model)
+    with pytest.raises(DeltaFormatError, match="values that are not finite"):
+        model.load_adapter(tmp_path, "loaded")
+    assert untouched.holds()
+    assert torch.equal(model(X), expected)
+
+
+def test_a_bad_adapter_with_trained_tokens_leaves_the_embeddings(tmp_path: Path) -> None:
+    model = get_peft_model(
+        tiny_llama(layers=1), config(score="random", target_modules=["q_proj"], trainable_token_indices=[5, 9])
+    )
+    model.save_pretrained(tmp_path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.dowser_values.weight"
+    edit_tensors(tmp_path, lambda found: found | {key: found[key] + float("inf")})
+    base = tiny_llama(layers=1)
+    untouched = Untouched(base)
+    with pytest.raises(DeltaFormatError, match="values that are not finite"):
+        load(base, tmp_path)
+    assert untouched.holds()
+
+
+def test_a_merge_of_files_takes_no_other_weights(tmp_path: Path) -> None:
+    base = tiny_llama(layers=1)
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(score="random", target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path / "adapter")
+    edit_tensors(
+        tmp_path / "adapter", lambda found: found | {"base_model.model.model.norm.weight": torch.full((32,), 7.0)}
+    )
+    message = r"Adapter '.*': the file has 1 tensors that the adapter does not train: 'model\.norm\.weight'"
+    with pytest.raises(DeltaFormatError, match=message):
+        merging.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
+    assert not (tmp_path / "merged").exists()
 
 
 # transformers reads module by module and asks no tuner: an adapter that is not whole must not compute anything

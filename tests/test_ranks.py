@@ -49,6 +49,18 @@ def train_alone() -> list[float]:
     return losses
 
 
+def accumulated_alone() -> dict[str, torch.Tensor]:
+    """The values of one process that takes the ranks' parts of every batch one after the other."""
+    model = get_peft_model(tiny_llama(), config(seed=0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(4):
+        optimizer.zero_grad()
+        for batch in torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(step)).chunk(2):
+            (model(input_ids=batch, labels=batch).loss / 2).backward()
+        optimizer.step()
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def test_two_ranks_have_one_mask_and_the_losses_of_one_process(tmp_path: Path) -> None:
     first, second = on_ranks(train, tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first["codes"], second["codes"], strict=True))
@@ -57,6 +69,9 @@ def test_two_ranks_have_one_mask_and_the_losses_of_one_process(tmp_path: Path) -
     assert not any("dowser" in name for name in first["sent"])
     assert all(torch.equal(value, second["values"][name]) for name, value in first["values"].items())
     torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(train_alone()), rtol=1e-4, atol=1e-5)
+    # Half of (a + b) and half of a plus half of b are the same bits.
+    expected = accumulated_alone()
+    assert all(torch.equal(value, expected[name]) for name, value in first["values"].items())
 
 
 PARTS = {"num_probes": 5, "probe_batch_size": 1}

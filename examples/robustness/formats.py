@@ -1,0 +1,193 @@
+"""How SHiRA, Super-Tuning and Dowser save an adapter of one small model, and which of their files are well-formed."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from peft_dowser import DowserConfig
+
+FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+TARGETS = ["up", "down"]
+# Entries before and after every weight that belong to nobody.
+MARGIN = 64
+WIDTHS = {"up": 12, "down": 20}
+NUMEL = 240
+
+
+class Small(nn.Module):
+    """Two linear layers that are adapted and one that is not; their weights lie in the middle of larger memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 4)
+        generator = torch.Generator().manual_seed(0)
+        self.memory = []
+        for layer in (self.up, self.down, self.head):
+            memory = torch.randn(layer.weight.numel() + 2 * MARGIN, generator=generator)
+            self.memory.append(memory)
+            layer.weight = nn.Parameter(memory[MARGIN:-MARGIN].view(layer.weight.shape))
+            layer.bias.data.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.down(self.up(x).relu()))
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a method saves its adapters.
+
+    Attributes:
+        config: makes a config of it, for about a tenth of the weights.
+        values: end of the names of its values.
+        index: end of the names of its positions.
+        write: the tensor of positions of a weight of so many columns, also of impossible ones.
+        read: its inverse; None where a tensor holds no positions. Whole numbers of any dtype are positions.
+        ordered: whether positions must increase.
+        digests: whether the config holds digests of the positions.
+    """
+
+    config: Callable[[], PeftConfig]
+    values: str
+    index: str
+    write: Callable[[list[int], int], Tensor]
+    read: Callable[[Tensor, int], list[int] | None]
+    ordered: bool = False
+    digests: bool = False
+
+    def save(self, folder: Path) -> None:
+        """An adapter of `Small`, with values as if it had been trained."""
+        model = get_peft_model(Small(), self.config())
+        generator = torch.Generator().manual_seed(1)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(folder)
+        settings = json.loads((folder / CONFIG).read_text())
+        if "manifest" in settings and not self.digests:
+            del settings["manifest"]
+            (folder / CONFIG).write_text(json.dumps(settings))
+
+    def is_well_formed(self, path: Path, original: dict[str, Tensor]) -> bool:
+        """Whether a file could have been saved by the method, for other positions and values perhaps."""
+        try:
+            found = load_file(path)
+        except SafetensorError:
+            return False
+        return found.keys() == original.keys() and all(
+            self._values_are_well_formed(found[_key(module, self.values)], original[_key(module, self.values)])
+            and self._index_is_well_formed(found[_key(module, self.index)], original[_key(module, self.index)], module)
+            for module in TARGETS
+        )
+
+    @staticmethod
+    def _values_are_well_formed(found: Tensor, original: Tensor) -> bool:
+        same_kind = found.is_floating_point() and found.shape == original.shape
+        return same_kind and bool(found.double().isfinite().all())
+
+    def _index_is_well_formed(self, found: Tensor, original: Tensor, module: str) -> bool:
+        if found.shape != original.shape or found.dtype == torch.bool or not bool(found.double().isfinite().all()):
+            return False
+        if self.digests and not (found.dtype == original.dtype and torch.equal(found, original)):
+            return False
+        positions = self.read(found, WIDTHS[module])
+        if positions is None or (self.ordered and positions != sorted(positions)):
+            return False
+        return len(set(positions)) == len(positions) and all(0 <= position < NUMEL for position in positions)
+
+
+def _key(module: str, end: str) -> str:
+    return f"base_model.model.{module}.{end}"
+
+
+def keys_of(form: Format, module: str) -> tuple[str, str]:
+    """Names of a module's values and positions."""
+    return _key(module, form.values), _key(module, form.index)
+
+
+def _write_pairs(positions: list[int], width: int) -> Tensor:
+    """Rows and columns; of a position outside the weight, either the row (even ones) or the column is impossible."""
+    last = NUMEL // width - 1
+    rows = [min(max(at // width, 0), last) if at % 2 else at // width for at in positions]
+    columns = [at - row * width for at, row in zip(positions, rows, strict=True)]
+    return torch.tensor([rows, columns], dtype=torch.int32)
+
+
+def _read_pairs(index: Tensor, width: int) -> list[int] | None:
+    rows, columns = index.double().tolist()
+    if not all(number.is_integer() for number in (*rows, *columns)) or not all(0 <= at < width for at in columns):
+        return None
+    return [int(row) * width + int(column) for row, column in zip(rows, columns, strict=True)]
+
+
+def _write_flat(positions: list[int], width: int) -> Tensor:
+    return torch.tensor(positions, dtype=torch.int32)
+
+
+def _read_flat(index: Tensor, width: int) -> list[int] | None:
+    numbers = index.double().tolist()
+    return [int(number) for number in numbers] if all(number.is_integer() for number in numbers) else None
+
+
+# Dowser's index code (peft_dowser/FORMAT.md) for 24 of 240 weights: 3 low bits of each position, then the high parts.
+LOW_BITS, LOW_BYTES, HIGH_BYTES = 3, 9, 7
+
+
+def _write_code(positions: list[int], width: int) -> Tensor:
+    """The code of these positions; of impossible ones, whatever bits they would set."""
+    low = sum((at & 7) << LOW_BITS * number for number, at in enumerate(positions[:24]))
+    high = 0
+    for number, at in enumerate(positions):
+        bit = (at >> LOW_BITS) + number
+        high |= 1 << bit if 0 <= bit < 8 * HIGH_BYTES else 0
+    packed = low.to_bytes(LOW_BYTES, "little") + high.to_bytes(HIGH_BYTES, "little")
+    return torch.tensor(list(packed), dtype=torch.uint8)
+
+
+def _read_code(code: Tensor, width: int) -> list[int] | None:
+    if code.dtype != torch.uint8 or code.shape != (LOW_BYTES + HIGH_BYTES,):
+        return None
+    packed = bytes(code.tolist())
+    low, high = (int.from_bytes(part, "little") for part in (packed[:LOW_BYTES], packed[LOW_BYTES:]))
+    ones = [bit for bit in range(8 * HIGH_BYTES) if high >> bit & 1]
+    if len(ones) != 24:
+        return None
+    return [((one - number) << LOW_BITS) + (low >> LOW_BITS * number & 7) for number, one in enumerate(ones)]
+
+
+def _dowser(digests: bool) -> Format:
+    return Format(
+        config=lambda: DowserConfig(update_ratio=0.1, score="random", target_modules=TARGETS),
+        values="dowser_values.weight",
+        index="dowser_index.code",
+        write=_write_code,
+        read=_read_code,
+        ordered=True,
+        digests=digests,
+    )
+
+
+FORMATS = {
+    "SHiRA": Format(
+        config=lambda: ShiraConfig(r=1, random_seed=0, target_modules=TARGETS),
+        values="shira_weight",
+        index="shira_indices",
+        write=_write_pairs,
+        read=_read_pairs,
+    ),
+    "Super-Tuning": Format(
+        config=lambda: SupertuningConfig(sparsity=0.9, target_modules=TARGETS),
+        values="supertuning_values",
+        index="supertuning_indices",
+        write=_write_flat,
+        read=_read_flat,
+    ),
+    "Dowser": _dowser(digests=True),
+    "Dowser, its digests removed": _dowser(digests=False),
+}
