@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from accelerate import cpu_offload
 from datasets import Dataset
 from groups import on_ranks
 from helpers import config, set_values, tiny_llama
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
@@ -860,6 +862,8 @@ OTHERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("family", OTHERS)
 def test_other_families_are_adapted_alike(family: str) -> None:
+    if family in ("granitemoe", "jamba") and Version(transformers.__version__) < Version("5.15"):
+        pytest.skip("transformers calls these experts otherwise before 5.15, or cannot run this model")
     kind, settings, changes = OTHERS[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
