@@ -19,7 +19,7 @@ from .codec import code_length, position_dtype
 from .config import DowserConfig
 from .masks import trained_count
 from .selection import ratio_of
-from .targets import layer_of, resolve_targets
+from .targets import fused_parameters, layer_of, resolve_targets
 
 # State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
 # values, two float32 scales (tensors below 4096 values stay in float32).
@@ -107,16 +107,20 @@ def plan(
     name = model if isinstance(model, str) else known.name_or_path or type(known).__name__
     known.use_cache = False
     with FakeTensorMode():
-        skeleton = model_class(known, name)._from_config(known, dtype=getattr(torch, dtype))
+        build = model_class(known, name)._from_config
+        skeleton = build(known, dtype=getattr(torch, dtype))
+        if fused_parameters(skeleton):  # grouped products of fake tensors are in bfloat16 only
+            skeleton = build(known, dtype=torch.bfloat16)
         targets = resolve_targets(skeleton, config)
         matrices = [matrix for target in targets.values() for matrix in target.matrices()]
         features = [matrix.features for matrix in matrices]
         used = sum(target.numel * target.uses_per_token / len(target.matrices()) for target in targets.values())
         trained = [target.tensor_name for target in targets.values()]
-        kept = kept_bytes(skeleton, trained, batch, tokens, checkpointing=False)
+        width = _DTYPE_BYTES[dtype]
+        kept = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=False)
         activations, recomputed = kept, 0
         if gradient_checkpointing:
-            activations = kept_bytes(skeleton, trained, batch, tokens, checkpointing=True)
+            activations = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=True)
             recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
     numels = {key: target.numel for key, target in targets.items()}
     counts = dict.fromkeys(targets, 0)
@@ -154,7 +158,9 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
     return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
 
 
-def kept_bytes(model: PreTrainedModel, trained: Iterable[str], batch: int, tokens: int, checkpointing: bool) -> int:
+def kept_bytes(
+    model: PreTrainedModel, trained: Iterable[str], batch: int, tokens: int, size: int, checkpointing: bool
+) -> int:
     """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
 
     Args:
@@ -162,6 +168,7 @@ def kept_bytes(model: PreTrainedModel, trained: Iterable[str], batch: int, token
         trained: names of the weights that have gradients: the inputs that each is multiplied with are kept for that.
         batch: examples.
         tokens: tokens of an example.
+        size: bytes of an entry of what the model keeps in its own dtype.
         checkpointing: with gradient checkpointing.
     """
     model.train().requires_grad_(False)
@@ -173,20 +180,21 @@ def kept_bytes(model: PreTrainedModel, trained: Iterable[str], batch: int, token
         enable({"use_reentrant": True})
         model.enable_input_require_grads()
     owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.UntypedStorage] = {}
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         # Fake tensors always bring a causal mask along, where fused attention is just told to be causal.
         if storage._cdata not in owned and tensor.shape != (batch, 1, tokens, tokens):
-            kept[storage._cdata] = storage
+            count = storage.nbytes() // tensor.element_size()
+            kept[storage._cdata] = storage, count * (size if tensor.dtype == model.dtype else tensor.element_size())
         return tensor
 
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
     inputs = {"input_ids": ids, "labels": ids} if model.can_generate() else {"input_ids": ids}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)
-    return sum(storage.nbytes() for storage in kept.values())
+    return sum(count for _, count in kept.values())
 
 
 def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:

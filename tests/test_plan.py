@@ -8,6 +8,7 @@ import torch
 from helpers import config, tiny_llama
 from peft import get_peft_model
 from torch import nn
+from transformers import Qwen3MoeConfig
 
 from peft_dowser import DowserConfig, DowserLayer, probe
 from peft_dowser.commandline import main
@@ -83,10 +84,20 @@ def test_planned_activations_are_what_autograd_keeps(dtype: str) -> None:
     assert found.activations == sum(storage.nbytes() for key, storage in kept.items() if key not in owned)
 
 
+def test_experts_are_planned_in_every_dtype() -> None:
+    settings = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    settings |= {"num_experts": 4, "num_experts_per_tok": 2, "hidden_size": 64, "moe_intermediate_size": 32}
+    experts = Qwen3MoeConfig(vocab_size=128, intermediate_size=128, architectures=["Qwen3MoeForCausalLM"], **settings)
+    chosen = config(target_parameters=["mlp.experts.gate_up_proj"])
+    narrow, wide = (plan(experts, chosen, dtype=dtype) for dtype in ("bfloat16", "float32"))
+    assert wide.weights == 2 * narrow.weights
+    assert narrow.activations < wide.activations < 2 * narrow.activations
+
+
 def test_gradient_checkpointing_keeps_the_inputs_of_the_layers() -> None:
     found = plan(architecture(), config(), dtype="float32", batch=2, tokens=12, gradient_checkpointing=True)
     model = tiny_llama()
-    assert found.activations == kept_bytes(model, ["model.layers.0.mlp.up_proj.weight"], 2, 12, checkpointing=True)
+    assert found.activations == kept_bytes(model, ["model.layers.0.mlp.up_proj.weight"], 2, 12, 4, checkpointing=True)
     without = plan(architecture(), config(), dtype="float32", batch=2, tokens=12)
     assert found.activations < without.activations / 3
     # One layer of the two is recomputed at a time.
