@@ -190,6 +190,7 @@ def test_a_mask_does_not_depend_on_the_block(
     assert_positions(select_rows(scores(kind), 5, largest), np.concatenate(rows))
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # as torch said before 2.13
 @pytest.mark.parametrize(("largest", "bound"), [(False, 0.5), (True, 1.5)])
 def test_selecting_takes_no_sort_and_no_array_of_64_bit_integers(largest: bool, bound: float, tmp_path: Path) -> None:
     score = torch.rand(4096, 4096, generator=torch.Generator().manual_seed(0))

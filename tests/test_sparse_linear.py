@@ -527,6 +527,7 @@ def test_training_works_after_inference_mode_made_the_buffer(dtype: torch.dtype,
 # Inside torch
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # of the checks of torch 2.14
 @over_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_passes_torchs_own_checks(transposed: bool, dtype: torch.dtype) -> None:
