@@ -1,4 +1,4 @@
-"""The one line on a choice."""
+"""What is said: one line on a choice, and a bar where transformers shows its own."""
 
 import hashlib
 import logging
@@ -6,6 +6,7 @@ import logging
 import pytest
 from helpers import config, tiny_llama
 from peft import get_peft_model
+from transformers.utils import logging as bars
 
 from peft_dowser import DowserLayer
 
@@ -30,3 +31,17 @@ def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 def test_nothing_is_hashed_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_dowser.notices.digest_of", lambda masks: pytest.fail("hashed"))
     get_peft_model(tiny_llama(), config(score="random"))
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_the_bar_of_a_probe_is_silent_where_those_of_transformers_are(
+    shown: bool, capfd: pytest.CaptureFixture
+) -> None:
+    (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
+    try:
+        get_peft_model(tiny_llama(), config())
+    finally:
+        bars.enable_progress_bar()
+    out, err = capfd.readouterr()
+    assert ("Probing" in err) == shown
+    assert out == ""

@@ -105,6 +105,21 @@ def test_autocast_trains_float32_values() -> None:
         assert parameter.grad.abs().sum() > 0
 
 
+def test_a_float16_base_trains_with_a_gradient_scaler() -> None:
+    model = get_peft_model(tiny_llama(torch.float16), config(score="random"))
+    before = {name: parameter.detach().clone() for name, parameter in values_of(model).items()}
+    optimizer, scaler = torch.optim.AdamW(values_of(model).values(), lr=1e-3), torch.amp.GradScaler("cpu")
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(input_ids=BATCH, labels=BATCH).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)  # refuses gradients in float16
+    scaler.step(optimizer)
+    scaler.update()
+    for name, parameter in values_of(model).items():
+        assert parameter.dtype == torch.float32
+        assert parameter.isfinite().all() and not torch.equal(parameter, before[name])
+
+
 def test_two_active_adapters_both_get_their_gradient() -> None:
     model = get_peft_model(tiny_llama(torch.float64), config(update_ratio=0.3)).double()
     model.add_adapter("other", config(score="random", update_ratio=0.3))
