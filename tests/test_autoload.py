@@ -29,6 +29,7 @@ def adapter(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
+@pytest.mark.slow
 def test_peft_reads_an_adapter_without_the_import_while_enabled(
     adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -46,6 +47,7 @@ def test_peft_reads_an_adapter_without_the_import_while_enabled(
     assert "KeyError: 'DOWSER'" in run(load, site).stderr
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_peft_and_a_look_up_changes_nothing(tmp_path: Path) -> None:
     autoload.main(["enable", "--folder", str(tmp_path)])
     code = """

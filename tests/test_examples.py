@@ -20,6 +20,7 @@ import run  # noqa: E402
 import training_step  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_quickstart_prints_its_table(tmp_path: Path) -> None:
     arguments = ["--steps", "2", "--output", str(tmp_path)]
     done = subprocess.run(

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from helpers import tiny_llama
 from hub import hub
 
@@ -37,6 +38,7 @@ assert torch.equal(AutoModelForCausalLM.from_pretrained(sys.argv[1])(input_ids=i
 """
 
 
+@pytest.mark.slow
 def test_a_round_trip(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "base")
     with hub() as server:

@@ -19,6 +19,7 @@ import mutations  # noqa: E402
 SAFE = {"refused", "well-formed"}
 
 
+@pytest.mark.slow
 def test_dowser_refuses_what_is_malformed_and_the_counts_are_kept(tmp_path: Path) -> None:
     arguments = ["--mutants", str(len(mutations.MUTATIONS)), "--output", str(tmp_path / "mutants.json")]
     done = subprocess.run(

@@ -21,7 +21,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY_LLAVA = EXAMPLES / "tiny_llava"
 HAS_BITSANDBYTES = find_spec("bitsandbytes") is not None
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # TRL's and transformers' own
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]  # TRL's and transformers' own warnings
 
 Run = Callable[..., None]
 
