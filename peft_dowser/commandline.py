@@ -1,8 +1,4 @@
-"""The command line of `peft-dowser`.
-
-It is installed as `peft_dowser_cli` too, outside of the package: so `--help`, and a mistake in the options, need not
-wait for the import of torch.
-"""
+"""The options of `peft-dowser`; `launcher` reads them before anything else is imported."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,5 +1,6 @@
 """The command: what it writes, what it prints, and one line for every mistake of the user's."""
 
+import importlib
 import importlib.metadata
 import json
 import math
@@ -14,7 +15,7 @@ from helpers import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
-from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, commandline, extract, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
 from peft_dowser.commandline import main
 
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
@@ -373,21 +374,20 @@ def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None
 )
 def test_the_command_line_is_read_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
     heavy = {"matplotlib", "numpy", "peft", "peft_dowser", "safetensors", "torch", "transformers"}
-    script = f"""
-import runpy, sys
-main = runpy.run_path({commandline.__file__!r})["main"]
+    (script,) = importlib.metadata.entry_points(group="console_scripts", name="peft-dowser")
+    program = f"""
+import importlib, sys
+sys.argv[1:] = {arguments}
 try:
-    main({arguments})
+    importlib.import_module({script.module!r}).main()
 except SystemExit as exit:
     print(exit.code, sorted({heavy} & set(sys.modules)))
 """
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == f"{code} []"
 
 
-def test_the_console_script_is_the_light_one() -> None:
-    (script,) = importlib.metadata.entry_points(group="console_scripts", name="peft-dowser")
-    assert script.value == "peft_dowser_cli:main"
-    installed = Path(sys.modules[script.load().__module__].__file__)
-    written = Path(commandline.__file__)
-    assert installed.read_text() == written.read_text(), "the installed command line is older: pip install -e . again"
+def test_the_launcher_is_the_one_of_this_release() -> None:
+    installed = importlib.import_module("peft_dowser_cli").__file__
+    written = Path(__file__).parent.parent / "peft_dowser" / "launcher.py"
+    assert Path(installed).read_text() == written.read_text(), "an older one is installed: pip install -e . again"
