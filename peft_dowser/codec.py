@@ -10,6 +10,8 @@ Two layouts, chosen by size alone, so that `(numel, nnz)` fixes the length in by
 Bits are numbered from the least significant bit of the first byte. Everything runs on the device of its input.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -110,8 +112,8 @@ def check_values(values: Tensor, nnz: int) -> None:
             f"expected {nnz} floating-point values, the file has {values.dtype} of shape {tuple(values.shape)}; the "
             "adapter in the file was made with another update_ratio or base model"
         )
-    # The sum first, in one pass: with a NaN or an infinity among its terms it is not finite.
-    if not bool(torch.isfinite(values.sum(dtype=torch.float64))) and not bool(torch.isfinite(values).all()):
+    # The sum first, in one pass: with a NaN or an infinity among its terms it is not finite. Large terms may overflow.
+    if not math.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
         raise DeltaFormatError("the file has values that are not finite")
 
 

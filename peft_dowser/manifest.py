@@ -3,6 +3,7 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -108,12 +109,15 @@ def base_sample(weight: Tensor) -> str | None:
     """
     if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
-    numel = weight.numel()
-    at = [(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)]
     # Not through a flat view, which a weight that is stored transposed does not have.
-    entries = torch.unravel_index(torch.tensor(at, device=weight.device), weight.shape)
-    sample = weight.detach()[entries].float().cpu()
-    return sample.contiguous().view(torch.uint8).numpy().tobytes().hex()
+    sample = weight.detach().take(_sampled(weight.numel()).to(weight.device)).float().cpu()
+    return sample.numpy().tobytes().hex()
+
+
+@cache
+def _sampled(numel: int) -> Tensor:
+    """Where in a weight of `numel` entries the sample is taken."""
+    return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
 
 
 def is_sample(text: Any) -> bool:
