@@ -36,6 +36,7 @@ def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
     """Train the active adapter on one task."""
     batch = 16
     arguments = SFTConfig(
+        output_dir=options.folder,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
         per_device_train_batch_size=batch,
@@ -81,8 +82,8 @@ def main() -> None:
 
     base = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
     config = DowserConfig(update_ratio=options.update_ratio, task_type="CAUSAL_LM")
-    with tempfile.TemporaryDirectory() as folder:
-        config.statistics = f"{folder}/statistics.safetensors"
+    with tempfile.TemporaryDirectory() as options.folder:
+        config.statistics = f"{options.folder}/statistics.safetensors"
         probe(base, config).save(config.statistics)
         for title, adapters in (("an adapter per task", list(NEW)), ("one adapter", ["all"] * len(NEW))):
             model = get_peft_model(base, config, adapter_name=adapters[0])
