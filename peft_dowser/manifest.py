@@ -142,6 +142,12 @@ def same_base(one: str, other: str) -> bool:
     return mixed and torch.allclose(a, b, rtol=2**-7, atol=2**-24)
 
 
+def unlike_samples(then: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+    """Names in `now` whose sample is of another weight than that in `then`; where either is unknown nothing is said."""
+    pairs = ((name, then.get(name), sample) for name, sample in now.items())
+    return [name for name, old, new in pairs if old is not None and new is not None and not same_base(old, new)]
+
+
 def _numbers(sample: str) -> Tensor:
     return torch.frombuffer(bytearray.fromhex(sample), dtype=torch.float32)
 

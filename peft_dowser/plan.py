@@ -109,7 +109,7 @@ def plan(
     with FakeTensorMode():
         build = model_class(known, name)._from_config
         skeleton = build(known, dtype=getattr(torch, dtype))
-        if fused_parameters(skeleton):  # grouped products of fake tensors are in bfloat16 only
+        if dtype != "bfloat16" and fused_parameters(skeleton):  # grouped products of fake tensors are in bfloat16 only
             skeleton = build(known, dtype=torch.bfloat16)
         targets = resolve_targets(skeleton, config)
         matrices = [matrix for target in targets.values() for matrix in target.matrices()]

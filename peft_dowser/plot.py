@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,12 +78,16 @@ def delta_map(adapter: str | Path) -> Figure:
         ValueError: as `inspect`.
         OSError: as `inspect`.
     """
-    rows = inspect(adapter)["modules"]
+    return norm_map(inspect(adapter)["modules"])
+
+
+def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
+    """`delta_map` of what `inspect` found of the modules of an adapter."""
     return _maps(
         {
-            "norm of the delta": {row["module"]: row["delta_norm"] for row in rows},
+            "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
             "root mean square of the values": {
-                row["module"]: row["delta_norm"] / math.sqrt(max(1, row["trained"])) for row in rows
+                row["module"]: row["delta_norm"] / math.sqrt(max(1, row["trained"])) for row in modules
             },
         }
     )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .codec import DeltaFormatError
 from .gate import CODE, PREFIX, VALUES, adapted, few, named
-from .manifest import entry, is_sample, manifest, same_base
+from .manifest import entry, is_sample, manifest, unlike_samples
 from .statistics import ProbeStatistics
 
 
@@ -64,8 +64,7 @@ def check_shapes(saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
 
 def unlike(saved: Mapping[str, Any], samples: Mapping[str, str | None]) -> list[str]:
     """The modules whose weight is not the one that the adapter was made for, in whatever float dtype either is."""
-    pairs = ((name, saved["modules"][name].get("base_sample"), sample) for name, sample in samples.items())
-    return [name for name, then, now in pairs if then is not None and now is not None and not same_base(then, now)]
+    return unlike_samples({name: saved["modules"][name].get("base_sample") for name in samples}, samples)
 
 
 def other_base(modules: Collection[str], of: int, where: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .inspection import inspect
-from .plot import delta_map, importance_map, mask_density
+from .plot import importance_map, mask_density, norm_map
 from .statistics import ProbeStatistics
 
 if TYPE_CHECKING:  # where it is missing, `plot` says what to install
@@ -70,7 +70,7 @@ def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]
     most = max(modules, key=lambda row: row["delta_norm"])["module"]
     yield _section(
         "Where training moved the weights",
-        _picture(delta_map(adapter), "Norm and root mean square of the values of every module; log scale where wide."),
+        _picture(norm_map(modules), "Norm and root mean square of the values of every module; log scale where wide."),
     )
     yield _section(
         "Which rows and columns train",

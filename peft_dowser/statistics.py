@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .manifest import is_sample, same_base
+from .manifest import is_sample, unlike_samples
 
 _FORMAT = "peft_dowser.statistics"
 _VERSION = 1
@@ -121,8 +121,7 @@ class ProbeStatistics:
 
     def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
         """The weights that are not those that were probed, in whatever float dtype either is, by name."""
-        pairs = ((name, self.samples.get(name), sample) for name, sample in samples.items())
-        return [name for name, then, now in pairs if then is not None and now is not None and not same_base(then, now)]
+        return unlike_samples(self.samples, samples)
 
 
 def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> ModuleStatistics | None:

@@ -3,6 +3,7 @@
 import json
 import random
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,27 +13,9 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-MARGIN = 64
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "robustness"))
 
-
-class Small(nn.Module):
-    """Two linear layers whose weights lie in the middle of larger memory, and one that no adapter touches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 4)
-        generator = torch.Generator().manual_seed(0)
-        self.memory = []
-        for layer in (self.up, self.down, self.head):
-            memory = torch.randn(layer.weight.numel() + 2 * MARGIN, generator=generator)
-            self.memory.append(memory)
-            layer.weight = nn.Parameter(memory[MARGIN:-MARGIN].view(layer.weight.shape))
-            layer.bias.data.zero_()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.down(self.up(x).relu()))
-
+from formats import CONFIG, FILE, Small
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+README = Path(__file__).parents[2] / "README.md"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -111,6 +112,12 @@ def report(name: str, results: Any, output: Path | None) -> None:
     print(text)
     if output is not None:
         output.write_text(text + "\n")
+
+
+def into_readme(text: str, begin: str, end: str) -> None:
+    """Put a text into the project's README in the place of what is between two markers."""
+    before, _, rest = README.read_text().partition(begin)
+    README.write_text(before + begin + text + end + rest.partition(end)[2])
 
 
 def machine() -> dict[str, Any]:

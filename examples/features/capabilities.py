@@ -10,6 +10,7 @@ a no. bitsandbytes must be installed for the row of quantized bases.
 import argparse
 import copy
 import logging
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -46,7 +47,10 @@ from transformers import (
 import peft_dowser
 from peft_dowser import DowserConfig
 
-README = Path(__file__).parents[2] / "README.md"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from measure import into_readme
+
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->"
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 TARGETS = ["q_proj", "down_proj"]
@@ -437,8 +441,7 @@ def main() -> None:
     found = table(CAPABILITIES)
     print(found)
     if options.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(before + BEGIN + found + END + rest.partition(END)[2])
+        into_readme(found, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -53,9 +53,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import report
+from measure import into_readme, report
 
-README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- mutants -->\n", "<!-- /mutants -->"
 OUTCOMES = ("refused", "half-way", "late", "unclear", "accepted", "harmed", "crashed", "well-formed")
 WARNED = "accepted with a warning"
@@ -234,8 +233,7 @@ def main() -> None:
     found = table(results)
     print(found)
     if options.readme:
-        before, _, rest = README.read_text().partition(BEGIN)
-        README.write_text(before + BEGIN + found + END + rest.partition(END)[2])
+        into_readme(found, BEGIN, END)
 
 
 if __name__ == "__main__":
