@@ -1,18 +1,14 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
-import warnings
 from collections.abc import Collection, Mapping
 from typing import cast
 
-from peft import PeftConfig
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError, check_values
-from .experts import FusedParameter
 from .layer import DowserLayer
+from .state import Values
 from .target import Target
-from .tied import Tied
 
 # How a saved adapter calls the tensors of a module: its values and its index code.
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
@@ -104,6 +100,27 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
         )
 
 
+def check_loaded(model: nn.Module, adapter_name: str) -> bool:
+    """Refuse an adapter of which a part was loaded.
+
+    Returns:
+        Whether it was loaded as a whole; False where none of its tensors was.
+    """
+    missing, loaded = [], 0
+    for name, layer in adapted(model, adapter_name):
+        has_values = not cast(Values, layer.dowser_values[adapter_name]).awaited
+        has_code = layer.index(adapter_name).positions is not None
+        missing += [f"{name}{part}" for part, found in ((VALUES, has_values), (CODE, has_code)) if not found]
+        loaded += has_values + has_code
+    if loaded and missing:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}': {len(missing)} of {loaded + len(missing)} Dowser tensors were not loaded: "
+            f"{few(missing)}. The file lacks them, or has them in another shape; it is incomplete, or belongs to "
+            "another adapter or base model."
+        )
+    return loaded > 0
+
+
 def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
     """The layers that carry an adapter, with their names in the model."""
     return [
@@ -111,54 +128,6 @@ def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
     ]
-
-
-def withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter that could not be loaded out of the model again."""
-    layers = adapted(model, adapter_name)
-    if any(layer.index(adapter_name).positions is not None for _, layer in layers):
-        return  # an adapter that works, into which another state should have been loaded
-    remove(model, adapter_name)
-    _unwrap_whole_modules(model, adapter_name)
-    configs = cast(dict[str, PeftConfig], model.peft_config)
-    configs.pop(adapter_name, None)
-
-
-def _unwrap_whole_modules(model: nn.Module, adapter_name: str) -> None:
-    """Take away what PEFT has put around modules of which an adapter trains all weights, or some tokens."""
-    for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
-            wrapper.delete_adapter(adapter_name, [other for other in wrapper.active_adapters if other != adapter_name])
-            if not wrapper._adapters:
-                path, _, child = name.rpartition(".")
-                setattr(model.get_submodule(path), child, wrapper.original_module)
-
-
-def remove(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of the model; a layer without any other gives its place back to the base layer."""
-    for name, layer in adapted(model, adapter_name):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT announces the next active adapter
-            layer.delete_adapter(adapter_name)
-        if not layer.dowser_values:
-            _unwrap(model, name, layer)
-
-
-def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:
-    """Put the base layer back in the place of a layer without adapters."""
-    path, _, child = name.rpartition(".")
-    parent = model.get_submodule(path)
-    if isinstance(layer, FusedParameter):
-        delattr(parent, child)
-        if any(isinstance(other, FusedParameter) for other in parent.children()):
-            return
-        path, _, child = path.rpartition(".")
-        parent = model.get_submodule(path)
-    setattr(parent, child, layer.get_base_layer())
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Tied) and module.layer is layer:
-            path, _, child = name.rpartition(".")
-            setattr(model.get_submodule(path), child, module.base_layer)
 
 
 def few(names: list[str]) -> str:

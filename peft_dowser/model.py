@@ -18,12 +18,13 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .arithmetic import CombinationType, SignMethod
-from .codec import DeltaFormatError, encode
+from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
 from .config import PROBED_SCORES, DowserConfig
 from .embedding import Embedding
 from .experts import Experts, FusedParameter
-from .gate import CODE, adapted, check_counts, check_file, counts_in, named, remove, withdraw
+from .gate import CODE, adapted, check_counts, check_file, counts_in, named
+from .guard import Guard
 from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
 from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
@@ -51,7 +52,6 @@ class DowserModel(BaseTuner):
     """
 
     peft_config: dict[str, DowserConfig]
-    trainable_before: list[nn.Parameter]
     _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
@@ -67,9 +67,6 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         given = self.peft_config[adapter_name]
-        if len(self.peft_config) == 1:
-            # What a failed load has to make trainable again.
-            self.trainable_before = [p for p in model.parameters() if p.requires_grad]
         # TRL makes its reference model by adding an adapter with the very config of the first: a copy is meant.
         self._twin = next(
             (name for name, known in self.peft_config.items() if known is given and name != adapter_name),
@@ -87,6 +84,7 @@ class DowserModel(BaseTuner):
         self._fused: list[str] = []
         self._ties: dict[str, tuple[Target, ...]] = {}
         self._manifest: dict[str, Any] | None = None
+        self._guard = Guard(model, adapter_name, config)
         is_new = not adapted(model, adapter_name)
         try:
             _check_name(adapter_name)
@@ -95,10 +93,11 @@ class DowserModel(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             if is_new:
-                remove(model, adapter_name)
+                self._guard.restore()
             raise
         finally:
             del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused, self._ties
+            del self._guard
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
@@ -242,7 +241,7 @@ class DowserModel(BaseTuner):
             layer.add_copy(adapter_name, of=self._twin)
         elif self._counts is not None:
             known = self._manifest["modules"][layer.module_name]["code_sha256"] if self._manifest else None
-            layer.add_placeholder(adapter_name, self._counts[layer.module_name], known)
+            layer.add_placeholder(adapter_name, self._counts[layer.module_name], self._guard, known)
         else:
             layer.add_positions(adapter_name, self._masks[layer.module_name], peft_config.init_weights)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
@@ -413,13 +412,13 @@ class DowserModel(BaseTuner):
         code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        try:
+        whole = [key for key in remapped if ".dowser_" not in key]
+        guard = next((layer.index(adapter_name).guard for _, layer in adapted(model, adapter_name)), None)
+        with guard or nullcontext():
             check_file(model, adapter_name, remapped)
-            check_whole_tensors(model, adapter_name, config, remapped, f"Adapter '{adapter_name}'")
-        except DeltaFormatError:
-            withdraw(model, adapter_name)
-            _thaw(model)
-            raise
+            check_whole_tensors(model, adapter_name, config, whole, f"Adapter '{adapter_name}'")
+        if guard is not None:
+            guard.release()
         return remapped
 
 
@@ -482,14 +481,6 @@ def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             finally:
                 if layer.merged:
                     layer.unmerge()
-
-
-def _thaw(model: nn.Module) -> None:
-    """Undo the freezing of a base that has lost its last adapter."""
-    tuner = getattr(model, "base_model", None)
-    if isinstance(tuner, DowserModel) and not tuner.peft_config:
-        for parameter in tuner.trainable_before:
-            parameter.requires_grad_(True)
 
 
 def _samples(model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]) -> dict[str, str | None]:

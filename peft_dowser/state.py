@@ -1,6 +1,7 @@
 """What an adapter keeps for one target: its values and their positions, and how a saved file fills them in."""
 
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,37 +16,48 @@ _NOT_LOADED = (
 )
 
 
+class Guard(AbstractContextManager[None], Protocol):
+    """Watches over a model into which a saved adapter is loaded, see `guard.Guard`."""
+
+    def settle(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
 class Values(nn.Module):
     """The trained values of one adapter.
 
     Attributes:
         weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
+        guard: what has to agree before they are used; None where they come from no file, or it has agreed.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, values: Tensor, awaited: bool) -> None:
+    def __init__(self, values: Tensor, guard: Guard | None) -> None:
         super().__init__()
+        self.guard = guard
         self.awaited = False
         self.weight = nn.Parameter(values)
-        self.awaited = awaited
+        self.awaited = guard is not None
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self.awaited:  # how transformers loads a parameter
             if not value.is_meta:
-                check_values(value, self.weight.numel())
+                with self.guard or nullcontext():
+                    check_values(value, self.weight.numel())
             self.awaited = False
         super().__setattr__(name, value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if prefix + "weight" in state_dict:
-            self.awaited = False
+            self.awaited, self.guard = False, None
 
     def fill(self, values: Tensor) -> None:
         """Take other values, shape `(nnz,)`; the same parameter stays, and its memory where the number does."""
-        self.awaited = False
+        self.awaited, self.guard = False, None
         if values.shape == self.weight.shape:
             self.weight.data.copy_(values)
         else:
@@ -56,8 +68,10 @@ class Values(nn.Module):
         """The values.
 
         Raises:
-            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+            DeltaFormatError: this is a placeholder, and no file was loaded into it, or one that does not fit.
         """
+        if self.guard is not None:
+            self.guard.settle()
         if self.awaited:
             raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
         return self.weight
@@ -73,6 +87,7 @@ class Index(nn.Module):
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
         written: dtype and `entries.checksum` of what that merge wrote; None while unmerged.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
+        guard: as in `Values`.
         checked: a code that was read already, and its positions; None unless a load is under way.
     """
 
@@ -81,9 +96,16 @@ class Index(nn.Module):
     originals: Tensor | None
 
     def __init__(
-        self, code: Tensor, positions: Tensor | None, nnz: int, numel: int, code_digest: str | None = None
+        self,
+        code: Tensor,
+        positions: Tensor | None,
+        nnz: int,
+        numel: int,
+        code_digest: str | None = None,
+        guard: Guard | None = None,
     ) -> None:
         super().__init__()
+        self.guard = guard
         self.nnz = nnz
         self.numel = numel
         self.digest = None
@@ -107,6 +129,13 @@ class Index(nn.Module):
             self.code = state_dict[prefix + "code"]
         else:
             self._decode()
+        if prefix + "code" in state_dict:
+            self.guard = None
+
+    def train(self, mode: bool = True) -> "Index":
+        if self.guard is not None:  # transformers' `load_adapter` ends with this
+            self.guard.settle()
+        return super().train(mode)
 
     def _decode(self) -> None:
         checked, self.checked = self.checked, None
@@ -115,12 +144,14 @@ class Index(nn.Module):
         elif checked is not None and torch.equal(checked[0].to(self.code.device), self.code):
             self.positions = checked[1].to(self.code.device)
         else:
-            self.positions = self.read(self.code)
+            with self.guard or nullcontext():
+                self.positions = self.read(self.code)
         if self.positions is not None:
             self.digest = None  # another file may follow
 
     def fill(self, code: Tensor, positions: Tensor) -> None:
         """Take other positions with their code; in the same memory where their number stays."""
+        self.guard = None
         if self.positions is not None and positions.shape == self.positions.shape:
             self.code.copy_(code)
             self.positions.copy_(positions)
@@ -143,8 +174,10 @@ class Index(nn.Module):
         """The positions.
 
         Raises:
-            DeltaFormatError: this is a placeholder, and no file was loaded into it.
+            DeltaFormatError: this is a placeholder, and no file was loaded into it, or one that does not fit.
         """
+        if self.guard is not None:
+            self.guard.settle()
         if self.positions is None:
             raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
         return self.positions

@@ -24,18 +24,14 @@ def check_whole_tensors(
         model: the model that it is about to be loaded into, its layers in place.
         adapter_name: its name.
         config: its configuration.
-        keys: names of all its tensors, as the model calls them.
+        keys: names of its tensors beside the deltas, as the model calls them.
         where: the adapter, for the message.
 
     Raises:
         DeltaFormatError: loading would overwrite something else, or there is nothing of this name.
     """
     own = {name.removeprefix(PREFIX) for name in _own(model, adapter_name, config)}
-    foreign = [
-        key
-        for key in keys
-        if ".dowser_" not in key and key.removeprefix(PREFIX) not in own and not _is_trained_bias(key, config)
-    ]
+    foreign = [key for key in keys if key.removeprefix(PREFIX) not in own and not _is_trained_bias(key, config)]
     if foreign:
         raise DeltaFormatError(f"{where}: {_problem(foreign)}")
 

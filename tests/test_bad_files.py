@@ -312,43 +312,6 @@ def test_a_merge_of_files_takes_no_other_weights(tmp_path: Path) -> None:
     assert not (tmp_path / "merged").exists()
 
 
-# transformers reads module by module and asks no tuner: an adapter that is not whole must not compute anything
-
-
-NAME = "model.layers.0.self_attn.q_proj"
-BAD_FOR_TRANSFORMERS = {
-    "values NaN": lambda t, v, c: t[v].fill_(float("nan")),
-    "values missing": lambda t, v, c: t.pop(v),
-    "code missing": lambda t, v, c: t.pop(c) is None,
-    "both missing": lambda t, v, c: (t.pop(v), t.pop(c)),
-    "code with all bits": lambda t, v, c: t[c].fill_(255),
-    "code with another bit": lambda t, v, c: t[c].__setitem__(0, int(t[c][0]) ^ 1),
-    "code short": lambda t, v, c: t.__setitem__(c, t[c][1:].clone()),
-    "values short": lambda t, v, c: t.__setitem__(v, t[v][1:].clone()),
-    "nothing of ours": lambda t, v, c: (t.clear(), t.__setitem__("lm_head.lora_A.weight", torch.zeros(2, 2))),
-}
-
-
-@pytest.mark.parametrize("damage", BAD_FOR_TRANSFORMERS.values(), ids=BAD_FOR_TRANSFORMERS)
-def test_transformers_loads_no_part_of_a_bad_file_that_could_be_used(damage: Callable, tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(layers=1), config(score="random", target_modules=["q_proj", "v_proj"]))
-    set_values(model)
-    model.save_pretrained(tmp_path)
-    start = f"base_model.model.{NAME}.dowser_"
-    edit_tensors(tmp_path, lambda found: damage(found, f"{start}values.weight", f"{start}index.code"))
-    base = tiny_llama(layers=1)
-    untouched = Untouched(base)
-    ids = torch.tensor([[1, 5, 9]])
-    with pytest.raises(
-        (DeltaFormatError, RuntimeError),
-        match=r"has no (values|positions) yet|index code|values that|ignore_mismatched_sizes",
-    ):
-        base.load_adapter(str(tmp_path))
-        with torch.no_grad():
-            base(input_ids=ids)
-    assert untouched.weights_are_equal()
-
-
 # Random damage
 
 
