@@ -322,23 +322,29 @@ def test_no_tokens_give_gradients_of_zero(dtype: torch.dtype, transposed: bool, 
 def test_an_adapter_without_values_has_an_empty_gradient(
     position_dtype: torch.dtype, density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", density)
+    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", {torch.float32: density})
     case = make(nnz=(0, 30, 0), position_dtype=position_dtype)
     assert [len(t) for t in gradients(case, upstream(case))[2:]] == [0, 30, 0]
     assert_gradients_of_the_twin(case, upstream(case))
 
 
 @over_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("nnz", [1, 30, 960])
 @pytest.mark.parametrize("token_block", [1, 4, 13, 64])
 def test_the_sampled_product_by_any_blocks_of_tokens(
-    transposed: bool, position_dtype: torch.dtype, nnz: int, token_block: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    transposed: bool,
+    position_dtype: torch.dtype,
+    nnz: int,
+    token_block: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", 2)
+    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", {dtype: 2})
     monkeypatch.setattr(floor, "_TOKEN_BLOCK", token_block)
     monkeypatch.setattr(floor, "_dense_product", lambda *args: pytest.fail("dense"))
-    case = make(nnz=(nnz,), transposed=transposed, position_dtype=position_dtype)
+    case = make(dtype, nnz=(nnz,), transposed=transposed, position_dtype=position_dtype)
     assert_gradients_of_the_twin(case, upstream(case))
 
 
@@ -350,10 +356,21 @@ def test_the_dense_product_by_any_blocks_of_rows(
     transposed: bool, position_dtype: torch.dtype, nnz: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = make(nnz=(nnz,), transposed=transposed, position_dtype=position_dtype)
-    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", 0)
+    monkeypatch.setattr(floor, "_SAMPLED_DENSITY", {})
     monkeypatch.setattr(floor, "_PRODUCT_BLOCK", rows * case.weight.shape[1] * 4)
     monkeypatch.setattr(floor, "_sampled_product", lambda *args: pytest.fail("sampled"))
     assert_gradients_of_the_twin(case, upstream(case))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_sampled_product_of_16_bits_is_computed_in_float32(dtype: torch.dtype) -> None:
+    rows, columns = (
+        torch.randn(100, size, generator=torch.Generator().manual_seed(size)).to(dtype) for size in (9, 40)
+    )
+    positions = torch.tensor([0, 3, 39, 40, 200, 359])
+    found = floor._sampled_product(rows, columns, positions)
+    expected = (rows.double().T @ columns.double()).view(-1)[positions]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_dense_product_stays_within_its_block(monkeypatch: pytest.MonkeyPatch, fresh_buffer: None) -> None:
