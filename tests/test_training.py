@@ -72,10 +72,10 @@ def test_gradients_are_those_of_the_dense_weight(dtype: torch.dtype) -> None:
         expected = dense.get_submodule(name).weight.grad.view(-1)[at].float()
         grad = found[f"base_model.model.{name}.dowser_values.default.weight"]
         assert grad.dtype == torch.float32
-        if dtype == torch.float32:  # the sampled product sums in another order
-            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-7)
-        else:
+        if dtype == torch.bfloat16:
             assert torch.equal(grad, expected)
+        else:  # the sampled product sums in another order, and in float32
+            torch.testing.assert_close(grad, expected, rtol=1e-4 if dtype == torch.float32 else 1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
