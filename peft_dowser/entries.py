@@ -7,6 +7,8 @@ from torch import Tensor
 
 from .sparse_linear import entries_plus
 
+# Entries written at a time: bounds the 64-bit copy of their positions, which so stays in the cache.
+_BLOCK = 1 << 18
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -17,12 +19,14 @@ class MergedEntries:
     Attributes:
         originals: what is there, shape `(nnz,)`.
         sums: W + D, rounded as `add_delta_` rounds it, shape `(nnz,)`, in the dtype of the weight.
-        vanished: number of values other than 0 that change nothing.
     """
 
     originals: Tensor
     sums: Tensor
-    vanished: int
+
+    def vanished(self, values: Tensor) -> int:
+        """How many of the values, shape `(nnz,)`, are not 0 and change nothing."""
+        return int(((self.sums == self.originals) & (values != 0)).count_nonzero())
 
     def check_finite(self, adapter_name: str, module: str) -> None:
         """Refuse sums that are not finite.
@@ -49,14 +53,15 @@ def merged_entries(weight: Tensor, positions: Tensor, values: Tensor) -> MergedE
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     originals = weight.view(-1).index_select(0, positions)
-    sums = entries_plus(originals, values)
-    return MergedEntries(originals, sums, vanished=int(((sums == originals) & (values != 0)).count_nonzero()))
+    return MergedEntries(originals, entries_plus(originals, values))
 
 
 def write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
     """Write entries into a weight in place."""
     bits = _BITS[weight.element_size()]  # `scatter_` of integers takes half as long as `index_copy_`
-    weight.view(-1).view(bits).scatter_(0, positions.long(), entries.view(bits))
+    flat = weight.view(-1).view(bits)
+    for at, entry in zip(positions.split(_BLOCK), entries.view(bits).split(_BLOCK), strict=True):
+        flat.scatter_(0, at.long(), entry)
 
 
 def checksum(entries: Tensor) -> int:

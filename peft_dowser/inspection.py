@@ -108,7 +108,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
     for module in adapter.counts:
         positions, values = adapter.delta(module, targets[module].numel)
         entries = _entries(base, targets[module].tensor_name, positions).to(torch.bfloat16)
-        found[module] = merged_entries(entries, torch.arange(len(entries)), values).vanished
+        found[module] = merged_entries(entries, torch.arange(len(entries)), values).vanished(values)
     return found
 
 

@@ -205,19 +205,28 @@ class DowserLayer(BaseTunerLayer):
         Raises:
             ValueError: `safe_merge` found an infinite or undefined sum; the weight is unchanged.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.dowser_values:
-                continue
-            weight, index = self.weight.data, self.index(name)
+        for name in self._unmerged(adapter_names):
             values = self.scaled_values(name).detach()
-            entries = merged_entries(weight, index.decoded(), values)
+            entries = merged_entries(self.weight.data, self.index(name).decoded(), values)
             if safe_merge:
                 entries.check_finite(name, self.module_name)
+            self.vanished[name] = (entries.vanished(values), values.numel())
+            self.index(name).written = entries.sums.dtype, checksum(entries.sums)
             # Noted first: whatever interrupts this, `unmerge` restores the weight.
-            index.originals, index.written = entries.originals, (entries.sums.dtype, checksum(entries.sums))
-            self.vanished[name] = (entries.vanished, values.numel())
+            self.index(name).originals = entries.originals
             self.merged_adapters.append(name)
-            write_entries_(weight, index.decoded(), entries.sums)
+            write_entries_(self.weight.data, self.index(name).decoded(), entries.sums)
+
+    def merge_briefly(self) -> None:
+        """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
+        for name in self._unmerged(None):
+            weight, delta = self.weight.data, self.delta(name)
+            self.index(name).originals = weight.view(-1).index_select(0, delta.positions)
+            self.merged_adapters.append(name)
+            add_delta_(weight, delta.positions, delta.values)
+
+    def _unmerged(self, adapter_names: list[str] | None) -> list[str]:
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dowser_values]
 
     def unmerge(self) -> None:
         """Put the overwritten entries back, the last merged adapter first: the base is bit-identical again."""
@@ -226,12 +235,12 @@ class DowserLayer(BaseTunerLayer):
             return
         while self.merged_adapters:
             self._unmerge(self.merged_adapters[-1])
-            del self.vanished[self.merged_adapters.pop()]
+            self.vanished.pop(self.merged_adapters.pop(), None)
 
     def _unmerge(self, adapter_name: str) -> None:
         weight, index = self.weight.data, self.index(adapter_name)
         positions = index.decoded()
-        dtype, written = cast(tuple[torch.dtype, int], index.written)
+        dtype, written = index.written or (None, 0)
         if weight.dtype == dtype and checksum(weight.view(-1).index_select(0, positions)) != written:
             warnings.warn(
                 f"Adapter '{adapter_name}': the weight of module '{self.module_name}' was changed after the merge. "

@@ -141,7 +141,7 @@ class _Sum:
         weight = weight.clone()  # what was read is memory of the file
         write_entries_(weight, positions, entries.sums)
         lost, total = self.vanished.get(module, (0, 0))
-        self.vanished[module] = (lost + entries.vanished, total + values.numel())
+        self.vanished[module] = (lost + entries.vanished(values), total + values.numel())
         return weight
 
 

@@ -281,7 +281,7 @@ class DowserModel(BaseTuner):
             return self.model.generate(*args, **kwargs)
         try:
             for layer in layers:
-                layer.merge()
+                layer.merge_briefly()
             return self.model.generate(*args, **kwargs)
         finally:
             for layer in layers:

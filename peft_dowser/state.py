@@ -85,7 +85,7 @@ class Index(nn.Module):
         positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
             code of a placeholder.
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
-        written: dtype and `entries.checksum` of what that merge wrote; None while unmerged.
+        written: dtype and `entries.checksum` of what that merge wrote; None while unmerged, or merged briefly.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
         guard: as in `Values`.
         checked: a code that was read already, and its positions; None unless a load is under way.

@@ -1,5 +1,7 @@
 """The methods that are compared, at the same number of trained weights on the same linears."""
 
+import math
+
 import torch
 from measure import LINEARS
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
@@ -9,10 +11,13 @@ from peft_dowser import DowserConfig
 METHODS = ("full", "lora", "lora r=16", "shira", "super-tuning", "dowser")
 
 
-def config_of(method: str, update_ratio: float, hidden: int) -> PeftConfig:
-    """A method's config; the low-rank ones get the rank that comes closest to the same number of weights."""
-    # Square matrices of (hidden, hidden): r * 2 * hidden weights against rho * hidden^2.
-    rank = max(1, round(update_ratio * hidden / 2))
+def config_of(method: str, update_ratio: float, model: torch.nn.Module) -> PeftConfig:
+    """A method's config; those with a rank get the one that comes closest to the same number of weights.
+
+    Of a matrix of shape (out, in), LoRA and SHiRA train rank * (out + in) weights.
+    """
+    shapes = [p.shape for name, p in model.named_parameters() if name.removesuffix(".weight").endswith(tuple(LINEARS))]
+    rank = max(1, round(update_ratio * sum(map(math.prod, shapes)) / sum(map(sum, shapes))))
     return {
         "lora": LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS),
         "lora r=16": LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS),
@@ -28,7 +33,7 @@ def config_of(method: str, update_ratio: float, hidden: int) -> PeftConfig:
 def adapted(method: str, update_ratio: float, model: torch.nn.Module) -> torch.nn.Module:
     """The model as a method trains it."""
     if method != "full":
-        return get_peft_model(model, config_of(method, update_ratio, model.config.hidden_size))
+        return get_peft_model(model, config_of(method, update_ratio, model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.removesuffix(".weight").endswith(tuple(LINEARS)))
     return model
