@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from measure import LINEARS, Memory, device, in_fresh_process, linear_weights, llama, seconds
+from measure import LINEARS, Memory, device, in_fresh_process, linear_weights, llama, no_heap, seconds
 
 from peft_dowser import DowserConfig, probe
 
@@ -58,7 +58,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         found = [in_fresh_process(measure_time, 1024, dtype, 8, 64, 8) for _ in range(rounds)]
         row = {key: statistics.median(one[key] for one in found) for key in found[0]}
         for hidden in (1024, 2048):
-            memory = in_fresh_process(measure_memory, hidden, dtype, 8, 64)
+            with no_heap():
+                memory = in_fresh_process(measure_memory, hidden, dtype, 8, 64)
             rows.append({"dtype": dtype, "hidden": hidden, **(row if hidden == 1024 else {}), **memory})
     return rows
 

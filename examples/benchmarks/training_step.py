@@ -10,7 +10,7 @@ import statistics
 from typing import Any
 
 import torch
-from measure import Memory, device, in_fresh_process, linear_weights, llama, seconds
+from measure import Memory, device, in_fresh_process, linear_weights, llama, no_heap, seconds
 from peers import METHODS, adapted
 
 # (dtype, rho, variant); what is compiled or checkpointed is measured at the usual rho only.
@@ -32,7 +32,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
                 times[method].append(found["seconds"])
         group = []
         for method in METHODS:
-            found = in_fresh_process(measure_step, method, ratio, 2048, 128, dtype, 2, variant)
+            with no_heap():
+                found = in_fresh_process(measure_step, method, ratio, 2048, 128, dtype, 2, variant)
             group.append(
                 {
                     "dtype": dtype,
