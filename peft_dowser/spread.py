@@ -1,0 +1,103 @@
+"""Bases whose weights are spread over ranks, by FSDP2 or DeepSpeed ZeRO-3: each rank holds a part of every weight.
+
+Their hooks gather the weights of a module for its forward and for its backward. All ranks must take part in that, and
+in the same order: wherever weights of such a base are used, every rank does the same.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
+    return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model is sharded, even while some or all of its weights are gathered."""
+    sharding = FSDPModule | FullyShardedDataParallel
+    return (
+        has_one_backward(model)
+        or any(isinstance(module, sharding) for module in model.modules())
+        or any(is_sharded(parameter) for parameter in model.parameters())
+    )
+
+
+def has_one_backward(model: nn.Module) -> bool:
+    """Whether one backward is all that a forward allows: DeepSpeed gathers the weights for no other one."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """A parameter itself, or the whole of a sharded one, a temporary for which all ranks must ask."""
+    if isinstance(parameter, DTensor):
+        # FSDP2 may keep its parts on the CPU, where the ranks' connection may not reach.
+        part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
+        return part.full_tensor()
+    if not is_sharded(parameter):
+        return parameter
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach()  # DeepSpeed gives the parameter other storage afterwards, and leaves this one alone
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered; what is set on those, such as `requires_grad`, does not last."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose weights are spread over ranks.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    if is_spread(model):
+        raise ValueError(
+            f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "
+            "accelerator.prepare or deepspeed.initialize, and outside deepspeed.zero.Init. Where the base can only be "
+            "probed sharded, run probe(model, config) on all its ranks, .save(path) what it returns on one of them, "
+            "and make the adapter with DowserConfig(statistics=path)."
+        )
+
+
+def check_gathers(model: nn.Module) -> None:
+    """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
+
+    Raises:
+        ValueError: weights are sharded by something else than FSDP2 or DeepSpeed ZeRO-3.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    hooked = {id(parameter) for unit in units for parameter in unit.parameters()}
+    fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    if fsdp1 or not all(
+        id(parameter) in hooked and _is_plain(parameter)
+        for parameter in model.parameters()
+        if isinstance(parameter, DTensor)
+    ):
+        raise ValueError(
+            f"{_sharded(model)}, by FSDP1 or tensor parallelism, which the probe cannot follow. Shard the base "
+            "with FSDP2 (fully_shard) or DeepSpeed ZeRO-3 alone."
+        )
+
+
+def _is_plain(parameter: DTensor) -> bool:
+    """Whether FSDP2 alone has sharded a parameter: over all ranks, or over those of a group that others repeat."""
+    return all(placement.is_replicate() for placement in parameter.placements[:-1])
+
+
+def _sharded(model: nn.Module) -> str:
+    names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    first = f", '{names[0]}' the first" if names else ""
+    return f"{len(names)} parameters of {type(model).__name__} are sharded over the ranks{first}"
