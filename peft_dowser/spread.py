@@ -76,28 +76,26 @@ def check_gathers(model: nn.Module) -> None:
     """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
 
     Raises:
-        ValueError: weights are sharded by something else than FSDP2 or DeepSpeed ZeRO-3.
+        ValueError: weights are sharded by something else than FSDP2 or an engine of DeepSpeed.
     """
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    hooked = {id(parameter) for unit in units for parameter in unit.parameters()}
-    fsdp1 = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    if fsdp1 or not all(
-        id(parameter) in hooked and _is_plain(parameter)
-        for parameter in model.parameters()
-        if isinstance(parameter, DTensor)
-    ):
+    modules = list(model.modules())
+    units = [module for module in modules if isinstance(module, FSDPModule)]
+    by_fsdp2 = {id(parameter) for unit in units for parameter in unit.parameters()}
+    by_others = (isinstance(p, DTensor) and not (id(p) in by_fsdp2 and _is_plain(p)) for p in model.parameters())
+    no_engine = has_one_backward(model) and not any(hasattr(module, "ds_id") for module in modules)
+    if no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others):
         raise ValueError(
-            f"{_sharded(model)}, by FSDP1 or tensor parallelism, which the probe cannot follow. Shard the base "
-            "with FSDP2 (fully_shard) or DeepSpeed ZeRO-3 alone."
+            f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
+            "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
         )
 
 
 def _is_plain(parameter: DTensor) -> bool:
-    """Whether FSDP2 alone has sharded a parameter: over all ranks, or over those of a group that others repeat."""
+    """Whether it is sharded once: over all ranks, or over a group of them, of which other groups are copies (HSDP)."""
     return all(placement.is_replicate() for placement in parameter.placements[:-1])
 
 
 def _sharded(model: nn.Module) -> str:
     names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    first = f", '{names[0]}' the first" if names else ""
-    return f"{len(names)} parameters of {type(model).__name__} are sharded over the ranks{first}"
+    first = f", '{names[0]}' the first of {len(names)}" if names else ""
+    return f"Parameters of {type(model).__name__} are sharded over the ranks{first}"
