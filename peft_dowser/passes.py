@@ -41,9 +41,9 @@ class Share:
         in_step: each must run as many passes as the others, because they gather the weights together.
     """
 
-    number: int = 0
-    ranks: int = 1
-    in_step: bool = False
+    number: int
+    ranks: int
+    in_step: bool
 
     def of(self, group: list[int]) -> list[int]:
         return group[self.number :: self.ranks]
@@ -101,7 +101,7 @@ class Passes:
                             "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
                             "or fewer layers (last_layers)."
                         )
-        return {name: self.found[name].of_prompts(self.mine) for name in self.matrices if name in self.found}
+        return {name: self.found.pop(name).of_prompts(self.mine) for name in self.matrices if name in self.found}
 
     def _fitting_batch(self) -> int:
         """How many prompts fill half of the free memory with their activations."""
@@ -172,8 +172,7 @@ class Passes:
                 self._keep(matrices[expert].name, tap, chosen)
 
     def _rounds(self) -> list[range]:
-        """What follows each forward: the numbers of its backwards, of which the one after the last Rademacher vector is
-        that of the loss."""
+        """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
         count = self.config.num_rademacher + int(self.wants_gradient)
         return [range(number, number + 1) for number in range(count)] if self.one_backward else [range(count)]
 

@@ -57,7 +57,9 @@ def probe(
 
     Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
     one batch plus N (out + in) numbers per module. In a distributed run every rank must call it: each probes a part of
-    the prompts, and all return the whole.
+    the prompts, and all return the whole. Of a base that is sharded with FSDP2 or DeepSpeed ZeRO-3 only the weights
+    are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
+    one backward per forward, so R forwards run there.
     """
     return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 

@@ -39,7 +39,7 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
 def gathered(parameter: Tensor) -> Tensor:
     """A parameter itself, or the whole of a sharded one, a temporary for which all ranks must ask."""
     if isinstance(parameter, DTensor):
-        # FSDP2 may keep its parts on the CPU, where the ranks' connection may not reach.
+        # FSDP2 may keep its parts on the CPU, which the connection between the ranks may not reach.
         part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
         return part.full_tensor()
     if not is_sharded(parameter):
