@@ -28,12 +28,13 @@ from .guard import Guard
 from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
 from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
-from .probe import check_materialized, check_whole, probe_targets
+from .probe import check_materialized, probe_targets
 from .provenance import check_modules, check_shapes, described, warn_of_other_base, warn_of_other_weights
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import choose_masks
 from .sharding import complete, leave_positions_to_us
+from .spread import check_whole
 from .statistics import ProbeStatistics
 from .storage import backend_of
 from .target import Target

@@ -4,6 +4,7 @@ import gc
 import inspect
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +21,9 @@ from .batches import alike, collate, last_positions
 from .config import DowserConfig
 from .expert_taps import ExpertsTap, tapped_experts
 from .prompts import Kind, Prompt, kind_of
-from .ranks import rank
+from .ranks import gather, rank
 from .seeds import derived_seed
+from .spread import has_one_backward
 from .statistics import ModuleStatistics
 from .taps import Tap, tap_of, tapped
 from .target import Target
@@ -29,8 +31,32 @@ from .target import Target
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of a probe that this rank does.
+
+    Attributes:
+        number: of this rank among those that probe.
+        ranks: how many probe.
+        in_step: each must run as many passes as the others, because they gather the weights together.
+    """
+
+    number: int
+    ranks: int
+    in_step: bool
+
+    def of(self, group: list[int]) -> list[int]:
+        return group[self.number :: self.ranks]
+
+
 class Passes:
-    """One probe of a frozen model: consecutive prompts, batch by batch; `first` is the number of the first one."""
+    """One probe of a frozen model: this rank's share of the prompts, batch by batch.
+
+    Attributes:
+        first: number of the first of all prompts.
+        groups: numbers of the prompts, counted from there, that can share a batch.
+        mine: those that this rank probes, sorted.
+    """
 
     def __init__(
         self,
@@ -39,20 +65,31 @@ class Passes:
         config: DowserConfig,
         prompts: list[Prompt],
         first: int,
+        share: Share,
     ) -> None:
         self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
+        self.share = share
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
         self.wants_gradient = config.score == "gradient"
+        self.one_backward = has_one_backward(model)
+        self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
+        self.mine = sorted(number for group in self.groups for number in share.of(group))
         self.found: dict[str, ModuleStatistics] = {}
 
     def statistics(self) -> dict[str, ModuleStatistics]:
+        """Statistics of this rank's prompts, in the order of `mine`."""
         size = self.config.probe_batch_size or self._fitting_batch()
-        total = len(self.prompts) * self.config.num_rademacher
+        if self.share.in_step:
+            size = min(gather(size))
+        total = len(self.mine) * self.config.num_rademacher
         with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
-            for waiting in alike(self.prompts, padding=self.kind is not Kind.OTHER):
+            for group in self.groups:
+                waiting = self.share.of(group)
+                if self.share.in_step and _batches(len(group), size * self.share.ranks) > _batches(len(waiting), size):
+                    self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
                 while waiting:
                     if self._fits(waiting[:size], bar):
                         waiting = waiting[size:]
@@ -64,7 +101,7 @@ class Passes:
                             "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
                             "or fewer layers (last_layers)."
                         )
-        return {name: self.found[name] for name in self.matrices if name in self.found}
+        return {name: self.found.pop(name).of_prompts(self.mine) for name in self.matrices if name in self.found}
 
     def _fitting_batch(self) -> int:
         """How many prompts fill half of the free memory with their activations."""
@@ -84,7 +121,8 @@ class Passes:
         try:
             self._probe_batch(chosen, bar)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            # Ranks that gather weights together wait for this one by now, and cannot be told of smaller batches.
+            if self.share.in_step or not should_reduce_batch_size(error):
                 raise
         else:
             return True
@@ -92,7 +130,7 @@ class Passes:
         clear_device_cache()
         return False
 
-    def _probe_batch(self, chosen: list[int], bar: tqdm) -> None:
+    def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
         inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
         fused = {name: target for name, target in self.targets.items() if target.is_fused}
         plain = {name: target for name, target in self.targets.items() if not target.is_fused}
@@ -103,22 +141,40 @@ class Passes:
             }
         of_plain = {name: tap_of(target, mask, len(chosen), self.wants_gradient) for name, target in plain.items()}
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
+        generators = [
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
+            for number in chosen
+        ]
         with tapped(plain, of_plain), tapped_experts(fused, of_experts):
-            with torch.no_grad():  # the taps turn it on
-                outputs = self._forward(inputs, mask)
-            starts = [start for tap in taps for start in tap.starts]
-            self._backwards(self._probed_output(outputs, mask), starts, chosen, mask, bar)
-            if self.wants_gradient:
-                for tap in taps:
-                    tap.of_loss = True
-                loss = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.prompts)
-                torch.autograd.grad(loss, starts, allow_unused=True)
+            for numbers in self._rounds():
+                with torch.no_grad():  # the taps turn it on
+                    outputs = self._forward(inputs, mask)
+                starts = [start for tap in taps for start in tap.starts]
+                for number in numbers:
+                    output, direction = self._probed_output(outputs, mask), None
+                    if number < self.config.num_rademacher:
+                        direction = _rademacher(generators, output, mask)
+                        bar.update(len(chosen))
+                    else:
+                        output = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.mine)
+                        for tap in taps:
+                            tap.of_loss = True
+                    if starts and output.requires_grad:
+                        again = number != numbers[-1]
+                        torch.autograd.grad(output, starts, direction, retain_graph=again, allow_unused=True)
+        if not kept:
+            return
         for name, tap in of_plain.items():
             self._keep(name, tap, chosen)
         for name, experts in of_experts.items():
             matrices = fused[name].matrices()
             for expert, tap in experts.by_expert():
                 self._keep(matrices[expert].name, tap, chosen)
+
+    def _rounds(self) -> list[range]:
+        """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
+        count = self.config.num_rademacher + int(self.wants_gradient)
+        return [range(number, number + 1) for number in range(count)] if self.one_backward else [range(count)]
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
         if self.kind is Kind.OTHER or mask is None:
@@ -155,25 +211,6 @@ class Passes:
             last = torch.searchsorted(last.unique(), last)
         return output[torch.arange(len(last), device=output.device), last.to(output.device)]
 
-    def _backwards(
-        self,
-        output: Tensor,
-        starts: list[Tensor],
-        chosen: list[int],
-        mask: Tensor | None,
-        bar: tqdm,
-    ) -> None:
-        generators = [
-            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
-            for number in chosen
-        ]
-        for number in range(self.config.num_rademacher):
-            projection = _rademacher(generators, output, mask)
-            again = self.wants_gradient or number + 1 < self.config.num_rademacher
-            if starts and output.requires_grad:
-                torch.autograd.grad(output, starts, projection, retain_graph=again, allow_unused=True)
-            bar.update(len(chosen))
-
     def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
         """Move the statistics of a batch into the rows of its prompts."""
         if tap.activity is None or tap.energy is None:
@@ -189,13 +226,18 @@ class Passes:
                 gradient=zeros(out, width) if self.wants_gradient else None,
             )
             self.found[name] = module
+        forwards = len(self._rounds())
         module.activity[chosen] = (tap.activity / tap.calls).cpu()
-        module.energy += tap.energy.cpu()
+        module.energy += (tap.energy / forwards).cpu()
         if tap.sensitivity is not None:
-            backwards = tap.calls * self.config.num_rademacher
+            backwards = tap.calls // forwards * self.config.num_rademacher
             module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
         if module.gradient is not None and tap.gradient is not None:
             module.gradient += tap.gradient.cpu()
+
+
+def _batches(count: int, size: int) -> int:
+    return -(-count // size)
 
 
 def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:

@@ -8,7 +8,7 @@ one backward serves all of them.
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .config import DowserConfig
-from .passes import Passes
+from .passes import Passes, Share
 from .prompts import Prompt, prompt_length, synthetic_prompts
-from .ranks import from_rank, gather, is_sharded, on_every_rank, rank
-from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, concatenated
+from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
+from .spread import check_gathers, is_spread, reshard
+from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
 from .storage import differentiable, offload_hook
 from .target import Target
 from .targets import resolve_targets
@@ -50,13 +51,15 @@ def probe(
         Statistics of every target module that a prompt reached, float32, on the CPU.
 
     Raises:
-        ValueError: there is nothing to probe with, the model is on the meta device or sharded, or `statistics` were
-            made with other settings.
+        ValueError: there is nothing to probe with, the model is on the meta device or sharded by other means than FSDP2
+            or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
     Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
     one batch plus N (out + in) numbers per module. In a distributed run every rank must call it: each probes a part of
-    the prompts, and all return the whole.
+    the prompts, and all return the whole. Of a base that is sharded with FSDP2 or DeepSpeed ZeRO-3 only the weights
+    are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
+    one backward per forward, so R forwards run there.
     """
     return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 
@@ -74,13 +77,16 @@ def probe_targets(
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
         )
+    spread = is_spread(model)
+    check_gathers(model)
     # Where rank 0 alone loads the base and will spread it, rank 0 alone can probe.
     able = [number for number, missing in enumerate(gather(bool(_on_meta(model)))) if not missing]
-    on_every_rank(lambda: check_materialized(model) if not able or rank() in able else None)
+    on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)
+    for_all = by_all_ranks if spread else partial(from_rank, able[0])
     config = copy.copy(config)
     config.seed = from_rank(0, lambda: config.seed)
     first = 0 if statistics is None else statistics.info.num_probes
-    inputs = from_rank(able[0], lambda: _inputs(model, config, prompts, first))
+    inputs = for_all(lambda: _inputs(model, config, prompts, first))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
         num_probes=first + len(inputs),
@@ -89,18 +95,21 @@ def probe_targets(
         probe_images=config.probe_images if prompts is None else 0.0,
         seed=config.seed,
     )
-    samples = from_rank(able[0], lambda: {name: target.sample() for name, target in targets.items()})
+    samples = for_all(lambda: {name: target.sample() for name, target in targets.items()})
     if statistics is not None:
         check_continues(statistics, info, samples)
-    shares = {number: range(*ends) for number, ends in zip(able, _split(len(inputs), len(able)), strict=True)}
-    mine = shares.get(rank(), range(0))
-    found = on_every_rank(lambda: _probe_part(model, targets, config, inputs, mine, first) if mine else {})
+    share = Share(able.index(rank()), len(able), spread) if rank() in able else None
+    probed = partial(_probed, model, targets, config, inputs, first, share)
+    mine, found = probed() if spread else on_every_rank(probed)
+    numbers: list[Sequence[int]] = [[first + number for number in part] for part in gather(mine)]
+    if statistics is not None:
+        numbers.insert(0, range(first))
     modules = {}
     for name in (matrix.name for target in targets.values() for matrix in target.matrices()):
-        parts = [(len(shares.get(number, ())), part) for number, part in enumerate(gather(found.pop(name, None)))]
+        parts = gather(found.pop(name, None))
         if statistics is not None:
-            parts.insert(0, (first, statistics.modules.get(name)))
-        if (whole := concatenated(parts)) is not None:
+            parts.insert(0, statistics.modules.get(name))
+        if (whole := combined(list(zip(numbers, parts, strict=True)))) is not None:
             modules[name] = whole
     return ProbeStatistics(modules, info, samples)
 
@@ -126,46 +135,28 @@ def _inputs(
         return synthetic_prompts(model, config, first)
 
 
-def _probe_part(
+def _probed(
     model: nn.Module,
     targets: Mapping[str, Target],
     config: DowserConfig,
     inputs: list[Prompt],
-    share: range,
     first: int,
-) -> dict[str, ModuleStatistics]:
+    share: Share | None,
+) -> tuple[list[int], dict[str, ModuleStatistics]]:
+    """The prompts that this rank probes, and their statistics."""
+    if share is None:
+        return [], {}
     with left_as_it_was(model):
-        return Passes(model, targets, config, inputs[share.start : share.stop], first + share.start).statistics()
-
-
-def _split(count: int, parts: int) -> list[tuple[int, int]]:
-    """Ends of consecutive parts of `range(count)`, as equal as can be."""
-    ends = [count * part // parts for part in range(parts + 1)]
-    return list(pairwise(ends))
-
-
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model whose weights are spread over ranks.
-
-    Raises:
-        ValueError: some parameters are sharded.
-    """
-    sharded = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
-    if sharded:
-        raise ValueError(
-            f"{len(sharded)} parameters of {type(model).__name__} are sharded over the ranks, '{sharded[0]}' the "
-            "first. Add or load the adapter before the model is sharded: before fully_shard, accelerator.prepare or "
-            "deepspeed.initialize, and outside deepspeed.zero.Init."
-        )
+        passes = Passes(model, targets, config, inputs, first, share)
+        return passes.mine, passes.statistics()
 
 
 def check_materialized(model: nn.Module) -> None:
     """Refuse a model without weights, or with a part of them.
 
     Raises:
-        ValueError: some parameters are on the meta device, or sharded.
+        ValueError: some parameters are on the meta device.
     """
-    check_whole(model)
     missing = _on_meta(model)
     if missing:
         raise ValueError(
@@ -198,6 +189,7 @@ def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: in
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
+    reshard(model)
     training = [(module, module.training) for module in model.modules()]
     # By name: an offloaded parameter is another object after every forward.
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -219,6 +211,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 owner.generation_config = _only_tokens(generation_config)
             yield
         finally:
+            reshard(model)
             for module, was_training in training:
                 module.training = was_training
             for name in trainable:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from .config import DowserConfig
 from .seeds import derived_seed
+from .spread import shape_of
 from .storage import device_of
 
 logger = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ def _promptable(model: nn.Module) -> PreTrainedModel:
 def _vocabulary_size(model: PreTrainedModel) -> int:
     embeddings: Any = model.get_input_embeddings()
     size = getattr(model.config.get_text_config(), "vocab_size", 0)
-    return min(size, embeddings.weight.shape[0]) if embeddings is not None and size else 0
+    return min(size, shape_of(embeddings.weight)[0]) if embeddings is not None and size else 0
 
 
 def _special_tokens(config: Any) -> Iterator[int]:

@@ -6,7 +6,6 @@ from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from .codec import decode, encode
 from .target import Target
@@ -52,9 +51,13 @@ def from_rank(source: int, work: Callable[[], T]) -> T:
     return cast(T, _sent(result, source))
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
-    return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
+def by_all_ranks(work: Callable[[], T]) -> T:
+    """Do some work in which all ranks must take part, and hand the result of rank 0 to all.
+
+    An error is raised where it happens: the other ranks wait in the middle of the work, and cannot be told.
+    """
+    result = work()
+    return _sent(result, 0) if _is_distributed() else result
 
 
 def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[str, Target]) -> dict[str, Tensor]:

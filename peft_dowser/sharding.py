@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .gate import CODE, PREFIX, VALUES, adapted, named
 from .layer import DowserLayer
-from .ranks import is_sharded
+from .spread import is_sharded
 
 # Where DistributedDataParallel looks for the names of what it shall not synchronize.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"

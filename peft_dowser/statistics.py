@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,10 @@ class ModuleStatistics:
     activity: Tensor
     energy: Tensor
     gradient: Tensor | None = None
+
+    def of_prompts(self, numbers: Sequence[int]) -> "ModuleStatistics":
+        """Without the rows of other prompts."""
+        return replace(self, sensitivity=self.sensitivity[numbers], activity=self.activity[numbers])
 
 
 @dataclass
@@ -124,35 +128,36 @@ class ProbeStatistics:
         return unlike_samples(self.samples, samples)
 
 
-def concatenated(parts: Sequence[tuple[int, ModuleStatistics | None]]) -> ModuleStatistics | None:
+def combined(parts: Sequence[tuple[Sequence[int], ModuleStatistics | None]]) -> ModuleStatistics | None:
     """Statistics of one module over several lots of prompts: exactly those of all prompts together.
 
     Args:
-        parts: for each lot the number of its prompts and its statistics; None where none of them reached the module.
+        parts: for each lot the numbers of its prompts among all, and its statistics; None where none of them reached
+            the module.
 
     Returns:
-        The statistics, their rows in the order of the lots; None where no lot reached the module.
+        The statistics, their rows in the order of the numbers; None where no lot reached the module.
     """
-    reached = [part for _, part in parts if part is not None]
+    reached = [(numbers, part) for numbers, part in parts if part is not None]
     if not reached:
         return None
     if len(parts) == 1:
-        return reached[0]
-    total = sum(count for count, _ in parts)
-    gradients = [
-        count / total * part.gradient for count, part in parts if part is not None and part.gradient is not None
-    ]
+        return reached[0][1]
+    total = sum(len(numbers) for numbers, _ in parts)
+    gradients = [len(numbers) / total * part.gradient for numbers, part in reached if part.gradient is not None]
     return ModuleStatistics(
-        sensitivity=_stacked([(count, part and part.sensitivity) for count, part in parts]),
-        activity=_stacked([(count, part and part.activity) for count, part in parts]),
-        energy=torch.stack([part.energy for part in reached]).sum(0),
+        sensitivity=_rows(total, [(numbers, part.sensitivity) for numbers, part in reached]),
+        activity=_rows(total, [(numbers, part.activity) for numbers, part in reached]),
+        energy=torch.stack([part.energy for _, part in reached]).sum(0),
         gradient=torch.stack(gradients).sum(0) if gradients else None,
     )
 
 
-def _stacked(parts: list[tuple[int, Tensor | None]]) -> Tensor:
-    width = next(rows.shape[1] for _, rows in parts if rows is not None)
-    return torch.cat([torch.zeros(count, width, device="cpu") if rows is None else rows for count, rows in parts])
+def _rows(total: int, parts: list[tuple[Sequence[int], Tensor]]) -> Tensor:
+    rows = torch.zeros(total, parts[0][1].shape[1], device="cpu")
+    for numbers, found in parts:
+        rows[list(numbers)] = found
+    return rows
 
 
 def check_continues(earlier: ProbeStatistics, info: ProbeInfo, samples: Mapping[str, str | None]) -> None:

@@ -9,6 +9,7 @@ from accelerate.hooks import AlignDevicesHook
 from peft.utils import resolve_quantization_backend
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 
@@ -56,7 +57,9 @@ def device_of(module: nn.Module) -> torch.device:
     hook = offload_hook(module)
     if hook is not None:
         return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
-    return next(tensor.device for tensor in (*module.parameters(), *module.buffers()))
+    tensor = next(iter((*module.parameters(), *module.buffers())))
+    # FSDP2 may keep its parts on the CPU.
+    return torch.device(tensor.device_mesh.device_type) if isinstance(tensor, DTensor) else tensor.device
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .manifest import base_sample
+from .spread import gathered, shape_of
 from .storage import backend_of, device_of, onloaded
 
 
@@ -36,7 +37,7 @@ class Target:
         """
         if self.is_quantized:
             return int(self.module.out_features), int(self.module.in_features)  # type: ignore[arg-type]
-        shape = tuple(self._whole.shape)
+        shape = shape_of(self._whole)
         return shape if self.expert is None else shape[1:]
 
     @property
@@ -101,11 +102,12 @@ class Target:
     def read(self) -> Tensor:
         """The weight in a floating-point dtype, as stored; must not be written.
 
-        Note: of a quantized or offloaded weight this is a temporary of its full size.
+        Note: of a quantized, offloaded or sharded weight this is a temporary of its full size; of a sharded one all
+        ranks must read it.
         """
         with onloaded(self.module):
             backend = backend_of(self.module)
-            weight = (self._whole if backend is None else backend.get_base_weight(self.module)).detach()
+            weight = (gathered(self._whole) if backend is None else backend.get_base_weight(self.module)).detach()
         return weight if self.expert is None else weight[self.expert]
 
     def sample(self) -> str | None:

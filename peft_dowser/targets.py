@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .config import DowserConfig
+from .spread import shape_of
 from .storage import backend_of
 from .target import Target
 
@@ -72,7 +73,7 @@ def fused_parameters(model: nn.Module) -> dict[str, Target]:
             continue  # a kernel has three dimensions too
         name = re.sub(r"\.base_layer\b", "", path)
         for parameter, weight in module.named_parameters(recurse=False):
-            if weight.dim() == 3 and weight.is_floating_point() and weight.element_size() > 1:
+            if len(shape_of(weight)) == 3 and weight.is_floating_point() and weight.element_size() > 1:
                 found[f"{name}.{parameter}"] = Target(f"{name}.{parameter}", module, parameter)
     return found
 

@@ -1,10 +1,11 @@
-"""DeepSpeed ZeRO-2 and ZeRO-3 on two ranks: trains as one process does, and saves the whole."""
+"""DeepSpeed ZeRO-2 and ZeRO-3 on two ranks: probes, trains and saves as one process does."""
 
 import logging
 import os
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,21 +13,24 @@ import torch.distributed as dist
 from groups import on_ranks
 from helpers import config, tiny_llama
 from peft import PeftModel, get_peft_model
-from test_sharded import STEPS, batch_of, close
+from test_sharded import PROBES, STEPS, batch_of, close
 from test_sharded import train as train_plainly
+from torch import nn
+
+from peft_dowser import probe
+from peft_dowser.spread import is_sharded
 
 # `DS_BUILD_OPS=0 pip install deepspeed` gives one that runs on CPUs.
 pytest.importorskip("deepspeed")
 
 
-def train(rank: int, stage: int, folder: str) -> dict:
+def engine_of(model: nn.Module, stage: int) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu"
     logging.disable(logging.WARNING)
     warnings.simplefilter("ignore")
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    model = get_peft_model(tiny_llama(), config(seed=rank))
     # A threshold of 0 partitions even the smallest parameters.
     options = {
         "stage": stage,
@@ -42,6 +46,10 @@ def train(rank: int, stage: int, folder: str) -> dict:
             "zero_allow_untested_optimizer": True,
         },
     )
+    return engine
+
+
+def losses_of(engine: Any, rank: int) -> list[float]:
     losses = []
     for step in range(STEPS):
         part = batch_of(step).chunk(2)[rank]
@@ -51,6 +59,13 @@ def train(rank: int, stage: int, folder: str) -> dict:
         total = loss.detach().clone()
         dist.all_reduce(total)
         losses.append(total.item() / 2)
+    return losses
+
+
+def train(rank: int, stage: int, folder: str) -> dict:
+    model = get_peft_model(tiny_llama(), config(seed=rank))
+    engine = engine_of(model, stage)
+    losses = losses_of(engine, rank)
     refusal = ""
     try:
         model.save_pretrained(Path(folder) / "sharded")
@@ -66,6 +81,34 @@ def train(rank: int, stage: int, folder: str) -> dict:
     except ValueError as error:
         second = str(error)
     return {"losses": losses, "refusal": refusal, "second": second}
+
+
+def probe_partitioned(rank: int) -> dict:
+    engine = engine_of(tiny_llama(), 3)
+    assert all(is_sharded(parameter) for parameter in engine.module.parameters())
+    results: dict = {name: probed(engine.module) for name, probed in PROBES.items()}
+    # The probe has left the base as it was.
+    assert losses_of(engine, rank) == losses_of(engine_of(tiny_llama(), 3), rank)
+    import deepspeed
+
+    bare = tiny_llama()
+    deepspeed.zero.Init(module=bare)
+    with pytest.raises(ValueError, match="Shard the base with FSDP2"):
+        probe(bare, config())
+    return results
+
+
+def test_a_partitioned_base_is_probed_as_in_one_process(tmp_path: Path) -> None:
+    for found in on_ranks(probe_partitioned, tmp_path):
+        for name, probed in PROBES.items():
+            expected = probed(tiny_llama())
+            assert found[name].info == expected.info
+            assert found[name].samples == expected.samples
+            assert found[name].modules.keys() == expected.modules.keys()
+            for module, statistics in expected.modules.items():
+                # DeepSpeed's hooks change the order in which gradients are added.
+                for field, value in vars(statistics).items():
+                    torch.testing.assert_close(vars(found[name].modules[module])[field], value)
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -1,7 +1,8 @@
-"""FSDP1, FSDP2 (plain and through accelerate) and DDP on two ranks: trains as one process does, and saves the whole."""
+"""FSDP1, FSDP2 (plain and through accelerate) and DDP on two ranks: probes, trains and saves as one process does."""
 
 import os
 import traceback
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_dowser import DowserLayer
+from peft_dowser import DowserLayer, ProbeStatistics, probe
+from peft_dowser.statistics import ModuleStatistics
 
 STEPS = 3
 RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
@@ -118,6 +120,17 @@ ENGINES = {
 }
 
 
+def in_one_unit(model: nn.Module) -> tuple[nn.Module, Callable[[], dict]]:
+    return fully_shard(model, mesh=init_device_mesh("cpu", (2,))), partial(full_state, model)
+
+
+PROBED_ENGINES = {
+    "fsdp2": with_fsdp2,
+    "fsdp2 in one unit": in_one_unit,
+    "fsdp2 by accelerate, loaded on rank 0": with_accelerate,
+}
+
+
 def base_on(rank: int, engine: str) -> nn.Module:
     """As transformers loads it: with cpu_ram_efficient_loading the other ranks' parameters stay on the meta device."""
     base = tiny_llama()
@@ -164,17 +177,86 @@ def resumed_from_a_checkpoint(rank: int) -> bool:
     return torch.equal(model(input_ids=batch_of(0)).logits, other(input_ids=batch_of(0)).logits)
 
 
+# The ranks' shares of the prompts are not equal, once one of them has none.
+PROBES = {
+    "prompts": partial(probe, config=config(probe_batch_size=1), prompts=[[1, 9, 30], [1, 4], [1, 50, 7, 7, 8]]),
+    "probed": partial(probe, config=config(num_probes=5, probe_batch_size=1)),
+    "one prompt": partial(probe, config=config(num_probes=1)),
+    "gradient": partial(probe, config=config(num_probes=3, probe_batch_size=1, score="gradient", last_layers=1)),
+}
+
+
+def gathered_at_once(model: nn.Module, work: Callable[[], ProbeStatistics]) -> tuple[ProbeStatistics, int]:
+    """What some work returns, and the decoder layers of which it had whole weights at one time, at most."""
+    layers = [module for module in model.modules() if isinstance(module, LlamaDecoderLayer)]
+    most, full_tensor, given = 0, DTensor.full_tensor, []
+
+    def count(*_) -> None:
+        nonlocal most
+        most = max(most, sum(not isinstance(layer.mlp.up_proj.weight, DTensor) for layer in layers))
+
+    def only_one(self: DTensor) -> torch.Tensor:
+        assert all(tensor() is None for tensor in given)
+        whole = full_tensor(self)
+        given.append(weakref.ref(whole))
+        return whole
+
+    hooks = [layer.mlp.register_forward_hook(count) for layer in layers]
+    DTensor.full_tensor = only_one
+    try:
+        return work(), most
+    finally:
+        DTensor.full_tensor = full_tensor
+        for hook in hooks:
+            hook.remove()
+
+
+def probe_sharded(rank: int, engine: str, folder: Path) -> dict:
+    model, _ = PROBED_ENGINES[engine](base_on(rank, engine))
+    model(input_ids=batch_of(0))  # FSDP2 keeps the weights of the root from forward to backward
+    results: dict = {}
+    for name, probed in PROBES.items():
+        results[name], layers = gathered_at_once(model, partial(probed, model))
+        assert layers == (2 if engine.endswith("in one unit") else 1)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    if rank == 0:
+        results["probed"].save(folder / f"{engine}.safetensors")
+    return results | {"losses": train(model, range(STEPS), rank, 2)}
+
+
+def refused(rank: int) -> list[str]:
+    """What `probe` says to bases that it cannot follow."""
+    split = tiny_llama()
+    head = split.lm_head.weight
+    split.lm_head.weight = nn.Parameter(distribute_tensor(head.detach(), init_device_mesh("cpu", (2,)), [Shard(0)]))
+    flat = with_fsdp1(tiny_llama())[0].module
+    messages = []
+    for model in (split, flat):
+        with pytest.raises(ValueError) as raised:
+            probe(model, config())
+        messages.append(str(raised.value))
+    return messages
+
+
 def all_engines(rank: int, folder: str) -> dict:
-    results: dict = {"checkpoint": resumed_from_a_checkpoint(rank)}
+    work: dict[str, Callable[[], object]] = {
+        "checkpoint": partial(resumed_from_a_checkpoint, rank),
+        "refused": partial(refused, rank),
+    }
     for engine in ENGINES:
-        ram_efficient = RAM_EFFICIENT if engine.endswith("loaded on rank 0") else {}
+        work[engine] = partial(one_engine, rank, engine, Path(folder))
+    for engine in PROBED_ENGINES:
+        work[f"probe, {engine}"] = partial(probe_sharded, rank, engine, Path(folder))
+    results: dict = {}
+    for name, one in work.items():
+        ram_efficient = RAM_EFFICIENT if name.endswith("loaded on rank 0") else {}
         os.environ.update(ram_efficient)
         try:
-            results[engine] = one_engine(rank, engine, Path(folder))
+            results[name] = one()
         except Exception:
-            results[engine] = traceback.format_exc()
-        for name in ram_efficient:
-            del os.environ[name]
+            results[name] = traceback.format_exc()
+        for variable in ram_efficient:
+            del os.environ[variable]
     return results
 
 
@@ -219,6 +301,31 @@ def test_trains_saves_and_resumes_as_one_process_does(
             torch.testing.assert_close(tensor, found[key], rtol=1e-4, atol=1e-6, msg=key)
 
 
+@pytest.mark.parametrize("engine", PROBED_ENGINES)
+def test_a_sharded_base_is_probed_as_in_one_process(engine: str, results: list[dict], folder: Path) -> None:
+    for name, probed in PROBES.items():
+        expected = probed(tiny_llama())
+        for found in (ranks[f"probe, {engine}"] for ranks in results):
+            assert isinstance(found, dict), found
+            assert found[name].info == expected.info
+            assert found[name].samples == expected.samples
+            assert found[name].modules.keys() == expected.modules.keys()
+            for module, statistics in expected.modules.items():
+                same_statistics(found[name].modules[module], statistics)
+    losses = train(tiny_llama(), range(STEPS))
+    for ranks in results:
+        close(ranks[f"probe, {engine}"]["losses"], losses)  # the probe has left the base as it was
+    by_file = get_peft_model(tiny_llama(), config(statistics=str(folder / f"{engine}.safetensors")))
+    by_probe = get_peft_model(tiny_llama(), config(num_probes=5, probe_batch_size=1))
+    assert all(map(torch.equal, codes(by_file), codes(by_probe)))
+
+
+def test_bases_that_are_sharded_in_other_ways_are_not_probed(results: list[dict]) -> None:
+    for found in results:
+        for message in found["refused"]:
+            assert "which the probe cannot follow. Shard the base with FSDP2 (fully_shard)" in message
+
+
 def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
     for found in results:
         assert "so the file would be incomplete" in found["fsdp2"]["refusal"]
@@ -226,6 +333,14 @@ def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
 
 def test_a_checkpoint_brings_its_mask_along(results: list[dict]) -> None:
     assert [found["checkpoint"] for found in results] == [True, True]
+
+
+def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None:
+    """The rows of every prompt in bits; sums over prompts in another order."""
+    assert torch.equal(found.sensitivity, expected.sensitivity)
+    assert torch.equal(found.activity, expected.activity)
+    torch.testing.assert_close(found.energy, expected.energy)
+    torch.testing.assert_close(found.gradient, expected.gradient)
 
 
 def close(found: list[float], expected: list[float]) -> None:

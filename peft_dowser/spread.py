@@ -1,0 +1,101 @@
+"""Bases whose weights are spread over ranks, by FSDP2 or DeepSpeed ZeRO-3: each rank holds a part of every weight.
+
+Their hooks gather the weights of a module for its forward and for its backward. All ranks must take part in that, and
+in the same order: wherever weights of such a base are used, every rank does the same.
+"""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
+    return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model is sharded, even while some or all of its weights are gathered."""
+    sharding = FSDPModule | FullyShardedDataParallel
+    return (
+        has_one_backward(model)
+        or any(isinstance(module, sharding) for module in model.modules())
+        or any(is_sharded(parameter) for parameter in model.parameters())
+    )
+
+
+def has_one_backward(model: nn.Module) -> bool:
+    """Whether one backward is all that a forward allows: DeepSpeed gathers the weights for no other one."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """A parameter itself, or the whole of a sharded one, a temporary for which all ranks must ask."""
+    if isinstance(parameter, DTensor):
+        # FSDP2 may keep its parts on the CPU, which the connection between the ranks may not reach.
+        part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
+        return part.full_tensor()
+    if not is_sharded(parameter):
+        return parameter
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach()  # DeepSpeed gives the parameter other storage afterwards, and leaves this one alone
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered; what is set on those, such as `requires_grad`, does not last."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose weights are spread over ranks.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    if is_spread(model):
+        raise ValueError(
+            f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "
+            "accelerator.prepare or deepspeed.initialize, and outside deepspeed.zero.Init. Where the base can only be "
+            "probed sharded, run probe(model, config) on all its ranks, .save(path) what it returns on one of them, "
+            "and make the adapter with DowserConfig(statistics=path)."
+        )
+
+
+def check_gathers(model: nn.Module) -> None:
+    """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
+
+    Raises:
+        ValueError: weights are sharded by something else than FSDP2 or an engine of DeepSpeed.
+    """
+    modules = list(model.modules())
+    units = [module for module in modules if isinstance(module, FSDPModule)]
+    by_fsdp2 = {id(parameter) for unit in units for parameter in unit.parameters()}
+    by_others = (isinstance(p, DTensor) and not (id(p) in by_fsdp2 and _is_plain(p)) for p in model.parameters())
+    no_engine = has_one_backward(model) and not any(hasattr(module, "ds_id") for module in modules)
+    if no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others):
+        raise ValueError(
+            f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
+            "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
+        )
+
+
+def _is_plain(parameter: DTensor) -> bool:
+    """Whether it is sharded once: over all ranks, or over a group of them, of which other groups are copies (HSDP)."""
+    return all(placement.is_replicate() for placement in parameter.placements[:-1])
+
+
+def _sharded(model: nn.Module) -> str:
+    names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    first = f", '{names[0]}' the first of {len(names)}" if names else ""
+    return f"Parameters of {type(model).__name__} are sharded over the ranks{first}"
