@@ -1,13 +1,15 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
 from collections.abc import Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from .codec import DeltaFormatError, check_values
 from .layer import DowserLayer
-from .state import Values
+from .state import Index, Values
 from .target import Target
 
 # How a saved adapter calls the tensors of a module: its values and its index code.
@@ -59,22 +61,22 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
         DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
     where = f"Adapter '{adapter_name}'"
-    expected = {}
-    for name, layer in adapted(model, adapter_name):
-        expected |= {name + named(part, adapter_name): layer for part in (VALUES, CODE)}
-    check_keys(expected, state_dict, where)
-    read = []
-    for key, layer in expected.items():
-        index, tensor = layer.index(adapter_name), state_dict[key]
-        try:
-            if key.endswith(".code"):
-                read.append((index, tensor, index.read(tensor)))
-            else:
-                check_values(tensor, index.nnz)
-        except DeltaFormatError as error:
-            raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
-    for index, code, positions in read:
-        index.checked = (code, positions)
+    layers = dict(adapted(model, adapter_name))
+    values_part, code_part = named(VALUES, adapter_name), named(CODE, adapter_name)
+    check_keys([name + part for name in layers for part in (values_part, code_part)], state_dict, where)
+    indices = [layer.index(adapter_name) for layer in layers.values()]
+    codes = [state_dict[name + code_part] for name in layers]
+    checked = []
+    with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        positions = threads.map(Index.read, indices, codes)
+        for (name, layer), index in zip(layers.items(), indices, strict=True):
+            try:
+                check_values(state_dict[name + values_part], index.nnz)
+                checked.append(next(positions))
+            except DeltaFormatError as error:
+                raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
+    for index, code, found in zip(indices, codes, checked, strict=True):
+        index.checked = (code, found)
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
