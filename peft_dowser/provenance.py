@@ -2,10 +2,8 @@
 
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .codec import DeltaFormatError
@@ -13,6 +11,7 @@ from .gate import CODE, PREFIX, VALUES, few, named
 from .layer import DowserLayer
 from .manifest import entry, is_sample, manifest, unlike_samples
 from .statistics import ProbeStatistics
+from .threads import side_by_side
 
 
 def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
@@ -30,8 +29,7 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
         start = name if name + values in tensors else PREFIX + name
         return entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as threads:  # nearly all of it is hashing
-        return manifest(dict(zip([layer.module_name for layer in layers], threads.map(entry_of, layers), strict=True)))
+    return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 
 
 def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
