@@ -20,8 +20,8 @@ from torch import Tensor
 
 # Bytes of bits, and groups of eight low parts, that a CPU unpacks at a time: what they become stays in its cache, and
 # in memory that is there already, whatever the size of the matrix.
-_BLOCK = 1 << 14
-_GROUPS = 1 << 13
+_BLOCK = 1 << 16
+_GROUPS = 1 << 15
 # What values may be saved as; they are loaded as float32. With integers of their size, and the bits of their exponent,
 # which are all set in infinities and NaNs, and in no other number.
 _EXPONENTS = {
