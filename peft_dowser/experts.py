@@ -16,12 +16,12 @@ from .target import Target
 class FusedParameter(nn.Module, DowserLayer):
     """The deltas of one fused parameter. It has no forward: that of the experts module multiplies with it."""
 
-    def __init__(self, experts: nn.Module, parameter: str, name: str) -> None:
+    def __init__(self, experts: nn.Module, parameter: str, name: str, sample: str | None = None) -> None:
         super().__init__()
         # In a tuple, which hides it from torch: the experts belong to the `Experts` around this.
         self._experts = (experts,)
         self.parameter_name = parameter
-        DowserLayer.__init__(self, name)
+        DowserLayer.__init__(self, name, sample)
 
     @property
     def base_layer(self) -> nn.Module:
@@ -50,14 +50,15 @@ class Experts(nn.Module):
         """The deltas of a parameter of the base layer; None where no adapter has any."""
         return cast(FusedParameter | None, self._modules.get(name))
 
-    def add_parameter(self, name: str, target_name: str) -> FusedParameter:
+    def add_parameter(self, name: str, target_name: str, sample: str | None) -> FusedParameter:
         """Make room for deltas of a parameter of the base layer.
 
         Args:
             name: its name in the base layer.
             target_name: its name in the base model.
+            sample: as in `DowserLayer`.
         """
-        added = FusedParameter(self.base_layer, name, target_name)
+        added = FusedParameter(self.base_layer, name, target_name, sample)
         self.add_module(name, added)
         return added
 

@@ -9,6 +9,7 @@ from .codec import DeltaFormatError, check_values
 from .layer import DowserLayer
 from .state import Values
 from .target import Target
+from .threads import side_by_side
 
 # How a saved adapter calls the tensors of a module: its values and its index code.
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
@@ -59,22 +60,21 @@ def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Ten
         DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
     where = f"Adapter '{adapter_name}'"
-    expected = {}
-    for name, layer in adapted(model, adapter_name):
-        expected |= {name + named(part, adapter_name): layer for part in (VALUES, CODE)}
-    check_keys(expected, state_dict, where)
-    read = []
-    for key, layer in expected.items():
-        index, tensor = layer.index(adapter_name), state_dict[key]
+    values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
+    layers = adapted(model, adapter_name)
+    check_keys([name + part for name, _ in layers for part in (values, code)], state_dict, where)
+
+    def read(named_layer: tuple[str, DowserLayer]) -> Tensor:
+        name, layer = named_layer
+        index = layer.index(adapter_name)
         try:
-            if key.endswith(".code"):
-                read.append((index, tensor, index.read(tensor)))
-            else:
-                check_values(tensor, index.nnz)
+            check_values(state_dict[name + values], index.nnz)
+            return index.read(state_dict[name + code])
         except DeltaFormatError as error:
             raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
-    for index, code, positions in read:
-        index.checked = (code, positions)
+
+    for (name, layer), positions in zip(layers, side_by_side(read, layers), strict=True):
+        layer.index(adapter_name).checked = (state_dict[name + code], positions)
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
@@ -92,7 +92,8 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
             f"{where}: the file should have {len(expected)} Dowser tensors and has {number}; missing: "
             f"{few(missing)}. The file is incomplete, or belongs to another adapter or base model."
         )
-    unknown = [key for key in found if ".dowser_" in key and key not in expected]
+    known = set(expected)
+    unknown = [key for key in found if ".dowser_" in key and key not in known]
     if unknown:
         raise DeltaFormatError(
             f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {few(unknown)}. It "

@@ -40,7 +40,13 @@ class DowserLayer(BaseTunerLayer):
     adapter_layer_names = ("dowser_values",)
     other_param_names = ("dowser_index", "scaling")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, sample: str | None = None) -> None:
+        """Begin without adapters.
+
+        Args:
+            name: name of the target in the base model.
+            sample: its `base_sample`, where it was read already: an offloaded weight is slow to read.
+        """
         self.module_name = name
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
@@ -48,9 +54,10 @@ class DowserLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
-        self.base_shape = self.target.shape
-        self.base_sample = self.target.sample()
-        self.out_features, self.in_features = self.target.features
+        target = self.target
+        self.base_shape = target.shape
+        self.base_sample = target.sample() if sample is None else sample
+        self.out_features, self.in_features = target.features
 
     @property
     def target(self) -> Target:
@@ -137,13 +144,14 @@ class DowserLayer(BaseTunerLayer):
             DeltaFormatError: more values than the weight has entries.
         """
         target = self.target
-        if nnz > target.numel:
+        numel = target.numel
+        if nnz > numel:
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
-                f"{target.numel} entries ({target.shape}). The adapter was made for another base model."
+                f"{numel} entries ({target.shape}). The adapter was made for another base model."
             )
         device = target.device
-        code = torch.zeros(code_length(target.numel, nnz), dtype=torch.uint8, device=device)
+        code = torch.zeros(code_length(numel, nnz), dtype=torch.uint8, device=device)
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest, guard)
 
@@ -272,10 +280,10 @@ class DowserLayer(BaseTunerLayer):
 class Linear(nn.Module, DowserLayer):
     """A linear layer, or transformers' Conv1D, with sparse deltas on its weight."""
 
-    def __init__(self, base_layer: nn.Module, name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, sample: str | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        DowserLayer.__init__(self, name)
+        DowserLayer.__init__(self, name, sample)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -29,7 +29,7 @@ from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
 from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
 from .probe import check_materialized, probe_targets
-from .provenance import check_modules, check_shapes, described, warn_of_other_base, warn_of_other_weights
+from .provenance import compare, described, warn_of_other_weights
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import choose_masks
@@ -84,6 +84,7 @@ class DowserModel(BaseTuner):
         self._masks: dict[str, Tensor] = {}
         self._fused: list[str] = []
         self._ties: dict[str, tuple[Target, ...]] = {}
+        self._samples: dict[str, str | None] = {}
         self._manifest: dict[str, Any] | None = None
         self._guard = Guard(model, adapter_name, config)
         is_new = not adapted(model, adapter_name)
@@ -98,7 +99,7 @@ class DowserModel(BaseTuner):
             raise
         finally:
             del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused, self._ties
-            del self._guard
+            del self._guard, self._samples
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
@@ -129,7 +130,9 @@ class DowserModel(BaseTuner):
         if self._counts is not None:
             check_counts(self._counts, targets, self._adapter_name)
             if self._manifest is not None:
-                self._compare(self._manifest, self._counts, model, targets)
+                self._samples = _samples(model, targets, self._counts)
+                shapes = {name: targets[name].shape for name in self._counts}
+                compare(self._manifest, self._counts, shapes, self._samples, f"Adapter '{self._adapter_name}'")
             return
         started = time.perf_counter()
         with _adapters_disabled(model):
@@ -140,15 +143,6 @@ class DowserModel(BaseTuner):
         if by_default and not self._fused:
             report_bare_experts(fused_parameters(model))
         report_selection(self._masks, targets, time.perf_counter() - started)
-
-    def _compare(
-        self, manifest: dict[str, Any], counts: dict[str, int], model: nn.Module, targets: Mapping[str, Target]
-    ) -> None:
-        """Compare the manifest of a saved adapter with its counts and with the base."""
-        where = f"Adapter '{self._adapter_name}'"
-        check_modules(manifest, counts, where)
-        check_shapes(manifest, {name: targets[name].shape for name in counts}, where)
-        warn_of_other_base(manifest, _samples(model, targets, counts), where)
 
     @staticmethod
     def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
@@ -220,7 +214,8 @@ class DowserModel(BaseTuner):
         if backend_of(base_layer) is not None:
             requantize = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
             return QuantizedLinear(base_layer, name, requantize)
-        return Embedding(base_layer, name) if isinstance(base_layer, nn.Embedding) else Linear(base_layer, name)
+        kind = Embedding if isinstance(base_layer, nn.Embedding) else Linear
+        return kind(base_layer, name, self._samples.get(name))
 
     def _inject_parameters(
         self, peft_config: DowserConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -233,7 +228,8 @@ class DowserModel(BaseTuner):
             layer = experts.parameter(parameter)
             if self._is_adapted(name, layer):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    self._add_adapter(layer or experts.add_parameter(parameter, name), peft_config, adapter_name)
+                    layer = layer or experts.add_parameter(parameter, name, self._samples.get(name))
+                    self._add_adapter(layer, peft_config, adapter_name)
                 setattr(parent, child_name, experts)
         return self._fused
 
@@ -391,13 +387,14 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        report_scale(model, adapter_name)
+        layers = [layer for _, layer in adapted(model, adapter_name)]
+        report_scale(layers, adapter_name)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        complete(selected, state_dict, model, adapter_name)
+        complete(selected, state_dict, layers, adapter_name)
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
-        config._written = described(model, selected, adapter_name)
+        config._written = described(layers, selected, adapter_name)
         return selected
 
     @classmethod

@@ -3,15 +3,15 @@
 import logging
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import psutil
 import torch
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import DowserConfig
-from .gate import adapted
+from .layer import DowserLayer
 from .ranks import digest_of
 from .target import Target
 from .targets import layer_of
@@ -57,9 +57,9 @@ def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
         )
 
 
-def report_scale(model: nn.Module, adapter_name: str) -> None:
+def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
     """Say that what is saved is the adapter as it was trained, not as it is scaled."""
-    scales = sorted({layer.scaling[adapter_name] for _, layer in adapted(model, adapter_name)} - {1.0})
+    scales = sorted({layer.scaling[adapter_name] for layer in layers} - {1.0})
     if scales:
         warnings.warn(
             f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "

@@ -1,26 +1,35 @@
 """The manifest of an adapter beside the model: written when it is saved, compared when it is loaded."""
 
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from .codec import DeltaFormatError
-from .gate import CODE, PREFIX, VALUES, adapted, few, named
+from .gate import CODE, PREFIX, VALUES, few, named
+from .layer import DowserLayer
 from .manifest import entry, is_sample, manifest, unlike_samples
 from .statistics import ProbeStatistics
+from .threads import side_by_side
 
 
-def described(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
-    """The manifest of the tensors that are about to be saved, their keys with the adapter's name."""
-    modules = {}
+def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
+    """The manifest of what is about to be saved.
+
+    Args:
+        layers: those that carry the adapter.
+        tensors: its tensors, their keys with its name.
+        adapter_name: its name.
+    """
     code, values = named(CODE, adapter_name), named(VALUES, adapter_name)
-    for _, layer in adapted(model, adapter_name):
+
+    def entry_of(layer: DowserLayer) -> dict[str, Any]:
         name = layer.module_name
         start = name if name + values in tensors else PREFIX + name
-        modules[name] = entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
-    return manifest(modules)
+        return entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
+
+    return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 
 
 def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
@@ -74,6 +83,24 @@ def other_base(modules: Collection[str], of: int, where: str) -> str:
         f"{few(list(modules))}. The base is another checkpoint of the same shapes, was trained further, or has an "
         "adapter merged in."
     )
+
+
+def compare(
+    saved: Mapping[str, Any],
+    counts: Mapping[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
+    samples: Mapping[str, str | None],
+    where: str,
+) -> None:
+    """Compare a manifest with the counts of its adapter and, by module, with the weights of a base.
+
+    Raises:
+        DeltaFormatError: it is not of this adapter, or for weights of other shapes. Where only their content differs, a
+            warning says so.
+    """
+    check_modules(saved, counts, where)
+    check_shapes(saved, shapes, where)
+    warn_of_other_base(saved, samples, where)
 
 
 def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:

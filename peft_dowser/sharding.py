@@ -1,10 +1,10 @@
 """What the engines that spread a model over ranks must be told about an adapter's positions."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .gate import CODE, PREFIX, VALUES, adapted, named
+from .gate import CODE, PREFIX, VALUES, named
 from .layer import DowserLayer
 from .spread import is_sharded
 
@@ -29,7 +29,7 @@ def leave_positions_to_us(model: nn.Module) -> None:
 
 
 def complete(
-    selected: dict[str, Tensor], state_dict: Mapping[str, Tensor], model: nn.Module, adapter_name: str
+    selected: dict[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
 ) -> None:
     """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
 
@@ -39,14 +39,14 @@ def complete(
     Args:
         selected: the adapter's tensors, their keys with the adapter's name; changed in place.
         state_dict: the state that they are selected from.
-        model: the model that the state dict comes from.
+        layers: those that carry the adapter, in the model that the state dict comes from.
         adapter_name: name of the adapter.
 
     Raises:
         ValueError: values of a module are empty or sharded.
     """
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
-    for _, layer in adapted(model, adapter_name):
+    for layer in layers:
         module, index = layer.module_name, layer.index(adapter_name)
         start = f"{PREFIX if inside_peft else ''}{module}"
         values_key = start + named(VALUES, adapter_name)

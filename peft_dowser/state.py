@@ -121,15 +121,16 @@ class Index(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "code":  # how transformers loads a buffer
-            self._decode()
+            self._decode(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if "code" in self._non_persistent_buffers_set and prefix + "code" in state_dict:
-            self.code = state_dict[prefix + "code"]
+        code = state_dict.get(prefix + "code")
+        if "code" in self._non_persistent_buffers_set and code is not None:
+            self.code = code
         else:
-            self._decode()
-        if prefix + "code" in state_dict:
+            self._decode(code)
+        if code is not None:
             self.guard = None
 
     def train(self, mode: bool = True) -> "Index":
@@ -137,11 +138,12 @@ class Index(nn.Module):
             self.guard.settle()
         return super().train(mode)
 
-    def _decode(self) -> None:
+    def _decode(self, source: Tensor | None) -> None:
+        """Fill in the positions of the code, which was taken from `source`; those of a code that was read stay."""
         checked, self.checked = self.checked, None
         if self.code.is_meta:
             self.positions = None
-        elif checked is not None and torch.equal(checked[0].to(self.code.device), self.code):
+        elif checked is not None and (source is checked[0] or torch.equal(checked[0].to(self.code.device), self.code)):
             self.positions = checked[1].to(self.code.device)
         else:
             with self.guard or nullcontext():

@@ -130,7 +130,9 @@ def _default_targets(model: nn.Module) -> set[str]:
 
 def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
     """The fused parameters that a config names, less those of excluded modules and other layers."""
-    asked = sorted(config.target_parameters or ())
+    if not config.target_parameters:
+        return {}
+    asked = sorted(config.target_parameters)
     fused = fused_parameters(model)
     named = {key: [name for name in fused if f".{name}".endswith(f".{key}")] for key in asked}
     unmatched = [key for key, names in named.items() if not names]

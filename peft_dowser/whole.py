@@ -30,6 +30,8 @@ def check_whole_tensors(
     Raises:
         DeltaFormatError: loading would overwrite something else, or there is nothing of this name.
     """
+    if not keys:
+        return
     own = {name.removeprefix(PREFIX) for name in _own(model, adapter_name, config)}
     foreign = [key for key in keys if key.removeprefix(PREFIX) not in own and not _is_trained_bias(key, config)]
     if foreign:

@@ -152,6 +152,7 @@ def test_positions_of_any_integer_type_have_one_code(dtype: torch.dtype, positio
 @pytest.mark.parametrize("nnz", [10, 101, 700])
 def test_positions_do_not_depend_on_the_block(nnz: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(codec, "_BLOCK", block)
+    monkeypatch.setattr(codec, "_GROUPS", block)
     assert decoded(written(sample(1001, nnz), 1001), 1001, nnz) == sample(1001, nnz)
 
 

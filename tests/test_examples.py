@@ -50,7 +50,7 @@ def test_everything_else_can_be_measured() -> None:
     assert generation.measure_generation("dowser", 0.1, 64, "float32", 4)["time_over_base"] > 0
     assert probing.measure_time(64, "float32", 4, 8, 2)["authors_over_ours"] > 0
     assert probing.measure_memory(64, "float32", 2, 8)["linear_weights"] > 0
-    assert files.measure_files("dowser", 0.1, 64, 2)["load_over_limit"] > 0
+    assert files.measure_files("dowser", 0.1, 64, 2, "float32", 2)["load_over_limit"] > 0
     found = one_billion.fine_tune(one_billion.architecture(1, 128), 0.1, 8, 2, 2)
     assert list(found["stages"]) == ["build", "probe", "select", "step", "save", "load", "merge"]
 

@@ -334,3 +334,13 @@ def test_a_code_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert len(calls) == 14
     assert all(layer.index("default").checked is None for layer in model.modules() if isinstance(layer, DowserLayer))
+
+
+def test_a_weight_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted().save_pretrained(tmp_path)
+    calls = []
+    monkeypatch.setattr(peft_dowser.target, "base_sample", lambda weight: calls.append(1) or base_sample(weight))
+    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    assert len(calls) == 14
+    layer = model.get_submodule(f"base_model.model.{UP}")
+    assert layer.base_sample == base_sample(tiny_llama().get_submodule(UP).weight)
