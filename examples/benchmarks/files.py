@@ -120,7 +120,7 @@ def measure_files(
 
 
 def check(layer: DowserLayer, expected: str) -> None:
-    """What loading an adapter checks of one layer beside decoding it."""
+    """What loading an adapter checks of one layer beside decoding it; there, layers are checked side by side."""
     index, values = layer.index("default"), layer.values("default").detach()
     check_code(index.code, expected)
     check_values(values, index.nnz)

@@ -3,7 +3,7 @@
     python examples/benchmarks/run.py --only step probing --output FOLDER
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
-GPU where torch has one. On two CPU cores: step 40 minutes, generation 10, probing 5, files 3, switching 5, billion 3.
+GPU where torch has one. On two CPU cores: step 40 minutes, generation 10, probing 5, files 6, switching 5, billion 3.
 """
 
 import argparse
