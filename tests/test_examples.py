@@ -67,7 +67,7 @@ def test_the_runner_writes_json_a_table_and_a_plot(tmp_path: Path, monkeypatch: 
         }
         for method in peers.METHODS
     ]
-    monkeypatch.setattr(training_step, "measure", lambda rounds: rows)
+    monkeypatch.setitem(run.PARTS, "step", lambda rounds: rows)
     monkeypatch.setattr(sys, "argv", ["run.py", "--only", "step", "--output", str(tmp_path)])
     run.main()
     assert {path.name for path in tmp_path.iterdir()} == {"step.json", "step.md", "step.png"}

@@ -3,10 +3,13 @@
     python examples/benchmarks/run.py --only step probing --output FOLDER
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
-GPU where torch has one. On two CPU cores: step 40 minutes, generation 10, probing 5, files 6, switching 5, billion 3.
+GPU where torch has one. On two CPU cores: step 15 minutes, ratios (steps at rho = 0.01 and 0.5) 30, variants (steps
+with checkpointing, compiled) 20, generation 10, probing 5, files 6, switching 5, billion 3.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +21,15 @@ import switching
 import training_step
 from measure import report
 
-PARTS = {
-    "step": training_step,
-    "generation": generation,
-    "probing": probing,
-    "files": files,
-    "switching": switching,
-    "billion": one_billion,
+PARTS: dict[str, Callable[[int], Any]] = {
+    "step": partial(training_step.measure, settings=training_step.USUAL),
+    "ratios": partial(training_step.measure, settings=training_step.RATIOS),
+    "variants": partial(training_step.measure, settings=training_step.VARIANTS),
+    "generation": generation.measure,
+    "probing": probing.measure,
+    "files": files.measure,
+    "switching": switching.measure,
+    "billion": one_billion.measure,
 }
 
 
@@ -36,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     for part in options.only:
-        rows = PARTS[part].measure(options.rounds)
+        rows = PARTS[part](options.rounds)
         report(part, rows, options.output / f"{part}.json")
         (options.output / f"{part}.md").write_text(table(rows))
         if part == "step":
@@ -56,17 +61,16 @@ def shown(value: Any) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against memory of a step, one mark per method, for every dtype at rho = 0.1."""
+    """Time against memory of a step at rho = 0.1, one mark per method, for every dtype."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    chosen = [row for row in rows if row["rho"] == 0.1 and row["variant"] == "plain"]
-    dtypes = list(dict.fromkeys(row["dtype"] for row in chosen))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, axes = plt.subplots(1, len(dtypes), figsize=(5 * len(dtypes), 4), squeeze=False)
     for axis, dtype in zip(axes[0], dtypes, strict=True):
-        for row in chosen:
+        for row in rows:
             if row["dtype"] == dtype:
                 axis.plot(row["seconds"], row["bytes_per_weight"], "o")
                 axis.annotate(row["method"], (row["seconds"], row["bytes_per_weight"]))

@@ -13,18 +13,15 @@ import torch
 from measure import Memory, device, in_fresh_process, linear_weights, llama, no_heap, seconds
 from peers import METHODS, adapted
 
-# (dtype, rho, variant); what is compiled or checkpointed is measured at the usual rho only.
-SETTINGS = [
-    *((dtype, ratio, "plain") for dtype in ("float32", "bfloat16") for ratio in (0.01, 0.1, 0.5)),
-    ("float32", 0.1, "checkpointed"),
-    ("bfloat16", 0.1, "checkpointed"),
-    ("float32", 0.1, "compiled"),
-]
+# (dtype, rho, variant)
+USUAL = [("float32", 0.1, "plain"), ("bfloat16", 0.1, "plain")]
+RATIOS = [(dtype, ratio, "plain") for dtype in ("float32", "bfloat16") for ratio in (0.01, 0.5)]
+VARIANTS = [("float32", 0.1, "checkpointed"), ("bfloat16", 0.1, "checkpointed"), ("float32", 0.1, "compiled")]
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
+def measure(rounds: int, settings: list[tuple[str, float, str]]) -> list[dict[str, Any]]:
     rows = []
-    for dtype, ratio, variant in SETTINGS:
+    for dtype, ratio, variant in settings:
         times: dict[str, list[float]] = {method: [] for method in METHODS}
         for _ in range(rounds):
             for method in METHODS:
