@@ -14,7 +14,7 @@ from helpers import config, set_values, tiny_llama
 from peft import get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer
 
@@ -144,6 +144,18 @@ def test_no_mutant_harms_a_model_of_transformers(damage: Callable, folder: Path)
             refused += 1
             assert untouched.weights_are_equal(), number
     assert refused
+
+
+def test_an_auto_class_refuses_too(tmp_path: Path) -> None:
+    tiny_llama(layers=1).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, config(score="random", target_modules=["q_proj"]))
+    set_values(model)
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model.eval()))
+    edit_tensors(tmp_path / "adapter", lambda found: large(found, LAYER + FOREIGN["norm"]))
+    with pytest.raises(DeltaFormatError, match="has 1 tensors that the adapter does not train"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 
 
 def test_nothing_of_ours_in_a_file_is_refused_when_the_adapter_is_used(folder: Path) -> None:

@@ -27,9 +27,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 
 from peft_dowser import DowserConfig, DowserModel
-from peft_dowser.codec import check_values, decode
+from peft_dowser.codec import decode
 from peft_dowser.layer import DowserLayer
-from peft_dowser.manifest import check_code, digest, same_base
 from peft_dowser.state import Index
 
 # Method, hidden size, layers, dtype of the base, and repetitions in one process.
@@ -85,7 +84,6 @@ def measure_files(
         tensors = load_file(file)
         ours = [layer for layer in model.modules() if isinstance(layer, DowserLayer)]
         indices = [layer.index("default") for layer in ours]
-        digests = [digest(index.code) for index in indices]
         for _ in range(repetitions):
             with tempfile.TemporaryDirectory() as folder:
                 times.timed("save", model.save_pretrained, f"{folder}/save")
@@ -95,11 +93,12 @@ def measure_files(
                         times.timed("peft_save", model.save_pretrained, f"{folder}/peft")
             times.timed("safetensors_read", load_file, file)
             times.timed("decode", lambda: [decode(index.code, index.numel, index.nnz) for index in indices])
-            times.timed("checks", lambda: [check(layer, code) for layer, code in zip(ours, digests, strict=True)])
         base = model.unload()
         for _ in range(repetitions):
             base = times.timed("load", PeftModel.from_pretrained, base, kept).unload()
             if ours:
+                with unchecked():
+                    base = times.timed("unchecked_load", PeftModel.from_pretrained, base, kept).unload()
                 with peft_alone():
                     base = times.timed("peft_load", PeftModel.from_pretrained, base, kept).unload()
         model = PeftModel.from_pretrained(base, kept)
@@ -107,7 +106,7 @@ def measure_files(
     row = {"base_weights": weights, "file_bytes": written, **times.row()}
     if ours:
         row["decoded_per_second"] = sum(index.nnz for index in indices) / row["decode_seconds"]
-        row["checks_over_load"] = row["checks_seconds"] / row["load_seconds"]
+        row["checks_over_load"] = 1 - row["unchecked_load_seconds"] / row["load_seconds"]
     entropy = -math.log2(update_ratio) - (1 - update_ratio) / update_ratio * math.log2(1 - update_ratio)
     row["bytes_per_trained_weight"] = written / count
     row["bytes_over_limit"] = written / count / (2 + entropy / 8)
@@ -119,14 +118,13 @@ def measure_files(
     return row
 
 
-def check(layer: DowserLayer, expected: str) -> None:
-    """What loading an adapter checks of one layer beside decoding it; there, layers are checked side by side."""
-    index, values = layer.index("default"), layer.values("default").detach()
-    check_code(index.code, expected)
-    check_values(values, index.nnz)
-    positions = index.decoded().numpy()
-    if not bool((positions[1:] > positions[:-1]).all()) or not same_base(layer.target.sample(), layer.base_sample):
-        raise RuntimeError("The adapter that was just made is damaged.")
+@contextmanager
+def unchecked() -> Iterator[None]:
+    """Load without a look at the order of positions, at values, digests, and samples of the base."""
+    with ExitStack() as patches:
+        for check in ("gate.check_values", "state.check_code", "codec._order_problem", "model.compare"):
+            patches.enter_context(patch(f"peft_dowser.{check}", lambda *arguments: None))
+        yield
 
 
 @contextmanager
