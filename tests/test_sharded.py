@@ -336,9 +336,9 @@ def test_a_checkpoint_brings_its_mask_along(results: list[dict]) -> None:
 
 
 def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None:
-    """The rows of every prompt in bits; sums over prompts in another order."""
-    assert torch.equal(found.sensitivity, expected.sensitivity)
-    assert torch.equal(found.activity, expected.activity)
+    """Up to the rounding of other batches and, in one process, more threads."""
+    torch.testing.assert_close(found.sensitivity, expected.sensitivity, rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.activity, expected.activity, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found.energy, expected.energy)
     torch.testing.assert_close(found.gradient, expected.gradient)
 
