@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Entries of the delta added at a time: bounds the float32 temporaries of `add_delta_`.
-_DELTA_BLOCK = 1 << 18
+# Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache.
+DELTA_BLOCK = 1 << 18
 # Bytes of the dense weight gradient formed at a time.
 _PRODUCT_BLOCK = 64 << 20
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against
@@ -46,7 +46,7 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         return
     # Written as integers of the same size: `scatter_` of those takes half as long as `index_copy_`.
     bits = flat.view(torch.int16 if weight.element_size() == 2 else torch.int32)
-    for at, delta in zip(positions.split(_DELTA_BLOCK), values.split(_DELTA_BLOCK), strict=True):
+    for at, delta in zip(positions.split(DELTA_BLOCK), values.split(DELTA_BLOCK), strict=True):
         at = at.long()
         bits.scatter_(0, at, entries_plus(flat.index_select(0, at), delta).view(bits.dtype))
 

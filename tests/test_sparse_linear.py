@@ -160,7 +160,7 @@ def poison_buffer() -> None:
 def test_a_delta_is_written_at_its_positions_and_nowhere_else(
     dtype: torch.dtype, position_dtype: torch.dtype, nnz: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(floor, "_DELTA_BLOCK", block)
+    monkeypatch.setattr(floor, "DELTA_BLOCK", block)
     case = make(dtype, nnz=(nnz,), shape=(6, 8), position_dtype=position_dtype)
     (values,), (positions,) = case.values, case.positions
     integer, signalling_nan = INTEGER[dtype]
