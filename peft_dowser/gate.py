@@ -1,6 +1,6 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import cast
 
 from torch import Tensor, nn
@@ -51,17 +51,21 @@ def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapt
             )
 
 
-def check_file(model: nn.Module, adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
     """Check every tensor of a saved adapter against the layers that it is loaded into.
 
     The positions that this decodes are left with the layers, which so need not decode them again.
+
+    Args:
+        layers: those that carry the adapter, with their names in the model.
+        adapter_name: its name.
+        state_dict: its tensors, as the model calls them.
 
     Raises:
         DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
     where = f"Adapter '{adapter_name}'"
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
-    layers = adapted(model, adapter_name)
     check_keys([name + part for name, _ in layers for part in (values, code)], state_dict, where)
 
     def read(named_layer: tuple[str, DowserLayer]) -> Tensor:

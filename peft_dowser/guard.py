@@ -68,12 +68,8 @@ class Guard:
                 self._model, self._adapter_name, self._config, replaced, f"Adapter '{self._adapter_name}'"
             )
         if is_loaded:
-            self.release()
-
-    def release(self) -> None:
-        """Let the adapter be used."""
-        for _, layer in adapted(self._model, self._adapter_name):
-            layer.set_guard(self._adapter_name, None)
+            for _, layer in adapted(self._model, self._adapter_name):
+                layer.release(self._adapter_name)
 
     def restore(self) -> None:
         """Take the adapter out of the model, and put back what was replaced."""

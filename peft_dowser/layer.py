@@ -155,9 +155,9 @@ class DowserLayer(BaseTunerLayer):
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest, guard)
 
-    def set_guard(self, adapter_name: str, guard: Guard | None) -> None:
-        """Say what has to agree before an adapter is used; None where nothing has to any more."""
-        cast(Values, self.dowser_values[adapter_name]).guard = self.index(adapter_name).guard = guard
+    def release(self, adapter_name: str) -> None:
+        """Let an adapter be used, whatever its guard says."""
+        cast(Values, self.dowser_values[adapter_name]).guard = self.index(adapter_name).guard = None
 
     def fill(self, adapter_name: str, delta: Delta, code: Tensor) -> None:
         """Give an adapter other positions and values; in the memory that it has, where their number stays the same.

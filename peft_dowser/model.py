@@ -411,12 +411,13 @@ class DowserModel(BaseTuner):
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
         whole = [key for key in remapped if ".dowser_" not in key]
-        guard = next((layer.index(adapter_name).guard for _, layer in adapted(model, adapter_name)), None)
+        layers = adapted(model, adapter_name)
+        guard = next((layer.index(adapter_name).guard for _, layer in layers), None)
         with guard or nullcontext():
-            check_file(model, adapter_name, remapped)
+            check_file(layers, adapter_name, remapped)
             check_whole_tensors(model, adapter_name, config, whole, f"Adapter '{adapter_name}'")
-        if guard is not None:
-            guard.release()
+        for _, layer in layers:
+            layer.release(adapter_name)
         return remapped
 
 

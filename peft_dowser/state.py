@@ -21,8 +21,6 @@ class Guard(AbstractContextManager[None], Protocol):
 
     def settle(self) -> None: ...
 
-    def release(self) -> None: ...
-
 
 class Values(nn.Module):
     """The trained values of one adapter.
