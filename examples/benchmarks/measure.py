@@ -61,11 +61,14 @@ def llama(hidden: int, layers: int = 4, dtype: str = "float32", vocabulary: int 
         return LlamaForCausalLM(config).to(getattr(torch, dtype))
 
 
+def linears(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The weights of the adapted linears."""
+    return [p for name, p in model.named_parameters() if name.endswith(tuple(f"{n}.weight" for n in LINEARS))]
+
+
 def linear_weights(model: torch.nn.Module) -> int:
     """Number of weights in the adapted linears."""
-    return sum(
-        p.numel() for name, p in model.named_parameters() if name.endswith(tuple(f"{n}.weight" for n in LINEARS))
-    )
+    return sum(p.numel() for p in linears(model))
 
 
 def synchronize() -> None:

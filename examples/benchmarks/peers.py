@@ -1,9 +1,7 @@
 """The methods that are compared, at the same number of trained weights on the same linears."""
 
-import math
-
 import torch
-from measure import LINEARS
+from measure import LINEARS, linear_weights, linears
 from peft import LoraConfig, PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
 
 from peft_dowser import DowserConfig
@@ -16,8 +14,7 @@ def config_of(method: str, update_ratio: float, model: torch.nn.Module) -> PeftC
 
     Of a matrix of shape (out, in), LoRA and SHiRA train rank * (out + in) weights.
     """
-    shapes = [p.shape for name, p in model.named_parameters() if name.removesuffix(".weight").endswith(tuple(LINEARS))]
-    rank = max(1, round(update_ratio * sum(map(math.prod, shapes)) / sum(map(sum, shapes))))
+    rank = max(1, round(update_ratio * linear_weights(model) / sum(sum(weight.shape) for weight in linears(model))))
     return {
         "lora": LoraConfig(r=rank, lora_alpha=rank, target_modules=LINEARS),
         "lora r=16": LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS),
@@ -34,6 +31,7 @@ def adapted(method: str, update_ratio: float, model: torch.nn.Module) -> torch.n
     """The model as a method trains it."""
     if method != "full":
         return get_peft_model(model, config_of(method, update_ratio, model))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.removesuffix(".weight").endswith(tuple(LINEARS)))
+    model.requires_grad_(False)
+    for weight in linears(model):
+        weight.requires_grad_(True)
     return model
