@@ -65,7 +65,7 @@ class ExpertsTap:
         """
         # As in `Tap`: until the first probed module the forward runs without a graph.
         torch.set_grad_enabled(True)
-        result = product.compute(product.x, weight)
+        result = product.compute(weight)
         if not result.requires_grad:
             self.starts.append(result.requires_grad_(True))
             result = result.clone()  # the module may add a bias in place, which a leaf does not allow
@@ -159,7 +159,7 @@ class _Watch:
         of_rows = next(tokens)
         if name in self.taps:
             return self.taps[name].multiply(product, of_rows, weight)
-        return product.compute(product.x, weight)
+        return product.compute(weight)
 
 
 def _rehearsed(module: nn.Module, names: list[str], forward: Callable[[Tensor], Any], hidden: Tensor) -> list[Tensor]:

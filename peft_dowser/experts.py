@@ -1,6 +1,7 @@
 """Sparse deltas on the fused parameters of an experts module, where the matrices of all experts are one Parameter."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -11,6 +12,9 @@ from .fused import Product, standing_in, weight_of, wrapped_forward
 from .layer import DowserLayer
 from .sparse_experts import expert_bounds, sparse_experts
 from .target import Target
+
+# Implementations of experts that `torch.compile` can trace.
+_TRACEABLE = {"batched_mm", "grouped_mm"}
 
 
 class FusedParameter(nn.Module, DowserLayer):
@@ -62,14 +66,23 @@ class Experts(nn.Module):
         self.add_module(name, added)
         return added
 
-    @torch.compiler.disable  # it cannot trace what stands in for a parameter
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, in which every product with an adapted parameter takes W + D.
 
-        `torch.compile` breaks its graph here. Not thread-safe.
+        Not thread-safe.
         """
+        config = getattr(self.base_layer, "config", None)
+        if getattr(config, "_experts_implementation", None) in _TRACEABLE:
+            return self._run(*args, **kwargs)
+        return self._run_untraced(*args, **kwargs)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
         with wrapped_forward(self.base_layer, self._forward):
             return self.base_layer(*args, **kwargs)
+
+    # `torch.compile` breaks its graph here: a loop over the experts that have rows has no graph without an adapter
+    # either.
+    _run_untraced = torch.compiler.disable(_run)
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         multiply = {}
@@ -99,13 +112,15 @@ class _Deltas:
         self._by_expert: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
 
     def multiply(self, product: Product) -> Tensor:
-        weight = self.fused.weight
+        weight, device = self.fused.weight, product.x.device.type
+        if not product.is_grouped and torch.is_autocast_enabled(device):
+            product = replace(product, x=product.x.to(torch.get_autocast_dtype(device)))
         if product.expert is None:
             return sparse_experts(product, weight, self.values, self.positions)
         matrix = weight[product.expert]
         values, positions = self._of(product.expert)
         if not any(at.numel() for at in positions):
-            return product.compute(product.x, matrix)
+            return product.compute(matrix)
         return sparse_experts(product, matrix[None], values, positions)
 
     def _of(self, expert: int) -> tuple[list[Tensor], list[Tensor]]:

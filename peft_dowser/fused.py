@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 _MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
 _BATCHED = {torch.bmm, Tensor.bmm}
-# By name: which of them there is depends on torch, and the last is an op of transformers'.
-_GROUPED = {"grouped_mm", "_grouped_mm", "grouped_mm_fallback"}
+# Where each is: which of them there is depends on torch, and the last is an op of transformers'.
+_GROUPED: dict[str, Any] = {"grouped_mm": F, "_grouped_mm": torch, "grouped_mm_fallback": torch.ops.transformers}
 # What a forward may ask of a parameter besides products.
 _METADATA = {"shape", "dtype", "device", "is_cuda", "ndim", "dim", "size", "data_ptr"}
 
@@ -32,21 +32,50 @@ class Product:
 
     Attributes:
         x: the rows, shape `(rows, in)`.
+        function: what computes it: "linear" for one expert; "rows_bmm" or "bmm_columns", which take each row as a
+            matrix of one row or of one column and have a matrix for each; or a grouped product by its name.
+        transposed: y = x W where True, y = x W^T where False.
+        out: features of the result.
         expert: the expert of all rows; None where they go to several.
         experts: the expert of each row, shape `(rows,)`, where they come in any order; otherwise None.
         ends: where the rows of each expert end, shape `(experts,)`, where they are sorted by expert; otherwise None.
-        transposed: y = x W where True, y = x W^T where False.
-        compute: computes it, given the rows and what stands in the parameter; of one expert, in its matrix.
-        shape: shape of the result, with `out` features per row and perhaps dimensions of 1.
     """
 
     x: Tensor
-    expert: int | None
-    experts: Tensor | None
-    ends: Tensor | None
+    function: str
     transposed: bool
-    compute: Callable[[Tensor, Tensor], Tensor]
-    shape: tuple[int, ...]
+    out: int
+    expert: int | None = None
+    experts: Tensor | None = None
+    ends: Tensor | None = None
+
+    def compute(self, weight: Tensor) -> Tensor:
+        """The result, of `shape`.
+
+        Args:
+            weight: what stands in the parameter, `(experts, ., .)`; where `expert` is set, the matrix of this one.
+        """
+        if self.function == "linear":
+            return self.x @ weight if self.transposed else F.linear(self.x, weight)
+        if self.function == "rows_bmm":
+            matrices = weight[self.experts]
+            return torch.bmm(self.x.unsqueeze(1), matrices if self.transposed else matrices.mT)
+        if self.function == "bmm_columns":
+            matrices = weight[self.experts]
+            return torch.bmm(matrices.mT if self.transposed else matrices, self.x.unsqueeze(2))
+        grouped = getattr(_GROUPED[self.function], self.function)
+        return grouped(self.x, weight if self.transposed else weight.mT, offs=self.ends)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result: `(rows, out)`, perhaps with a dimension of 1."""
+        shapes = {"rows_bmm": (len(self.x), 1, self.out), "bmm_columns": (len(self.x), self.out, 1)}
+        return shapes.get(self.function, (len(self.x), self.out))
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether it is a grouped product, which autocast leaves alone."""
+        return self.function in _GROUPED
 
     def expert_of_row(self) -> Tensor:
         """The expert of each row, shape `(rows,)`, int64."""
@@ -120,47 +149,29 @@ class _StandIn:
         return stand_in._multiply(stand_in._product(func, args, kwargs))
 
     def _product(self, func: Callable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Product:
-        name = getattr(func, "__name__", str(func)).partition(".")[0]
         x_first = bool(args) and isinstance(args[0], Tensor)
         if isinstance(self._chosen, int) and x_first and len(args) == 2 and not kwargs:
             if func in _MATMUL or func is F.linear:
-                return self._with_one(args[0], transposed=(func is F.linear) == self._flipped)
+                transposed = (func is F.linear) == self._flipped
+                return Product(args[0], "linear", *self._layout(transposed), expert=self._chosen)
         elif isinstance(self._chosen, Tensor) and func in _BATCHED and len(args) == 2:
             return self._with_each(args[0 if x_first else 1], x_first)
-        elif self._chosen is None and x_first and name in _GROUPED:
-            return self._with_groups(func, args[0], args[2] if len(args) > 2 else kwargs["offs"])
+        elif self._chosen is None and x_first and (name := _grouped_name(func)):
+            x, ends = args[0], args[2] if len(args) > 2 else kwargs["offs"]
+            return Product(x, name, *self._layout(not self._flipped), ends=ends)
+        name = getattr(func, "__name__", str(func))
         raise NotImplementedError(self._problem(f"the function '{name}' with {len(args) + len(kwargs)} arguments"))
 
-    def _with_one(self, x: Tensor, transposed: bool) -> Product:
-        def compute(x: Tensor, matrix: Tensor) -> Tensor:
-            return x @ matrix if transposed else F.linear(x, matrix)
-
-        return Product(x, cast(int, self._chosen), None, None, transposed, compute, (len(x), self._out(transposed)))
-
     def _with_each(self, operand: Tensor, x_first: bool) -> Product:
-        experts, flipped = cast(Tensor, self._chosen), self._flipped
         x = operand.squeeze(1 if x_first else 2)
         if x.dim() != 2:
             raise NotImplementedError(self._problem("a batched product of several rows per expert"))
+        function, layout = "rows_bmm" if x_first else "bmm_columns", self._layout(x_first != self._flipped)
+        return Product(x, function, *layout, experts=cast(Tensor, self._chosen))
 
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            matrices = weight[experts].mT if flipped else weight[experts]
-            return torch.bmm(x.unsqueeze(1), matrices) if x_first else torch.bmm(matrices, x.unsqueeze(2))
-
-        transposed = x_first != flipped
-        out = self._out(transposed)
-        return Product(x, None, experts, None, transposed, compute, (len(x), 1, out) if x_first else (len(x), out, 1))
-
-    def _with_groups(self, func: Callable, x: Tensor, offs: Tensor) -> Product:
-        flipped = self._flipped
-
-        def compute(x: Tensor, weight: Tensor) -> Tensor:
-            return func(x, weight.mT if flipped else weight, offs=offs)
-
-        return Product(x, None, None, offs, not flipped, compute, (len(x), self._out(not flipped)))
-
-    def _out(self, transposed: bool) -> int:
-        return weight_of(self._module, self._name).shape[2 if transposed else 1]
+    def _layout(self, transposed: bool) -> tuple[bool, int]:
+        """The `transposed` of a product, and its `out`."""
+        return transposed, weight_of(self._module, self._name).shape[2 if transposed else 1]
 
     def _dense(self) -> Tensor:
         """A tensor of the same metadata, without memory of its own."""
@@ -178,6 +189,15 @@ class _StandIn:
             "model.set_experts_implementation: 'grouped_mm', 'batched_mm' or 'eager'; or leave the parameter out of "
             "target_parameters."
         )
+
+
+def _grouped_name(func: Callable) -> str | None:
+    """The name of a grouped product; None where the function is none."""
+    for name, place in _GROUPED.items():
+        grouped = getattr(place, name, None)
+        if grouped is not None and func in (grouped, getattr(grouped, "default", None)):
+            return name
+    return None
 
 
 def weight_of(module: nn.Module, name: str) -> nn.Parameter:

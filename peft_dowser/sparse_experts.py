@@ -5,11 +5,9 @@ the experts that have rows.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .fused import Product
 from .sparse_linear import add_delta_, dense_temporary, product_at, sum_of
@@ -23,7 +21,7 @@ def sparse_experts(product: Product, weight: Tensor, values: Sequence[Tensor], p
     Backward: dx = g (W + D),  dD = (g^T x)[positions]
 
     Args:
-        product: what the experts module asks for.
+        product: what the experts module asks for; where its `x` has another dtype than `weight`, W + D is cast to it.
         weight: frozen matrices, contiguous, shape `(experts, out, in)`, or `(experts, in, out)` if
             `product.transposed`; where `product.expert` is set, those of this expert alone, shape `(1, ., .)`.
         values: one delta per active adapter, shape `(nnz_a,)` each.
@@ -32,7 +30,8 @@ def sparse_experts(product: Product, weight: Tensor, values: Sequence[Tensor], p
     Returns:
         The product, of `product.shape`: the bits that the merged module gives.
     """
-    return _SparseExperts.apply(product.x, weight, product, len(values), *values, *positions)  # type: ignore[return-value]
+    form = (product.experts, product.ends, product.function, product.transposed)
+    return _sparse_experts(product.x, weight, list(values), list(positions), *form)
 
 
 def expert_bounds(positions: Tensor, shape: Sequence[int]) -> list[int]:
@@ -42,46 +41,122 @@ def expert_bounds(positions: Tensor, shape: Sequence[int]) -> list[int]:
         positions: flat positions in a fused parameter, strictly increasing.
         shape: shape of the parameter, `(experts, ., .)`.
     """
+    if shape[0] == 1:
+        return [0, positions.numel()]
     starts = torch.arange(shape[0] + 1, device=positions.device, dtype=positions.dtype) * (shape[1] * shape[2])
     return torch.searchsorted(positions, starts).tolist()
 
 
-class _SparseExperts(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, adapters: int, *deltas: Tensor) -> Tensor:
-        ctx.rows = [(0, slice(None))] if product.expert is not None else list(product.rows_by_expert())
-        ctx.transposed, ctx.adapters = product.transposed, adapters
-        ctx.save_for_backward(x, weight, *deltas)
-        values, positions = deltas[:adapters], deltas[adapters:]
-        total = dense_temporary(weight.shape, weight)
-        for expert, _ in ctx.rows:
-            total[expert].copy_(weight[expert])
-        for delta, at in zip(values, positions, strict=True):
-            bounds = expert_bounds(at, weight.shape)
-            for expert, _ in ctx.rows:
-                part = slice(bounds[expert], bounds[expert + 1])
-                add_delta_(total, at[part], delta[part])
-        return product.compute(x, total[0] if product.expert is not None else total)
+def _product(
+    x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | None, function: str, transposed: bool
+) -> Product:
+    """The product again, from what an op can take: one expert is the first, and only one."""
+    expert = 0 if function == "linear" else None
+    return Product(x, function, transposed, weight.shape[2 if transposed else 1], expert, experts, ends)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *deltas = ctx.saved_tensors
-        values, positions = deltas[: ctx.adapters], deltas[ctx.adapters :]
-        grad = grad.reshape(len(x), -1)
-        bounds = [expert_bounds(at, weight.shape) for at in positions]
-        grad_x = torch.zeros_like(x) if ctx.needs_input_grad[0] else None
-        grad_values = [torch.zeros_like(delta) for delta in values]
-        for expert, rows in ctx.rows:
-            parts = [slice(begin[expert], begin[expert + 1]) for begin in bounds]
-            own = [at[part] - expert * weight[0].numel() for at, part in zip(positions, parts, strict=True)]
-            own_grad = grad[rows]
-            if grad_x is not None:
-                matrix = sum_of(weight[expert], [delta[part] for delta, part in zip(values, parts, strict=True)], own)
-                matrix = matrix.to(grad.dtype)
-                grad_x[rows] = (own_grad @ (matrix.T if ctx.transposed else matrix)).to(x.dtype)
-            own_x = x[rows].to(grad.dtype)
-            left, right = (own_x, own_grad) if ctx.transposed else (own_grad, own_x)
-            for found, at, part in zip(grad_values, own, parts, strict=True):
-                found[part] = product_at(left, right, at)
-        return grad_x, None, None, None, *grad_values, *[None] * ctx.adapters
+
+@torch.library.custom_op("dowser::experts", mutates_args=())
+def _sparse_experts(
+    x: Tensor,
+    weight: Tensor,
+    values: list[Tensor],
+    positions: list[Tensor],
+    experts: Tensor | None,
+    ends: Tensor | None,
+    function: str,
+    transposed: bool,
+) -> Tensor:
+    product = _product(x, weight, experts, ends, function, transposed)
+    hit = [expert for expert, _ in product.rows_by_expert()]
+    total = dense_temporary(weight.shape, weight)
+    for expert in hit:
+        total[expert].copy_(weight[expert])
+    for delta, at in zip(values, positions, strict=True):
+        bounds = expert_bounds(at, weight.shape)
+        for expert in hit:
+            part = slice(bounds[expert], bounds[expert + 1])
+            add_delta_(total, at[part], delta[part])
+    total = total.to(x.dtype)
+    return product.compute(total if product.expert is None else total[0])
+
+
+@_sparse_experts.register_fake
+def _(x, weight, values, positions, experts, ends, function, transposed):
+    return x.new_empty(_product(x, weight, experts, ends, function, transposed).shape)
+
+
+@torch.library.custom_op("dowser::experts_input_grad", mutates_args=())
+def _input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    values: list[Tensor],
+    positions: list[Tensor],
+    experts: Tensor | None,
+    ends: Tensor | None,
+    function: str,
+    transposed: bool,
+) -> Tensor:
+    found = grad.new_zeros(len(grad), weight.shape[1 if transposed else 2])
+    bounds = [expert_bounds(at, weight.shape) for at in positions]
+    for expert, rows in _product(grad, weight, experts, ends, function, transposed).rows_by_expert():
+        parts = [slice(begin[expert], begin[expert + 1]) for begin in bounds]
+        own = [at[part] - expert * weight[0].numel() for at, part in zip(positions, parts, strict=True)]
+        matrix = sum_of(weight[expert], [delta[part] for delta, part in zip(values, parts, strict=True)], own)
+        matrix = matrix.to(grad.dtype)
+        found[rows] = grad[rows] @ (matrix.T if transposed else matrix)
+    return found
+
+
+@_input_grad.register_fake
+def _(grad, weight, values, positions, experts, ends, function, transposed):
+    return grad.new_empty(len(grad), weight.shape[1 if transposed else 2])
+
+
+@torch.library.custom_op("dowser::experts_values_grad", mutates_args=())
+def _values_grad(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    values: list[Tensor],
+    positions: list[Tensor],
+    experts: Tensor | None,
+    ends: Tensor | None,
+    function: str,
+    transposed: bool,
+) -> list[Tensor]:
+    found = [torch.zeros_like(delta) for delta in values]
+    bounds = [expert_bounds(at, weight.shape) for at in positions]
+    for expert, rows in _product(x, weight, experts, ends, function, transposed).rows_by_expert():
+        left, right = (x[rows], grad[rows]) if transposed else (grad[rows], x[rows])
+        for total, at, begin in zip(found, positions, bounds, strict=True):
+            part = slice(begin[expert], begin[expert + 1])
+            total[part] = product_at(left, right, at[part] - expert * weight[0].numel())
+    return found
+
+
+@_values_grad.register_fake
+def _(grad, x, weight, values, positions, experts, ends, function, transposed):
+    return [torch.empty_like(delta) for delta in values]
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, values, positions, experts, ends, *ctx.form = inputs
+    ctx.save_for_backward(x, weight, experts, ends, *values, *positions)
+    ctx.adapters = len(values)
+
+
+def _backward(ctx, grad):
+    x, weight, experts, ends, *rest = ctx.saved_tensors
+    deltas = rest[: ctx.adapters], rest[ctx.adapters :]
+    wants_x, _, wants_values, *_ = ctx.needs_input_grad
+    grad = grad.reshape(len(x), -1)
+    grad_x = None
+    if wants_x:
+        grad_x = _input_grad(grad, weight, *deltas, experts, ends, *ctx.form)
+    grad_values: list[Tensor | None] = [None] * ctx.adapters
+    if any(wants_values):
+        grad_values = _values_grad(grad, x, weight, *deltas, experts, ends, *ctx.form)
+    return grad_x, None, grad_values, [None] * ctx.adapters, None, None, None, None
+
+
+_sparse_experts.register_autograd(_backward, setup_context=_setup_context)

@@ -158,7 +158,7 @@ def test_stand_ins_are_inside_the_forward_of_accelerate() -> None:
 
     def bare(product: Product) -> Tensor:
         seen.append(product)
-        return product.compute(product.x, weight_of(experts, "down_proj"))
+        return product.compute(weight_of(experts, "down_proj"))
 
     def forward(inner: Callable[..., Any], *args: Any) -> Any:
         with standing_in(experts, {"down_proj": bare}):
@@ -233,6 +233,52 @@ def test_autocast_gives_the_bits_of_the_merged_model() -> None:
             assert torch.equal(outputs.logits, merged(some_ids()).logits)
         outputs.loss.backward()
         assert all(layer.values("default").grad.abs().sum() > 0 for layer in layers_of(model).values())
+
+
+# Not grouped in bfloat16: on a CPU torch cannot trace how transformers chooses the product, without an adapter either.
+@pytest.mark.parametrize(
+    ("family", "implementation", "dtype"),
+    [
+        ("mixtral", "batched_mm", torch.bfloat16),
+        ("mixtral", "grouped_mm", torch.float32),
+        ("gpt_oss", "batched_mm", torch.float32),
+        ("gpt_oss", "grouped_mm", torch.float32),
+    ],
+)
+def test_compiled_without_graph_breaks(family: str, implementation: str, dtype: torch.dtype) -> None:
+    base = tiny_moe(family, dtype, num_hidden_layers=1)
+    model, other = adapted(copy.deepcopy(base)), adapted(base, select="high")
+    merged = copy.deepcopy(model).merge_and_unload()
+    for each in (model, other, merged):
+        each.set_experts_implementation(implementation)
+    ids = some_ids()
+    torch._dynamo.reset()
+    expected = torch.compile(merged, fullgraph=True, backend="eager")(input_ids=ids, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(input_ids=ids, use_cache=False).logits, expected)
+        model.load_state_dict(other.state_dict())
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            found = compiled(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(found, other(input_ids=ids).logits, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("implementation", "autocast"), [("batched_mm", True), ("grouped_mm", False)])
+def test_compiled_gradients_are_those_of_the_model(implementation: str, autocast: bool) -> None:
+    model = adapted(tiny_moe("mixtral", num_hidden_layers=1))
+    model.set_experts_implementation(implementation)
+    torch._dynamo.reset()
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    found = []
+    for each in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            each(input_ids=some_ids(), labels=some_ids(), use_cache=False).loss.backward()
+        found.append([layer.values("default").grad.clone() for layer in layers_of(model).values()])
+        model.zero_grad()
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.any()
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-3 if autocast else 1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
