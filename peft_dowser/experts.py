@@ -13,8 +13,9 @@ from .layer import DowserLayer
 from .sparse_experts import expert_bounds, sparse_experts
 from .target import Target
 
-# Implementations of experts that `torch.compile` can trace.
-_TRACEABLE = {"batched_mm", "grouped_mm"}
+# Implementations of experts that `torch.compile` can trace; an older torch (whose version compares as one, not as text)
+# cannot trace what stands in for a parameter.
+_TRACEABLE = {"batched_mm", "grouped_mm"} if torch.__version__ >= "2.13" else set()
 
 
 class FusedParameter(nn.Module, DowserLayer):
