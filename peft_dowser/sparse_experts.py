@@ -47,6 +47,12 @@ def expert_bounds(positions: Tensor, shape: Sequence[int]) -> list[int]:
     return torch.searchsorted(positions, starts).tolist()
 
 
+def _slices(positions: Sequence[Tensor], weight: Tensor) -> list[list[slice]]:
+    """By expert and adapter: which of the adapter's positions are in the expert's matrix."""
+    bounds = [expert_bounds(at, weight.shape) for at in positions]
+    return [[slice(each[expert], each[expert + 1]) for each in bounds] for expert in range(len(weight))]
+
+
 def _product(
     x: Tensor, weight: Tensor, experts: Tensor | None, ends: Tensor | None, function: str, transposed: bool
 ) -> Product:
@@ -68,13 +74,10 @@ def _sparse_experts(
 ) -> Tensor:
     product = _product(x, weight, experts, ends, function, transposed)
     hit = [expert for expert, _ in product.rows_by_expert()]
-    total = dense_temporary(weight.shape, weight)
+    total, slices = dense_temporary(weight.shape, weight), _slices(positions, weight)
     for expert in hit:
         total[expert].copy_(weight[expert])
-    for delta, at in zip(values, positions, strict=True):
-        bounds = expert_bounds(at, weight.shape)
-        for expert in hit:
-            part = slice(bounds[expert], bounds[expert + 1])
+        for delta, at, part in zip(values, positions, slices[expert], strict=True):
             add_delta_(total, at[part], delta[part])
     total = total.to(x.dtype)
     return product.compute(total if product.expert is None else total[0])
@@ -85,35 +88,8 @@ def _(x, weight, values, positions, experts, ends, function, transposed):
     return x.new_empty(_product(x, weight, experts, ends, function, transposed).shape)
 
 
-@torch.library.custom_op("dowser::experts_input_grad", mutates_args=())
-def _input_grad(
-    grad: Tensor,
-    weight: Tensor,
-    values: list[Tensor],
-    positions: list[Tensor],
-    experts: Tensor | None,
-    ends: Tensor | None,
-    function: str,
-    transposed: bool,
-) -> Tensor:
-    found = grad.new_zeros(len(grad), weight.shape[1 if transposed else 2])
-    bounds = [expert_bounds(at, weight.shape) for at in positions]
-    for expert, rows in _product(grad, weight, experts, ends, function, transposed).rows_by_expert():
-        parts = [slice(begin[expert], begin[expert + 1]) for begin in bounds]
-        own = [at[part] - expert * weight[0].numel() for at, part in zip(positions, parts, strict=True)]
-        matrix = sum_of(weight[expert], [delta[part] for delta, part in zip(values, parts, strict=True)], own)
-        matrix = matrix.to(grad.dtype)
-        found[rows] = grad[rows] @ (matrix.T if transposed else matrix)
-    return found
-
-
-@_input_grad.register_fake
-def _(grad, weight, values, positions, experts, ends, function, transposed):
-    return grad.new_empty(len(grad), weight.shape[1 if transposed else 2])
-
-
-@torch.library.custom_op("dowser::experts_values_grad", mutates_args=())
-def _values_grad(
+@torch.library.custom_op("dowser::experts_grads", mutates_args=())
+def _grads(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -123,20 +99,30 @@ def _values_grad(
     ends: Tensor | None,
     function: str,
     transposed: bool,
+    wants_x: bool,
+    wants_values: bool,
 ) -> list[Tensor]:
-    found = [torch.zeros_like(delta) for delta in values]
-    bounds = [expert_bounds(at, weight.shape) for at in positions]
+    """The gradients of x and of the values, in one op: to find the rows of each expert costs a synchronization."""
+    grad_x = torch.zeros_like(x)
+    grad_values = [torch.zeros_like(delta) for delta in values]
+    slices = _slices(positions, weight)
     for expert, rows in _product(x, weight, experts, ends, function, transposed).rows_by_expert():
-        left, right = (x[rows], grad[rows]) if transposed else (grad[rows], x[rows])
-        for total, at, begin in zip(found, positions, bounds, strict=True):
-            part = slice(begin[expert], begin[expert + 1])
-            total[part] = product_at(left, right, at[part] - expert * weight[0].numel())
-    return found
+        parts, own_grad = slices[expert], grad[rows]
+        own = [at[part] - expert * weight[0].numel() for at, part in zip(positions, parts, strict=True)]
+        if wants_x:
+            deltas = [delta[part] for delta, part in zip(values, parts, strict=True)]
+            matrix = sum_of(weight[expert], deltas, own).to(grad.dtype)
+            grad_x[rows] = own_grad @ (matrix.T if transposed else matrix)
+        if wants_values:
+            left, right = (x[rows], own_grad) if transposed else (own_grad, x[rows])
+            for found, at, part in zip(grad_values, own, parts, strict=True):
+                found[part] = product_at(left, right, at)
+    return [grad_x, *grad_values]
 
 
-@_values_grad.register_fake
-def _(grad, x, weight, values, positions, experts, ends, function, transposed):
-    return [torch.empty_like(delta) for delta in values]
+@_grads.register_fake
+def _(grad, x, weight, values, positions, experts, ends, function, transposed, wants_x, wants_values):
+    return [torch.empty_like(tensor) for tensor in (x, *values)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -149,13 +135,8 @@ def _backward(ctx, grad):
     x, weight, experts, ends, *rest = ctx.saved_tensors
     deltas = rest[: ctx.adapters], rest[ctx.adapters :]
     wants_x, _, wants_values, *_ = ctx.needs_input_grad
-    grad = grad.reshape(len(x), -1)
-    grad_x = None
-    if wants_x:
-        grad_x = _input_grad(grad, weight, *deltas, experts, ends, *ctx.form)
-    grad_values: list[Tensor | None] = [None] * ctx.adapters
-    if any(wants_values):
-        grad_values = _values_grad(grad, x, weight, *deltas, experts, ends, *ctx.form)
+    wanted = wants_x, any(wants_values)
+    grad_x, *grad_values = _grads(grad.reshape(len(x), -1), x, weight, *deltas, experts, ends, *ctx.form, *wanted)
     return grad_x, None, grad_values, [None] * ctx.adapters, None, None, None, None
 
 
