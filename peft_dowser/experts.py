@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .fused import Product, standing_in, weight_of, wrapped_forward
 from .layer import DowserLayer
 from .sparse_experts import expert_bounds, sparse_experts
+from .sparse_linear import in_autocast
 from .target import Target
 
 # Implementations of experts that `torch.compile` can trace; an older torch (whose version compares as one, not as text)
@@ -113,9 +114,9 @@ class _Deltas:
         self._by_expert: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]] | None = None
 
     def multiply(self, product: Product) -> Tensor:
-        weight, device = self.fused.weight, product.x.device.type
-        if not product.is_grouped and torch.is_autocast_enabled(device):
-            product = replace(product, x=product.x.to(torch.get_autocast_dtype(device)))
+        weight = self.fused.weight
+        if not product.is_grouped:
+            product = replace(product, x=in_autocast(product.x))
         if product.expert is None:
             return sparse_experts(product, weight, self.values, self.positions)
         matrix = weight[product.expert]

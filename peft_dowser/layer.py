@@ -12,7 +12,7 @@ from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
 from .postmerge import Delta
-from .sparse_linear import add_delta_, sparse_linear
+from .sparse_linear import add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
 from .storage import offload_hook
 from .target import Target
@@ -321,9 +321,7 @@ class Linear(nn.Module, DowserLayer):
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the adapters' D; y = base_layer(x) + x D^T where the layer `is_additive`."""
         base, transposed = self.get_base_layer(), self.target.transposed
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
+        x = in_autocast(x)
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         if self.is_additive:

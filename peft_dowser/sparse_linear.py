@@ -57,6 +57,12 @@ def entries_plus(entries: Tensor, values: Tensor) -> Tensor:
     return (entries.to(wide) + values).to(entries.dtype)
 
 
+def in_autocast(x: Tensor) -> Tensor:
+    """A tensor in the dtype in which autocast computes a product; as it is where autocast is off."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialized memory of the size of a weight, valid until the next call in this thread.
 
