@@ -80,14 +80,25 @@ def seconds(function: Callable[[], Any], repetitions: int, warmups: int = 1) -> 
     """Median time of a call."""
     for _ in range(warmups):
         function()
-    times = []
-    for _ in range(repetitions):
-        synchronize()
-        started = time.perf_counter()
-        function()
-        synchronize()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+    return statistics.median(_seconds_once(function) for _ in range(repetitions))
+
+
+def seconds_in_turn(
+    one: Callable[[], Any], other: Callable[[], Any], repetitions: int, warmups: int = 1
+) -> list[tuple[float, float]]:
+    """Times of two calls that take turns, so that a machine that slows down slows both: one pair per repetition."""
+    for _ in range(warmups):
+        one()
+        other()
+    return [(_seconds_once(one), _seconds_once(other)) for _ in range(repetitions)]
+
+
+def _seconds_once(function: Callable[[], Any]) -> float:
+    synchronize()
+    started = time.perf_counter()
+    function()
+    synchronize()
+    return time.perf_counter() - started
 
 
 class Memory:
