@@ -40,7 +40,7 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     flat = weight.view(-1)
-    wide = torch.promote_types(torch.promote_types(weight.dtype, torch.float32), values.dtype)
+    wide = sum_dtype(weight, values)
     if weight.dtype == wide:
         flat.index_add_(0, positions, values.to(wide))
         return
@@ -53,14 +53,19 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
 
 def entries_plus(entries: Tensor, values: Tensor) -> Tensor:
     """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`."""
-    wide = torch.promote_types(torch.promote_types(entries.dtype, torch.float32), values.dtype)
-    return (entries.to(wide) + values).to(entries.dtype)
+    return (entries.to(sum_dtype(entries, values)) + values).to(entries.dtype)
+
+
+def sum_dtype(weight: Tensor, values: Tensor) -> torch.dtype:
+    """The dtype in which a delta is added to a weight: that of the wider one, at least float32."""
+    return torch.promote_types(torch.promote_types(weight.dtype, torch.float32), values.dtype)
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the dtype in which autocast computes a product; as it is where autocast is off."""
+    """A tensor in the dtype in which autocast computes a product: as it is where autocast is off or the tensor float64."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:

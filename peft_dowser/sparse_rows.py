@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .sparse_linear import sum_dtype
+
 
 def summed_rows(weight: Tensor, rows: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
     """Rows of W + D_1 + D_2 + ..., differentiable with respect to the values.
@@ -23,7 +25,7 @@ def summed_rows(weight: Tensor, rows: Tensor, values: Sequence[Tensor], position
     total = weight.detach().index_select(0, rows)
     for delta, at in zip(values, positions, strict=True):
         chosen, places = _entries_in(at, rows, weight.shape[1])
-        wide = torch.promote_types(torch.promote_types(total.dtype, torch.float32), delta.dtype)
+        wide = sum_dtype(total, delta)
         added = total.to(wide).view(-1).index_add(0, places, delta.index_select(0, chosen).to(wide))
         total = added.to(total.dtype).view(total.shape)
     return total

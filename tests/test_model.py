@@ -332,12 +332,15 @@ def test_unload_restores_the_base_also_while_merged() -> None:
         assert_same_bits(base_bits(model.unload()), base_bits(tiny_llama(torch.bfloat16)))
 
 
-def test_autocast_gives_what_the_merged_model_gives() -> None:
-    model = adapted()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+def test_autocast_gives_what_the_merged_model_gives(dtype: torch.dtype) -> None:
+    model = adapted(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits(model)
         model.merge_adapter()
-        assert torch.equal(logits(model), expected)
+        merged = logits(model)
+    assert merged.dtype == expected.dtype
+    assert torch.equal(merged, expected)
 
 
 def test_conv1d_is_exact_in_its_own_layout() -> None:
