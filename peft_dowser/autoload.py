@@ -5,8 +5,7 @@
 PEFT reads no entry points: a program that loads a Dowser adapter must import this package, or PEFT ends in
 `KeyError: 'DOWSER'`. Where programs cannot be changed, `enable` writes two small files into the site-packages of the
 running Python: a `.pth` file, whose line Python runs at every start, and what it imports, which waits for the import of
-`peft` and imports this package after it. Nothing else is changed, and `disable` removes both. Programs that do not
-import PEFT pay a look into a list.
+`peft` and imports this package after it. Nothing else is changed, and `disable` removes both.
 """
 
 import argparse
@@ -17,17 +16,15 @@ from importlib.util import cache_from_source
 from pathlib import Path
 
 NAME = "peft_dowser_autoload.pth"
-# Python runs a line of a .pth file that begins with "import" at every start, so it must not fail and must be fast.
-LINE = "import importlib.util as u; u.find_spec('peft_dowser') and __import__('peft_dowser_autoload')\n"
+LINE = "import peft_dowser_autoload\n"
 MODULE = "peft_dowser_autoload.py"
+# Every start of Python runs this, so it imports nothing that is not there already.
 SOURCE = '''"""Imports peft_dowser after peft. Made by `python -m peft_dowser.autoload enable`, removed by `disable`."""
 
-import importlib.abc
-import importlib.util
 import sys
 
 
-class _After(importlib.abc.Loader):
+class _After:
     """The loader of peft, and the import of peft_dowser after it."""
 
     def __init__(self, loader):
@@ -42,27 +39,26 @@ class _After(importlib.abc.Loader):
         try:
             import peft_dowser
         except Exception as error:
+            if getattr(error, "name", None) == "peft_dowser":
+                return  # it was uninstalled
             import warnings
 
             warnings.warn(f"peft_dowser cannot be loaded together with peft: {error!r}")
 
 
-class _Finder(importlib.abc.MetaPathFinder):
+class _Finder:
     """Waits for peft. It stays after a look-up, since one may ask for peft without importing it."""
 
-    searching = False
-
     def find_spec(self, name, path=None, target=None):
-        if name != "peft" or self.searching or "peft_dowser" in sys.modules:
+        if name != "peft" or "peft_dowser" in sys.modules:
             return None
-        self.searching = True
-        try:
-            spec = importlib.util.find_spec(name)
-        finally:
-            self.searching = False
-        if spec is not None and spec.loader is not None:
-            spec.loader = _After(spec.loader)
-        return spec
+        for finder in sys.meta_path:
+            spec = None if finder is self else finder.find_spec(name, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _After(spec.loader)
+                return spec
+        return None
 
 
 sys.meta_path.insert(0, _Finder())
@@ -78,18 +74,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("action", choices=["enable", "disable", "status"])
     parser.add_argument("--folder", type=Path, default=Path(sysconfig.get_path("purelib")), help="site-packages")
     options = parser.parse_args(arguments)
-    files = {options.folder / NAME: LINE, options.folder / MODULE: SOURCE}
+    line, module = options.folder / NAME, options.folder / MODULE
     try:
-        for path, text in files.items():
-            if options.action == "enable":
-                path.write_text(text)
-            elif options.action == "disable":
-                path.unlink(missing_ok=True)
-                Path(cache_from_source(str(path))).unlink(missing_ok=True)
+        # The line is there only while the module is: without it, every start of Python would complain.
+        if options.action == "enable":
+            module.write_text(SOURCE)
+            line.write_text(LINE)
+        elif options.action == "disable":
+            line.unlink(missing_ok=True)
+            module.unlink(missing_ok=True)
+            Path(cache_from_source(str(module))).unlink(missing_ok=True)
     except OSError as error:
-        print(f"peft_dowser.autoload: {error}. Nothing else was changed.", file=sys.stderr)
+        print(f"peft_dowser.autoload: {error}", file=sys.stderr)
         return 2
-    enabled = all(path.is_file() for path in files)
+    enabled = line.is_file() and module.is_file()
     print(f"{'enabled' if enabled else 'disabled'} in {options.folder}")
     return 1 if options.action == "status" and not enabled else 0
 

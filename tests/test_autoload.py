@@ -63,11 +63,35 @@ print(json.dumps([before, looked, heavy(), type(peft.__loader__).__name__]))
     assert json.loads(found.stdout) == [[], [], ["torch", "peft", "peft_dowser"], "SourceFileLoader"], found.stderr
 
 
-def test_without_the_package_the_line_does_nothing(tmp_path: Path) -> None:
+def without_packages(code: str, folder: Path) -> subprocess.CompletedProcess:
+    """Run code where nothing is installed but what is in the folder: the two files, and a `peft` of one line."""
+    (folder / "peft.py").write_text("print('peft')")
+    start = f"import site, sys; before = set(sys.modules); site.addsitedir({str(folder)!r}); "
+    return subprocess.run([sys.executable, "-S", "-I", "-c", start + code], capture_output=True, text=True)
+
+
+def test_without_the_package_peft_is_imported_as_ever(tmp_path: Path) -> None:
     autoload.main(["enable", "--folder", str(tmp_path)])
-    code = f"import site, sys; site.addsitedir({str(tmp_path)!r}); print('peft_dowser_autoload' in sys.modules)"
-    found = subprocess.run([sys.executable, "-S", "-I", "-c", code], capture_output=True, text=True)
-    assert (found.stdout, found.stderr) == ("False\n", "")
+    found = without_packages("import peft; print(type(peft.__loader__).__name__)", tmp_path)
+    assert (found.stdout, found.stderr) == ("peft\nSourceFileLoader\n", "")
+
+
+def test_a_start_of_python_imports_nothing_else(tmp_path: Path) -> None:
+    autoload.main(["enable", "--folder", str(tmp_path)])
+    found = without_packages("print(sorted(set(sys.modules) - before))", tmp_path)
+    assert (found.stdout, found.stderr) == ("['peft_dowser_autoload']\n", "")
+
+
+@pytest.mark.parametrize("action", ["enable", "disable"])
+def test_python_starts_without_complaint_after_a_failure(action: str, tmp_path: Path) -> None:
+    autoload.main(["enable" if action == "disable" else "disable", "--folder", str(tmp_path)])
+    stuck = tmp_path / (autoload.NAME if action == "enable" else autoload.MODULE)
+    stuck.unlink(missing_ok=True)
+    stuck.mkdir()  # can neither be written nor removed as a file
+    assert autoload.main([action, "--folder", str(tmp_path)]) == 2
+    stuck.rmdir()
+    found = without_packages("", tmp_path)
+    assert (found.stdout, found.stderr) == ("", "")
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
