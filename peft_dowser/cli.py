@@ -11,7 +11,7 @@ def run(options: argparse.Namespace) -> int:
     """Run a command; 0 on success, 2 on an error of the user's, which is printed as one line."""
     try:
         return _COMMANDS[options.command](options) or 0
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: a target module that is no linear
         print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -44,19 +44,16 @@ def _probe(options: argparse.Namespace) -> None:
 def _extract(options: argparse.Namespace) -> None:
     from .extract import extract
 
-    try:
-        counts = extract(
-            options.base,
-            options.tuned,
-            options.output,
-            update_ratio=options.update_ratio,
-            method=options.method,
-            target_modules="all-linear" if options.target_modules == ["all-linear"] else options.target_modules,
-            scale=options.scale,
-            seed=options.seed,
-        )
-    except TypeError as error:  # a target module is no linear
-        raise ValueError(error) from error
+    counts = extract(
+        options.base,
+        options.tuned,
+        options.output,
+        update_ratio=options.update_ratio,
+        method=options.method,
+        target_modules=_targets(options),
+        scale=options.scale,
+        seed=options.seed,
+    )
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
 
@@ -69,7 +66,7 @@ def _plan(options: argparse.Namespace) -> None:
         options.model,
         DowserConfig(
             update_ratio=options.update_ratio,
-            target_modules=options.target_modules,
+            target_modules=_targets(options),
             target_parameters=options.target_parameters,
             last_layers=options.last_layers,
         ),
@@ -124,7 +121,13 @@ def _verify(options: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
+def _targets(options: argparse.Namespace) -> Any:
+    return "all-linear" if options.target_modules == ["all-linear"] else options.target_modules
+
+
 def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"'{path}' is a folder, and a file is to be written. Name a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"'{path.parent}' is no folder, so '{path}' cannot be written.")
 

@@ -68,7 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a fine-tuning will take, from the config of a model alone")
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
     plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
-    plan.add_argument("--target-modules", nargs="+", metavar="NAME", help="module names (default: as in DowserConfig)")
+    plan.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
+    )
     plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts as well")
     plan.add_argument("--last-layers", type=int, help="train only the last L layers")
     plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")

@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class Plan:
 
 
 def plan(
-    model: str | PreTrainedConfig,
+    model: str | Path | PreTrainedConfig,
     config: DowserConfig,
     optimizer: str = "adamw",
     dtype: str = "bfloat16",
@@ -101,10 +102,13 @@ def plan(
 
     Raises:
         ValueError: a name or number is none that can be planned, or the config does not fit the model.
+        TypeError: a target module is no linear.
     """
     _check(optimizer, dtype, values_dtype, quantization, batch, tokens)
-    known = AutoConfig.from_pretrained(model) if isinstance(model, str) else copy.deepcopy(model)
-    name = model if isinstance(model, str) else known.name_or_path or type(known).__name__
+    if isinstance(model, PreTrainedConfig):
+        known, name = copy.deepcopy(model), model.name_or_path or type(model).__name__
+    else:
+        known, name = AutoConfig.from_pretrained(model), str(model)
     known.use_cache = False
     with FakeTensorMode():
         build = model_class(known, name)._from_config

@@ -135,8 +135,10 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     architecture().save_pretrained(tmp_path)
     assert main(["plan", str(tmp_path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    found = plan(str(tmp_path), DowserConfig())
+    found = plan(tmp_path, DowserConfig())
     assert printed == vars(found) | {"total": found.total}
+    assert main(["plan", str(tmp_path), "--json", "--target-modules", "all-linear"]) == 0
+    assert json.loads(capsys.readouterr().out) == printed
     assert main(["plan", str(tmp_path), "--update-ratio", "0.2", "--optimizer", "adamw_8bit"]) == 0
     table = capsys.readouterr().out
     assert "trained 4,100 of 20,480 adapted weights" in table  # every matrix is rounded
@@ -150,6 +152,7 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
         (["--quantization", "2bit"], "quantization must be one of none, 8bit, 4bit"),
         (["--tokens", "0"], "batch and tokens must be at least 1"),
         (["--update-ratio", "2"], "update_ratio must be a number in"),
+        (["--target-modules", "norm"], "Target module 'model.norm' is a LlamaRMSNorm."),
     ],
 )
 def test_what_cannot_be_planned(option: list[str], message: str, tmp_path: Path, capsys) -> None:
