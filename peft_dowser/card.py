@@ -29,8 +29,9 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
     weights = folder / SAFETENSORS_WEIGHTS_NAME
     if weights.is_file():
         facts = facts | {"size": f"{weights.stat().st_size:,} bytes"}
-    shown = {name: value for name, value in facts.items() if value and not _is_local(value)}
-    lines = [f"- {name}: {value}" for name, value in shown.items()]
+    if _is_local(facts.get("base model", "")):
+        facts = facts | {"base model": ""}
+    lines = [f"- {name}: {value}" for name, value in facts.items() if value]
     section = "\n".join([_BEGIN, _loading(task_type), "", *lines, _END])
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"

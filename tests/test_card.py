@@ -16,7 +16,11 @@ def model() -> PeftModel:
     return model
 
 
-def test_the_card_says_how_to_load_the_adapter_and_what_it_is(model: PeftModel, tmp_path: Path) -> None:
+def test_the_card_says_how_to_load_the_adapter_and_what_it_is(
+    model: PeftModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("3").touch()  # the name of the seed means no file
     model.peft_config["default"].base_model_name_or_path = "someone/base"
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     card = ModelCard.load(tmp_path / "README.md")
