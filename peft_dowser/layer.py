@@ -211,7 +211,8 @@ class DowserLayer(BaseTunerLayer):
             adapter_names: adapters to merge, in this order; None takes the active ones.
 
         Raises:
-            ValueError: `safe_merge` found an infinite or undefined sum; the weight is unchanged.
+            ValueError: `safe_merge` found an infinite or undefined sum; that adapter is not merged, those before it in
+                the list are.
         """
         for name in self._unmerged(adapter_names):
             values = self.scaled_values(name).detach()
