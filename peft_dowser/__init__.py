@@ -1,7 +1,8 @@
 """Model-Dowser for Hugging Face PEFT: fine-tune the weights that matter least, and forget less.
 
 Importing this package registers the method with PEFT; then `get_peft_model(model, DowserConfig(...))`, TRL's trainers,
-`save_pretrained`, `from_pretrained` and `merge_and_unload` work as they do for LoRA.
+`save_pretrained`, `from_pretrained` and `merge_and_unload` work as they do for LoRA. It also lets `push_to_hub` keep
+the model cards of Dowser adapters; nothing else of PEFT changes.
 """
 
 from ._registry import ensure_peft_type

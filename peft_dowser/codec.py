@@ -5,7 +5,7 @@ Two layouts, chosen by size alone, so that `(numel, nnz)` fixes the length in by
 - Elias-Fano. With `l = floor(log2(numel / nnz))`, each position is split into `l` low bits and a high part. The low
   bits of eight entries fill one group of `l` bytes; entry `i` with high part `h` sets bit `h + i` of a bit array of
   `nnz + (numel >> l) + 1` bits. 5.25 bits per position at a ratio of 0.1 (entropy 4.69).
-- Bit mask, one bit per weight, where that is no longer than Elias-Fano (ratios above about 0.3).
+- Bit mask, one bit per weight, where that is no longer than Elias-Fano (ratios from 1/4 on).
 
 Bits are numbered from the least significant bit of the first byte. Everything runs on the device of its input. On a
 CPU, reading is left to numpy: it lets go of the interpreter, and starts no threads of its own, so that modules can be

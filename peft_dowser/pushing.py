@@ -1,4 +1,7 @@
-"""`push_to_hub` with the model card: transformers puts its template over the one that `save_pretrained` has written."""
+"""`push_to_hub` with the model card: transformers puts its template over the one that `save_pretrained` has written.
+
+Beside `_registry` the one place that changes PEFT: one method of `PeftModel`.
+"""
 
 import os
 from pathlib import Path

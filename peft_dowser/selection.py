@@ -38,7 +38,7 @@ def choose_masks(
 
     Returns:
         Flat positions in the stored weight, strictly increasing, by target. Frozen targets are left out: those with a
-        ratio of 0 or too small for one weight, and, with one warning, those without a usable score.
+        ratio of 0, and, with one warning, those whose ratio is too small for one weight or that have no usable score.
 
     Raises:
         ValueError: the statistics do not fit the model, or no weight at all would train.

@@ -62,7 +62,7 @@ def sum_dtype(weight: Tensor, values: Tensor) -> torch.dtype:
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the dtype in which autocast computes a product: as it is where autocast is off or the tensor float64."""
+    """A tensor in the dtype in which autocast computes a product: as it is where that is off, or in float64."""
     device = x.device.type
     casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x

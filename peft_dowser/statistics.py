@@ -116,7 +116,7 @@ class ProbeStatistics:
         try:
             info = ProbeInfo(**json.loads(metadata["info"]))
             modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
-            samples = _samples(json.loads(metadata.get("samples", "{}")))  # which early releases did not write
+            samples = _samples(json.loads(metadata.get("samples", "{}")))  # early files have none
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"'{path}' lacks a part of the probe statistics ({error}).") from error
         for name, module in modules.items():

@@ -40,7 +40,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
     Raises:
         ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, a weight is
             tied to that of another module, or `last_layers` cannot be met.
-        TypeError: a target module is neither a linear layer nor an embedding.
+        TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     parameters = _target_parameters(model, config)
     if config.target_modules is None:
