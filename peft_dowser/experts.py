@@ -71,8 +71,10 @@ class Experts(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, in which every product with an adapted parameter takes W + D.
 
-        Not thread-safe.
+        Several threads may call it at once only while every adapter is merged.
         """
+        if all(fused.merged and not fused.disable_adapters for fused in self._fused()):
+            return self.base_layer(*args, **kwargs)
         config = getattr(self.base_layer, "config", None)
         if getattr(config, "_experts_implementation", None) in _TRACEABLE:
             return self._run(*args, **kwargs)
@@ -88,8 +90,8 @@ class Experts(nn.Module):
 
     def _forward(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         multiply = {}
-        for fused in self.children():
-            if isinstance(fused, FusedParameter) and (adapters := fused.in_use()):
+        for fused in self._fused():
+            if adapters := fused.in_use():
                 multiply[fused.parameter_name] = _Deltas(fused, adapters).multiply
         with standing_in(self.base_layer, multiply):
             return forward(*args, **kwargs)
@@ -98,10 +100,13 @@ class Experts(nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The base layer, with the deltas merged into it if asked for; called by PEFT."""
-        for fused in self.children():
-            if merge and isinstance(fused, FusedParameter):
+        if merge:
+            for fused in self._fused():
                 fused.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         return self.base_layer
+
+    def _fused(self) -> list[FusedParameter]:
+        return [child for child in self.children() if isinstance(child, FusedParameter)]
 
 
 class _Deltas:

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -221,18 +223,30 @@ class DowserLayer(BaseTunerLayer):
                 entries.check_finite(name, self.module_name)
             self.vanished[name] = (entries.vanished(values), values.numel())
             self.index(name).written = entries.sums.dtype, checksum(entries.sums)
-            # Noted first: whatever interrupts this, `unmerge` restores the weight.
-            self.index(name).originals = entries.originals
-            self.merged_adapters.append(name)
-            write_entries_(self.weight.data, self.index(name).decoded(), entries.sums)
+            with self._noted_as_merged(name, entries.originals):
+                write_entries_(self.weight.data, self.index(name).decoded(), entries.sums)
+            if not self.weight.is_inference():
+                # So that a backward of an earlier forward, which needs the weight as it was, fails in torch.
+                torch.autograd.graph.increment_version(self.weight)
 
     def merge_briefly(self) -> None:
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
             weight, delta = self.weight.data, self.delta(name)
-            self.index(name).originals = weight.view(-1).index_select(0, delta.positions)
-            self.merged_adapters.append(name)
-            add_delta_(weight, delta.positions, delta.values)
+            with self._noted_as_merged(name, weight.view(-1).index_select(0, delta.positions)):
+                add_delta_(weight, delta.positions, delta.values)
+
+    @contextmanager
+    def _noted_as_merged(self, adapter_name: str, originals: Tensor) -> Iterator[None]:
+        """Note an adapter as merged while its sums are written; whatever interrupts that, the weight is put back."""
+        self.index(adapter_name).originals = originals
+        try:
+            self.merged_adapters.append(adapter_name)
+            yield
+        except BaseException:
+            if adapter_name in self.merged_adapters:
+                self._restore()
+            raise
 
     def _unmerged(self, adapter_names: list[str] | None) -> list[str]:
         return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dowser_values]
@@ -243,10 +257,11 @@ class DowserLayer(BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
-            self._unmerge(self.merged_adapters[-1])
-            self.vanished.pop(self.merged_adapters.pop(), None)
+            self._check_unchanged(self.merged_adapters[-1])
+            self._restore()
 
-    def _unmerge(self, adapter_name: str) -> None:
+    def _check_unchanged(self, adapter_name: str) -> None:
+        """Warn where the last merged adapter's entries are not those that its merge wrote."""
         weight, index = self.weight.data, self.index(adapter_name)
         positions = index.decoded()
         dtype, written = index.written or (None, 0)
@@ -258,7 +273,14 @@ class DowserLayer(BaseTunerLayer):
                 UserWarning,
                 stacklevel=3,
             )
-        write_entries_(weight, positions, cast(Tensor, index.originals).to(weight.dtype))
+
+    def _restore(self) -> None:
+        """Put back what the last merged adapter has overwritten."""
+        name = self.merged_adapters[-1]
+        weight, index = self.weight.data, self.index(name)
+        write_entries_(weight, index.decoded(), cast(Tensor, index.originals).to(weight.dtype))
+        self.merged_adapters.pop()  # before the rest, without which the layer is unmerged all the same
+        self.vanished.pop(name, None)
         index.originals = index.written = None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:

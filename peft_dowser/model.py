@@ -18,6 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from .arithmetic import CombinationType, SignMethod
+from .brief_merge import briefly_merged
 from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
 from .config import PROBED_SCORES, DowserConfig
@@ -271,19 +272,10 @@ class DowserModel(BaseTuner):
         """`generate` of the model, at the speed of the base.
 
         Forming W + D for every token costs several times the base, so the active adapters are merged before the loop
-        and unmerged after it; both are exact. Not thread-safe.
+        and unmerged after it; both are exact. Several threads may generate at once, but not train meanwhile.
         """
-        layers = [layer for layer in _dowser_layers(self.model) if layer.merges_in_place]
-        if self._mixes or any(layer.merged or layer.disable_adapters for layer in layers):
+        with nullcontext() if self._mixes else briefly_merged(self.model):
             return self.model.generate(*args, **kwargs)
-        try:
-            for layer in layers:
-                layer.merge_briefly()
-            return self.model.generate(*args, **kwargs)
-        finally:
-            for layer in layers:
-                if layer.merged:
-                    layer.unmerge()
 
     def add_weighted_adapter(
         self,

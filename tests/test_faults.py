@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from pathlib import Path
 
 import peft.peft_model
@@ -205,28 +204,67 @@ def test_an_injection_that_is_cut_short_is_taken_back(
 # Merging
 
 
-@pytest.mark.parametrize("after", [1, 2, 9])
-def test_a_merge_that_is_interrupted_can_be_taken_back(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = get_peft_model(tiny_llama(), config(score="random"))
-    set_values(model)
-    untouched = Untouched(model)
-    layer = peft_dowser.layer
-    monkeypatch.setattr(layer, "write_entries_", failing(layer.write_entries_, after, KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        model.merge_adapter()
-    monkeypatch.undo()
+def interrupt(line: int, call) -> bool:
+    """Call a function, with a Ctrl-C before the given line of this package that it runs; whether it came to its end."""
+    package = str(Path(peft_dowser.__file__).parent)
+    lines = iter(range(1, line + 1))
+
+    def traced(frame, event, argument):
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line" and next(lines, 0) == line:
+            raise KeyboardInterrupt
+        return traced
+
+    sys.settrace(traced)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return False
+    finally:
+        sys.settrace(None)
+    return True
+
+
+# Interrupted between its last write and its note of that, an unmerge warns when it is called again.
+@pytest.mark.filterwarnings("ignore:.*was changed after the merge")
+@pytest.mark.parametrize("call", ["merge", "unmerge", "generate"])
+def test_wherever_a_merge_is_interrupted_the_output_is_right_and_it_can_be_taken_back(call: str) -> None:
     ids = torch.tensor([[1, 5, 9]])
-    assert model(input_ids=ids).logits.isfinite().all()
-    for found in model.modules():
-        if isinstance(found, DowserLayer) and found.merged:
-            try_unmerge(found)
-    assert untouched.holds()
+    base = tiny_llama(layers=1)
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    model = get_peft_model(base, config(score="random", target_modules=["q_proj"]))
+    set_values(model)
+    (layer,) = (module for module in model.modules() if isinstance(module, DowserLayer))
+    calls = {
+        "merge": model.merge_adapter,
+        "unmerge": model.unmerge_adapter,
+        "generate": lambda: model.generate(input_ids=ids, max_new_tokens=1),
+    }
+    expected = model(ids).logits
+    line = 1
+    while True:
+        if call == "unmerge":
+            model.merge_adapter()
+        finished = interrupt(line, calls[call])
+        if call != "unmerge":
+            assert torch.equal(model(ids).logits, expected), line
+        if layer.merged:
+            model.unmerge_adapter()
+        assert torch.equal(model(ids).logits, expected), line
+        assert all(torch.equal(weight, before[name.replace(".base_layer", "")]) for name, weight in weights(model)), (
+            line
+        )
+        if finished:
+            break
+        line += 1
+    assert line > 10
 
 
-def try_unmerge(layer: DowserLayer) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the merge was about to write is not there
-        layer.unmerge()
+def weights(model) -> list:
+    """The weights of the base, by their names in it."""
+    state = model.base_model.model.state_dict()
+    return [(name, weight) for name, weight in state.items() if ".dowser_" not in name]
 
 
 def test_verify_finds_a_save_that_was_cut_between_its_two_files(tmp_path: Path) -> None:

@@ -245,6 +245,29 @@ def test_a_base_on_the_meta_device_is_refused() -> None:
     assert not dowser_layers(base)
 
 
+def test_layers_that_are_not_there_are_named() -> None:
+    with pytest.raises(ValueError, match=r"layers_to_transform names layers \[7\], but the model has layers 0 to 1"):
+        get_peft_model(tiny_llama(), config(target_modules=["q_proj"], layers_to_transform=[7]))
+
+
+@pytest.mark.parametrize("target", [["out_proj"], "all-linear"])
+def test_a_weight_that_attention_reads_itself_is_left_out_with_a_warning(target) -> None:
+    model = nn.Sequential()
+    model.attention, model.out_proj = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match=r"\['attention.out_proj'\] are left out: torch.nn.MultiheadAttention reads"):
+        adapted = get_peft_model(model, config(target_modules=target, score="random", task_type=None))
+    assert [layer.module_name for layer in dowser_layers(adapted)] == ["out_proj"]
+
+
+def test_a_weight_that_is_not_contiguous_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.up_proj.weight.data = torch.randn(32, 64).T
+    with pytest.raises(
+        ValueError, match=r"'model.layers.1.mlp.up_proj' is not contiguous in memory.*weight.data = modul"
+    ):
+        get_peft_model(model, config(score="random"))
+
+
 def test_a_plain_module_needs_target_modules() -> None:
     with pytest.raises(ValueError, match="Please specify `target_modules` in `peft_config`"):
         get_peft_model(nn.Sequential(nn.Linear(4, 4)), DowserConfig(score="magnitude"))
@@ -409,6 +432,26 @@ def test_generate_restores_the_base_after_an_error() -> None:
         model.generate(input_ids=IDS, max_new_tokens=2)
     assert not any(layer.merged for layer in dowser_layers(model))
     assert_same_bits(base_bits(model), before)
+
+
+def test_a_backward_after_a_merge_is_refused_by_torch() -> None:
+    model = adapted()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_backward_after_a_generate_is_right() -> None:
+    model = adapted()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    expected = [layer.values("default").grad.clone() for layer in dowser_layers(model)]
+    model.zero_grad()
+    loss = model(input_ids=IDS, labels=IDS).loss
+    model.generate(input_ids=IDS, max_new_tokens=2)
+    loss.backward()
+    for layer, grad in zip(dowser_layers(model), expected, strict=True):
+        assert torch.equal(layer.values("default").grad, grad)
 
 
 # Several adapters

@@ -1,0 +1,92 @@
+"""The merge for the length of a `generate`, which several threads share."""
+
+import copy
+import pickle
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+
+import pytest
+import torch
+from helpers import config, set_values, tiny_llama
+from peft import PeftModel, get_peft_model
+from test_experts import tiny_moe
+from torch import Tensor, nn
+
+from peft_dowser import DowserLayer
+
+THREADS = 4
+IDS = torch.tensor([[3, 5, 9, 4], [8, 1, 2, 7]])
+
+
+@pytest.fixture(autouse=True)
+def eager_switches():
+    """Threads that take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def generated(model: nn.Module) -> Tensor:
+    return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
+
+
+def base_bits(model: nn.Module) -> dict[str, Tensor]:
+    return {name: weight.detach().clone() for name, weight in model.named_parameters() if ".dowser_" not in name}
+
+
+def dense() -> PeftModel:
+    return get_peft_model(tiny_llama(torch.bfloat16), config(score="random"))
+
+
+def of_experts() -> PeftModel:
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    return get_peft_model(tiny_moe("mixtral"), config(score="random", target_modules=[], target_parameters=names))
+
+
+@pytest.mark.parametrize("make", [dense, of_experts])
+def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(make) -> None:
+    model = make()
+    set_values(model)
+    before, expected = base_bits(model), generated(model)
+    together = Barrier(THREADS)
+
+    def work(thread: int) -> bool:
+        right = True
+        for _ in range(10):
+            together.wait()
+            right &= torch.equal(generated(model), expected)
+        return right
+
+    with ThreadPoolExecutor(THREADS) as threads:
+        assert all(threads.map(work, range(THREADS)))
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, DowserLayer))
+    assert all(torch.equal(weight, before[name]) for name, weight in base_bits(model).items())
+
+
+def test_the_last_one_to_end_unmerges() -> None:
+    model = dense()
+    set_values(model)
+    layer = next(module for module in model.modules() if isinstance(module, DowserLayer))
+    seen = []
+
+    def another(module, args, output) -> None:
+        if len(seen) < 2:
+            seen.append(layer.merged)
+            generated(model)
+            seen.append(layer.merged)
+
+    handle = model.base_model.model.lm_head.register_forward_hook(another)
+    generated(model)
+    handle.remove()
+    assert set(seen) == {True}
+    assert not layer.merged
+
+
+def test_a_model_that_has_generated_can_be_copied_and_pickled() -> None:
+    model = dense()
+    set_values(model)
+    expected = generated(model)
+    assert torch.equal(generated(copy.deepcopy(model)), expected)
+    assert torch.equal(generated(pickle.loads(pickle.dumps(model))), expected)
