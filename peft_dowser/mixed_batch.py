@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -24,9 +25,16 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
         known: adapters by name.
 
     Raises:
-        ValueError: a name is unknown, an adapter is merged, or one of them changes the weights of experts, which see
-            tokens and not rows.
+        ValueError: a name is unknown, an adapter is merged, one of them changes the weights of experts, which see
+            tokens and not rows, or gradient checkpointing would run layers again when the names are gone.
     """
+    if torch.is_grad_enabled() and any(
+        module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
+    ):
+        raise ValueError(
+            "adapter_names: with gradient checkpointing the backward runs layers again, without the names. Call "
+            "model.gradient_checkpointing_disable(), or run one forward per adapter, after set_adapter."
+        )
     if unknown := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)} and '{BASE}'.")
     layers = [module for module in model.modules() if isinstance(module, DowserLayer)]

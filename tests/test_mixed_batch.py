@@ -69,6 +69,20 @@ def test_modules_to_save_are_mixed_too() -> None:
     torch.testing.assert_close(model(input_ids=IDS, adapter_names=names).logits, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")
+def test_names_are_refused_where_the_backward_would_run_layers_again(model: PeftModel) -> None:
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(
+        ValueError, match=r"runs layers again, without the names. Call model.gradient_checkpointing_dis"
+    ):
+        model(input_ids=IDS, adapter_names=NAMES)
+    with torch.no_grad():
+        model(input_ids=IDS, adapter_names=NAMES)
+    model.gradient_checkpointing_disable()
+    model(input_ids=IDS, adapter_names=NAMES).logits.sum().backward()
+
+
 def test_names_that_a_batch_cannot_have_are_refused(model: PeftModel) -> None:
     with pytest.raises(ValueError, match=r"unknown adapters \['nope'\]; the model has \['default', 'other'\]"):
         model(input_ids=IDS, adapter_names=["nope"] * 4)
