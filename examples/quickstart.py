@@ -113,7 +113,7 @@ class Row:
         return f"{self.name:<18} {upstream} {self.downstream:10.1f} {trained:>15} {size:>15}"
 
 
-HEADER = f"{'':<18} {'up %':>6} {'down %':>10} {'trained weights':>15} {'bytes on disk':>15}"
+HEADER = f"{'':<18} {'kept %':>6} {'learned %':>10} {'trained weights':>15} {'bytes on disk':>15}"
 
 
 def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, options: Options, folder: Path) -> Row:

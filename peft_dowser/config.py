@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,6 +194,7 @@ class DowserConfig(PeftConfig):
         if _is_map(self.ratio_pattern):
             for key, ratio in self.ratio_pattern.items():
                 yield from _outside(f"ratio_pattern['{key}']", ratio, 0, 1)
+                yield from _no_expression(f"the key {key!r} of ratio_pattern", key)
         else:
             yield f"ratio_pattern must map module names to ratios, got {self.ratio_pattern!r}"
         if self.nnz_pattern is not None and not _is_map(self.nnz_pattern):
@@ -223,6 +225,8 @@ class DowserConfig(PeftConfig):
             value = getattr(self, name)
             if not (value is None or isinstance(value, str) or _is_list(value, str)):
                 yield f"{name} must be a string or a list of strings, got {value!r}"
+            if isinstance(value, str):
+                yield from _no_expression(name, value)
         for name, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
             value = getattr(self, name)
             if not (value is None or _is_list(value, str)):
@@ -255,6 +259,13 @@ def _is_list(value: Any, kind: type) -> bool:
 
 def _is_index(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _no_expression(name: str, value: str) -> Iterator[str]:
+    try:
+        re.compile(value)
+    except re.error as error:
+        yield f"{name} must be a regular expression, got {value!r} ({error})"
 
 
 def _outside(name: str, value: Any, low: float, high: float, open_low: bool = False) -> Iterator[str]:

@@ -25,7 +25,8 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
     unmatched = sorted(set(config.ratio_pattern) - matched)
     if unmatched:
         warnings.warn(
-            f"The following ratio_pattern keys did not match any targeted module and were ignored: {unmatched}.",
+            "The following ratio_pattern keys did not match any targeted module that no earlier key matches, and were "
+            f"ignored: {unmatched}.",
             UserWarning,
             stacklevel=2,
         )

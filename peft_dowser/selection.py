@@ -185,17 +185,20 @@ def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Ma
     grouped: dict[tuple[str, str], list[str]] = {}
     for name, reason in frozen.items():
         grouped.setdefault((matrices[name].whole_name, reason), []).append(str(matrices[name].expert))
-    listed = "; ".join(
+    listed = [
         f"{whole} ({reason})" if experts == ["None"] else f"{whole}: experts {', '.join(experts)} ({reason})"
         for (whole, reason), experts in grouped.items()
-    )
+    ]
     if not masks:
+        more = [f"and {len(listed) - 5} more"] if len(listed) > 5 else []
         raise ValueError(
-            f"No weight would train: {listed or 'all ratios are 0'}. Choose a larger update_ratio, other "
-            "target_modules, or another score."
+            f"No weight would train: {'; '.join(listed[:5] + more) or 'all ratios are 0'}. Choose a larger "
+            "update_ratio, other target_modules, or another score."
         )
     if frozen:
         of_experts = any(matrices[name].expert is not None for name in frozen)
         advice = " More probes (num_probes) reach more experts." if of_experts else ""
         kind = "matrices" if of_experts else "modules"
-        warnings.warn(f"{len(frozen)} of the target {kind} stay frozen: {listed}.{advice}", UserWarning, stacklevel=2)
+        warnings.warn(
+            f"{len(frozen)} of the target {kind} stay frozen: {'; '.join(listed)}.{advice}", UserWarning, stacklevel=2
+        )

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -24,6 +25,8 @@ from .target import Target
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
+# The output projection of `nn.MultiheadAttention`.
+_READ_BY_ATTENTION = NonDynamicallyQuantizableLinear
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -39,7 +42,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 
     Raises:
         ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, a weight is
-            tied to that of another module, or `last_layers` cannot be met.
+            tied to that of another module or not contiguous, or `last_layers` cannot be met.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     parameters = _target_parameters(model, config)
@@ -51,7 +54,11 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         config.target_modules = names
     else:
         config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
-    names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
+    names = _matching(model, config)
+    if not names and config.layers_to_transform is not None:
+        anywhere = copy.copy(config)
+        anywhere.layers_to_transform = anywhere.layers_pattern = None
+        _in_layers(set(_matching(model, anywhere)), config.layers_to_transform)  # names the layers that are not there
     if names or not parameters or config.target_modules:
         _check_matched(config.target_modules or set(), names, model)
     if config.last_layers is not None:
@@ -62,6 +69,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
     if config.ensure_weight_tying:
         targets = _with_ties(model, targets)
     _check_untied(model, targets)
+    _check_contiguous(targets)
     return targets
 
 
@@ -94,6 +102,20 @@ def _adaptable_names(model: nn.Module) -> list[str]:
         if isinstance(module, BaseTunerLayer) or "base_layer" in module._modules:
             inside = (*inside, name + ".")
     return names
+
+
+def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
+    """The modules that a config names, less those whose weight is read by others."""
+    names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
+    unread = [name for name in names if isinstance(_unwrapped(model.get_submodule(name)), _READ_BY_ATTENTION)]
+    if unread:
+        warnings.warn(
+            f"Target modules {unread} are left out: torch.nn.MultiheadAttention reads their weights itself, so an "
+            "adapter would change nothing before a merge.",
+            UserWarning,
+            stacklevel=2,
+        )
+    return [name for name in names if name not in unread]
 
 
 def _default_targets(model: nn.Module) -> set[str]:
@@ -243,6 +265,17 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
             )
 
 
+def _check_contiguous(targets: dict[str, Target]) -> None:
+    """Refuse weights whose flat positions are not their places in memory, so that a merge could not write them."""
+    for name, target in targets.items():
+        if not target.is_quantized and not getattr(target.module, target.parameter).is_contiguous():
+            raise ValueError(
+                f"The weight of target module '{name}' is not contiguous in memory, as a transposed tensor is not. "
+                f"Give the module a contiguous one first: module.{target.parameter}.data = "
+                f"module.{target.parameter}.data.contiguous()."
+            )
+
+
 def _ties(model: nn.Module, target: Target) -> set[str]:
     """What an offloaded weight is tied to: accelerate keeps a placeholder for each name, so only transformers knows."""
     weight = getattr(target.module, target.parameter, None)
@@ -289,7 +322,7 @@ def _in_layers(names: set[str], layers: list[int] | int) -> set[str]:
     """Those in the layers of the given indices."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
     indices = {name: int(found[1]) for name in names if (found := _LAYER_INDEX.search(name))}
-    last = max(indices.values())
+    last = max(indices.values(), default=-1)
     if unknown := sorted(wanted - set(indices.values())):
         raise ValueError(f"layers_to_transform names layers {unknown}, but the model has layers 0 to {last}.")
     return {name for name, index in indices.items() if index in wanted}

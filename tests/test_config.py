@@ -77,6 +77,8 @@ WRONG_TOGETHER = [
     ({"ratio_pattern": {"q_proj": NAN}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got nan"),
     ({"ratio_pattern": {"q_proj": True}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got True"),
     ({"target_parameters": "w"}, "target_parameters must be a list of parameter names, got 'w'"),
+    ({"ratio_pattern": {"(": 0.5}}, "the key '(' of ratio_pattern must be a regular expression, got '(' (missing )"),
+    ({"target_modules": "*q"}, "target_modules must be a regular expression, got '*q' (nothing to repeat"),
     ({"layers_pattern": "h"}, "layers_pattern needs layers_to_transform."),
     (LAYERS | {"last_layers": 1}, "last_layers and layers_to_transform exclude each other."),
     (LAYERS | {"target_modules": "q"}, "layers_to_transform needs target_modules as a list, got the string 'q'."),
