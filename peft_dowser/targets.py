@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import (
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -25,8 +24,8 @@ from .target import Target
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
-# The output projection of `nn.MultiheadAttention`.
-_READ_BY_ATTENTION = NonDynamicallyQuantizableLinear
+# Modules of torch that read the weights of their linears: the second one wherever it has a faster way in eval mode.
+_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -105,17 +104,19 @@ def _adaptable_names(model: nn.Module) -> list[str]:
 
 
 def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
-    """The modules that a config names, less those whose weight is read by others."""
+    """The modules that a config names, less those that are not called: an adapter would change nothing."""
     names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
-    unread = [name for name in names if isinstance(_unwrapped(model.get_submodule(name)), _READ_BY_ATTENTION)]
-    if unread:
+    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    uncalled = [name for name, parent in parents.items() if isinstance(parent, _READERS)]
+    if uncalled:
+        kinds = " and ".join(sorted({type(parents[name]).__name__ for name in uncalled}))
         warnings.warn(
-            f"Target modules {unread} are left out: torch.nn.MultiheadAttention reads their weights itself, so an "
+            f"Target modules {uncalled} are left out: {kinds} may read their weights without calling them, so an "
             "adapter would change nothing before a merge.",
             UserWarning,
             stacklevel=2,
         )
-    return [name for name in names if name not in unread]
+    return [name for name in names if name not in uncalled]
 
 
 def _default_targets(model: nn.Module) -> set[str]:

@@ -251,10 +251,11 @@ def test_layers_that_are_not_there_are_named() -> None:
 
 
 @pytest.mark.parametrize("target", [["out_proj"], "all-linear"])
-def test_a_weight_that_attention_reads_itself_is_left_out_with_a_warning(target) -> None:
+@pytest.mark.parametrize("reader", [nn.MultiheadAttention(8, 2), nn.TransformerEncoderLayer(8, 2, 16)])
+def test_linears_that_torch_does_not_call_are_left_out_with_a_warning(target, reader: nn.Module) -> None:
     model = nn.Sequential()
-    model.attention, model.out_proj = nn.MultiheadAttention(8, 2), nn.Linear(8, 8)
-    with pytest.warns(UserWarning, match=r"\['attention.out_proj'\] are left out: torch.nn.MultiheadAttention reads"):
+    model.reader, model.out_proj = reader, nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match=r"out_proj'.*\] are left out: .*MultiheadAttention.* may read their weights"):
         adapted = get_peft_model(model, config(target_modules=target, score="random", task_type=None))
     assert [layer.module_name for layer in dowser_layers(adapted)] == ["out_proj"]
 
