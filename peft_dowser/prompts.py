@@ -120,16 +120,15 @@ def _special_tokens(config: Any) -> Iterator[int]:
     """Ids of the tokens that are no text, from every `..._token_id` of a config and its parts."""
     for key, value in config.to_dict().items():
         if key.endswith(("_token_id", "_token_index")):
-            yield from (token for token in (value if isinstance(value, list) else [value]) if token)
+            yield from (token for token in (value if isinstance(value, list) else [value]) if token is not None)
         part = getattr(config, key, None)
         if part is not config and hasattr(part, "to_dict"):
             yield from _special_tokens(part)
 
 
 def special_ids(model: PreTrainedModel) -> list[int]:
-    found = {0} if _token_id(model, "pad_token_id") == 0 else set()
-    for config in _token_configs(model):
-        found.update(_special_tokens(config))
+    """Ids of the tokens of the vocabulary that are no text, increasing."""
+    found = {token for config in _token_configs(model) for token in _special_tokens(config)}
     return sorted(token for token in found if 0 <= token < _vocabulary_size(model))
 
 

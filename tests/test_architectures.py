@@ -21,7 +21,10 @@ from transformers import (
     Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     OPTConfig,
@@ -30,12 +33,14 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from peft_dowser import DowserLayer, probe
-from peft_dowser.prompts import synthetic_prompts
+from peft_dowser.prompts import special_ids, synthetic_prompts
 
 TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
 TEXT = {
@@ -198,6 +203,27 @@ def test_synthetic_prompts(family: str) -> None:
         assert start is None or ids[0] == start
         assert not specials & set(text.tolist())
     assert len({tuple(ids.tolist()) for ids in prompts}) == 70
+
+
+# Configs with the tokens that they have by default, those of Pythia, and the special ones of each.
+SIZES = {key: value for key, value in BERT.items() if not key.endswith("_token_id")}
+SPECIALS = {
+    "roberta": (lambda: RobertaModel(RobertaConfig(**SIZES)), [0, 1, 2]),
+    "pythia": (lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES, bos_token_id=0, eos_token_id=0)), [0]),
+    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), [1, 2]),
+    "bert": (lambda: BertModel(BertConfig(**SIZES)), [0]),
+}
+
+
+@pytest.mark.parametrize("family", SPECIALS)
+def test_token_0_is_special_where_a_config_says_so(family: str) -> None:
+    build, special = SPECIALS[family]
+    model = build().eval()
+    assert special_ids(model) == special
+    prompts = synthetic_prompts(model, config(num_probes=32, probe_length=64))
+    text = torch.cat([prompt["input_ids"][0, 0 if family == "bert" else 1 :] for prompt in prompts])
+    assert not set(special) & set(text.tolist())
+    assert (0 in text) == (family == "llama")
 
 
 def test_an_image_token_is_never_written() -> None:
