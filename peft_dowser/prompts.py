@@ -121,7 +121,7 @@ def _special_tokens(config: Any) -> Iterator[int]:
     for key, value in config.to_dict().items():
         if key.endswith(("_token_id", "_token_index")):
             yield from (token for token in (value if isinstance(value, list) else [value]) if token is not None)
-        part = getattr(config, key, None)
+        part = vars(config).get(key)  # what differs by layer, as in Gemma 4, has no single value to ask for
         if part is not config and hasattr(part, "to_dict"):
             yield from _special_tokens(part)
 

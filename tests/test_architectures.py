@@ -19,6 +19,8 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -90,6 +92,13 @@ def gemma3() -> nn.Module:
     )
 
 
+def gemma4() -> nn.Module:
+    """Its layers differ: in their attention, in the size of its heads, and so in the shapes of their weights."""
+    heads = {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 8, "global_head_dim": 16}
+    inputs = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96}
+    return Gemma4ForCausalLM(Gemma4TextConfig(**TEXT, **heads, **inputs))
+
+
 def gpt2() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=128))
 
@@ -113,6 +122,7 @@ FAMILIES = {
     "llava": (llava, LLAMA, 14),
     "qwen2_5_vl": (qwen2_5_vl, LLAMA, 14),
     "gemma3": (gemma3, LLAMA, 14),
+    "gemma4": (gemma4, LLAMA | {"per_layer_input_gate", "per_layer_projection"}, 18),
     "gpt2": (gpt2, {"c_attn", "c_proj", "c_fc"}, 8),
     "opt": (opt, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}, 12),
     "qwen3_moe": (
