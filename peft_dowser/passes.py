@@ -23,7 +23,7 @@ from .expert_taps import ExpertsTap, tapped_experts
 from .prompts import Kind, Prompt, kind_of
 from .ranks import gather, rank
 from .seeds import derived_seed
-from .spread import has_one_backward
+from .spread import is_zero3
 from .statistics import ModuleStatistics
 from .taps import Tap, tap_of, tapped
 from .target import Target
@@ -74,7 +74,7 @@ class Passes:
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
         self.wants_gradient = config.score == "gradient"
-        self.one_backward = has_one_backward(model)
+        self.one_backward = is_zero3(model)  # DeepSpeed gathers the weights for one backward after a forward only
         self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
         self.mine = sorted(number for group in self.groups for number in share.of(group))
         self.found: dict[str, ModuleStatistics] = {}

@@ -20,14 +20,14 @@ def is_spread(model: nn.Module) -> bool:
     """Whether a model is sharded, even while some or all of its weights are gathered."""
     sharding = FSDPModule | FullyShardedDataParallel
     return (
-        has_one_backward(model)
+        is_zero3(model)
         or any(isinstance(module, sharding) for module in model.modules())
         or any(is_sharded(parameter) for parameter in model.parameters())
     )
 
 
-def has_one_backward(model: nn.Module) -> bool:
-    """Whether one backward is all that a forward allows: DeepSpeed gathers the weights for no other one."""
+def is_zero3(model: nn.Module) -> bool:
+    """Whether it is sharded by DeepSpeed ZeRO-3, even while some or all of its weights are gathered."""
     return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
@@ -82,7 +82,7 @@ def check_gathers(model: nn.Module) -> None:
     units = [module for module in modules if isinstance(module, FSDPModule)]
     by_fsdp2 = {id(parameter) for unit in units for parameter in unit.parameters()}
     by_others = (isinstance(p, DTensor) and not (id(p) in by_fsdp2 and _is_plain(p)) for p in model.parameters())
-    no_engine = has_one_backward(model) and not any(hasattr(module, "ds_id") for module in modules)
+    no_engine = is_zero3(model) and not any(hasattr(module, "ds_id") for module in modules)
     if no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others):
         raise ValueError(
             f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
