@@ -21,7 +21,6 @@ from .masks import (
 )
 from .seeds import derived_seed
 from .statistics import ProbeStatistics
-from .taps import plus
 from .target import Target
 from .targets import layer_of
 
@@ -73,7 +72,8 @@ def score_matrix(matrix: Target, config: DowserConfig, statistics: ProbeStatisti
     for use in matrix.uses:
         if use.name in statistics.modules:
             score = _score_of_use(use, config, statistics)
-            total = plus(total, score if use.transposed == matrix.transposed else score.T)
+            score = score if use.transposed == matrix.transposed else score.T
+            total = score if total is None else total.add_(score)
     return cast(Tensor, total)
 
 
