@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .codec import position_dtype
+from .modes import in_eval_mode
 from .postmerge import Delta, graft
 from .seeds import derived_seed
 
@@ -60,7 +61,7 @@ def learn_graft(
     _check(batches, steps, learning_rate, beta)
     grafts = _grafts(model, tuned, update_ratio, seed)
     best, masks = math.inf, [one.patch for one in grafts]
-    with _borrowed(model, grafts):
+    with in_eval_mode(model), _borrowed(model, grafts):
         for step in range(steps + 1):
             if step:
                 _descend(model, grafts, batches, loss, learning_rate, beta)
@@ -152,11 +153,10 @@ def _start(parameter: nn.Parameter, tuned: Tensor, patch: Delta, seed: int) -> _
 
 @contextmanager
 def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
-    """Make the grafted parameters the only ones that require a gradient, in eval mode; put everything back."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Make the grafted parameters the only ones that require a gradient; put everything back."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        model.eval().requires_grad_(False)
+        model.requires_grad_(False)
         for one in grafts:
             one.parameter.requires_grad_(True)
         yield
@@ -165,8 +165,6 @@ def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
             one.parameter.data.copy_(one.origin)
         for parameter, before in required:
             parameter.requires_grad_(before)
-        for module, before in modes:
-            module.training = before
 
 
 def _descend(

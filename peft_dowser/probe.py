@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from .config import DowserConfig
+from .modes import in_eval_mode
 from .passes import Passes, Share
 from .prompts import Prompt, prompt_length, synthetic_prompts
 from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
@@ -190,7 +191,6 @@ def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: in
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
     reshard(model)
-    training = [(module, module.training) for module in model.modules()]
     # By name: an offloaded parameter is another object after every forward.
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     owner: Any = model
@@ -200,11 +200,11 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.enable_grad())
+        stack.enter_context(in_eval_mode(model))
         stack.enter_context(differentiable(model))
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
-            model.eval()
             model.requires_grad_(False)
             if generation_config is not None:
                 # `generate` fills what we leave open from the model's own defaults, such as beam search.
@@ -212,8 +212,6 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
             yield
         finally:
             reshard(model)
-            for module, was_training in training:
-                module.training = was_training
             for name in trainable:
                 model.get_parameter(name).requires_grad_(True)
             if generation_config is not None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from .batches import alike, collate
 from .config import DowserConfig
+from .modes import in_eval_mode
 from .probe import left_as_it_was
 from .prompts import Prompt, special_ids, synthetic_prompts
 
@@ -25,15 +26,9 @@ IGNORED = -100
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes and torch's generators are restored."""
-    training = [(module, module.training) for module in model.modules()]
     cuda = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, was_training in training:
-                module.training = was_training
+    with torch.random.fork_rng(devices=cuda), torch.no_grad(), in_eval_mode(model):
+        yield
 
 
 @contextmanager

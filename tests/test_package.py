@@ -27,6 +27,7 @@ FLOOR = {
     "masks",
     "metrics",
     "mixed_rows",
+    "modes",
     "postmerge",
     "scores",
     "seeds",
