@@ -12,10 +12,10 @@ ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 from . import arithmetic, metrics, postmerge, scores  # noqa: E402
 from ._registry import register  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
-from .callbacks import ForgettingCallback, SpiderCallback  # noqa: E402
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
 from .extract import extract  # noqa: E402
+from .forgetting import ForgettingCallback  # noqa: E402
 from .hotswap import hotswap  # noqa: E402
 from .layer import DowserLayer  # noqa: E402
 from .merging import merge, verify  # noqa: E402
@@ -23,6 +23,7 @@ from .model import DowserModel  # noqa: E402
 from .patch import Patch  # noqa: E402
 from .probe import probe  # noqa: E402
 from .pushing import keep_cards  # noqa: E402
+from .spider import SpiderCallback  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
 
 __all__ = [

@@ -1,214 +1,321 @@
-"""The forgetting study: its methods, its choice of rates, its report, and its path for a user's own model and data."""
+"""What `ForgettingCallback` measures, against one text at a time."""
 
-import json
 import math
-import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from scipy.stats import ttest_rel
+import torch.nn.functional as F
+from datasets import Dataset
+from helpers import config, set_values, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from trainings import EVALUATED, QUIET, rows, same, trained, weights
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from trl import SFTConfig, SFTTrainer
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "examples" / name) for name in ("forgetting", "tiny_llava")]
-
-import agreement  # noqa: E402
-import grids  # noqa: E402
-import methods  # noqa: E402
-import report  # noqa: E402
-import sources  # noqa: E402
-import study  # noqa: E402
-import tasks  # noqa: E402
-from datasets import Dataset, DatasetDict  # noqa: E402
-from fine_tune import Run, run_all  # noqa: E402
-
-from peft_dowser import metrics  # noqa: E402
-from peft_dowser.scores import dowser as dowser_score  # noqa: E402
-from peft_dowser.statistics import ModuleStatistics, ProbeInfo, ProbeStatistics  # noqa: E402
+from peft_dowser import ForgettingCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-TINY = str(sources.TINY_LLAVA)
+
+TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
+TEXTS = [row["input_ids"][: 3 + number] for number, row in enumerate(rows(7, seed=1))]
 
 
-def run(method: str, **changes) -> Run:
-    return Run(**({"model": TINY, "task": "style", "method": method, "update_ratio": 0.5} | SMALL | changes))
+def loss_of(model: nn.Module, texts: Sequence[Sequence[int]] = TEXTS) -> float:
+    """Cross-entropy per token, one text at a time."""
+    losses = []
+    with torch.no_grad():
+        for text in texts:
+            logits = model(input_ids=torch.tensor([text])).logits[0, :-1].double()
+            losses += F.cross_entropy(logits, torch.tensor(text[1:]), reduction="none").tolist()
+    return sum(losses) / len(losses)
 
 
-SMALL = {"learning_rate": 1e-3, "seed": 0, "steps": 2}
+def history(trainer: Trainer, key: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
-def record(method: str, up: float, down: float, **changes) -> dict:
-    fields = vars(run(method, **changes)) | {"model": "tiny_llava"}
-    return fields | {"upstream_mean": up, "downstream": down, "scores": [[down]], "trained": 7, "seconds": 1.0}
+def test_upstream_loss_and_forgetting_at_every_evaluation(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS, batch_size=3, kl=True)], **EVALUATED)
+    losses, rises = history(trainer, "upstream_loss"), history(trainer, "forgetting")
+    assert [step for step, _ in losses] == [0, 2, 4]  # the end is the last evaluation
+    assert losses[0][1] == pytest.approx(loss_of(tiny_llama()), rel=1e-5)
+    assert losses[2][1] == pytest.approx(loss_of(model.eval()), rel=1e-5)
+    assert rises[0][1] == 0
+    assert [rise for _, rise in rises] == [loss - losses[0][1] for _, loss in losses]
+    assert rises[2][1] != 0
+    kl = history(trainer, "upstream_kl")
+    assert kl[0][1] == 0
+    with torch.no_grad():
+        now, base = (
+            torch.cat([m(input_ids=torch.tensor([text])).logits[0, :-1].double() for text in TEXTS]).log_softmax(-1)
+            for m in (model, tiny_llama())
+        )
+    assert kl[2][1] == pytest.approx(float((base.exp() * (base - now)).sum(-1).mean()), rel=1e-3)
+
+
+def test_the_baseline_is_exactly_that_of_the_bare_base(tmp_path: Path) -> None:
+    """Also with modules_to_save, a second adapter, and an adapter that has been trained before."""
+    model = get_peft_model(tiny_llama(), config(modules_to_save=["lm_head"]))
+    model.add_adapter("other", config(score="random"))
+    set_values(model)
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    trainable = [p.requires_grad for p in model.parameters()]
+    callback = ForgettingCallback(TEXTS)
+    trainer, _ = trained(model, tmp_path, [callback], max_steps=1)
+    dense = ForgettingCallback(TEXTS)
+    trained(tiny_llama(), tmp_path, [dense], max_steps=1)
+    assert callback.baseline == dense.baseline
+    assert history(trainer, "forgetting")[0][1] > 0
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    assert model.training  # as the Trainer left it
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_measuring_changes_no_trained_weight(tmp_path: Path, adapted: bool) -> None:
+    def run(callbacks: list[TrainerCallback]) -> dict[str, Tensor]:
+        model = tiny_llama()
+        for layer in model.model.layers:
+            layer.self_attn.attention_dropout = 0.2  # training draws random numbers
+        if adapted:
+            model = get_peft_model(model, config())
+        torch.manual_seed(0)
+        trained(model, tmp_path, callbacks, **EVALUATED)
+        return weights(model)
+
+    callback = ForgettingCallback(config=config(), kl=adapted, accuracy=lambda model: float(torch.rand(())))
+    expected = run([])
+    assert same(run([callback]), expected)
+
+
+def test_prompts_of_the_model_need_no_data(tmp_path: Path) -> None:
+    callbacks = [ForgettingCallback(config=config()) for _ in range(2)]
+    for callback, model in zip(callbacks, (tiny_llama(), get_peft_model(tiny_llama(), config())), strict=True):
+        before = model.generation_config
+        trainer, _ = trained(model, tmp_path, [callback], max_steps=1)
+        assert [step for step, _ in history(trainer, "forgetting")] == [0, 1]
+        assert model.generation_config is before
+    plain, adapted = ([prompt["input_ids"] for prompt in callback.prompts] for callback in callbacks)
+    assert all(torch.equal(a, b) for a, b in zip(plain, adapted, strict=True))
+    assert [ids.shape for ids in plain] == [(1, 12)] * 4
+    assert callbacks[0].baseline == callbacks[1].baseline
+    assert callbacks[0].baseline["upstream_loss"] == pytest.approx(
+        loss_of(tiny_llama(), [ids[0].tolist() for ids in plain]), rel=1e-5
+    )
+
+
+def test_labels_padding_and_length_decide_which_tokens_count(tmp_path: Path) -> None:
+    ids = torch.tensor([TEXTS[6]])
+    padded = {"input_ids": F.pad(ids, (0, 2)), "attention_mask": F.pad(torch.ones_like(ids), (0, 2))}
+    callback = ForgettingCallback([padded, TEXTS[0]], max_length=3)
+    trained(tiny_llama(), tmp_path, [callback], max_steps=1)
+    assert callback.baseline["upstream_loss"] == pytest.approx(loss_of(tiny_llama(), [TEXTS[6], TEXTS[0]]), rel=1e-5)
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    callback = ForgettingCallback([{"input_ids": ids, "labels": labels}])
+    trained(tiny_llama(), tmp_path, [callback], max_steps=1)
+    assert callback.baseline["upstream_loss"] == pytest.approx(loss_of(tiny_llama(), [TEXTS[6][:3]]), rel=1e-5)
+    with pytest.raises(ValueError, match="No token of the upstream texts counts"):
+        nothing = ForgettingCallback([{"input_ids": ids, "labels": labels - labels - 100}])
+        trained(tiny_llama(), tmp_path, [nothing], max_steps=1)
+
+
+class Seen(TrainerCallback):
+    """Stands for a report integration: what it is told, and the metrics of the evaluations."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+        self.metrics: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        self.logs.append(dict(logs))
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs) -> None:
+        self.metrics.append(dict(metrics))
+
+
+def test_a_trainer_lets_the_values_reach_report_integrations(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=2, eval_on_start=True, **QUIET, **EVALUATED)
+    seen = Seen()
+    trainer = Trainer(
+        tiny_llama(), arguments, train_dataset=rows(), eval_dataset={"a": rows(2), "b": rows(2)}, callbacks=[seen]
+    )
+    trainer.add_callback(ForgettingCallback(TEXTS, trainer=trainer))
+    trainer.train()
+    reported = [logs["forgetting"] for logs in seen.logs if "forgetting" in logs]
+    assert reported == [value for _, value in history(trainer, "forgetting")]
+    assert [step for step, _ in history(trainer, "forgetting")] == [0, 2]  # once for both evaluation sets
+    after = trainer.evaluate(rows(2))
+    assert after["eval_forgetting"] == reported[-1]
+
+
+def test_the_best_model_can_be_the_one_that_forgot_least(tmp_path: Path) -> None:
+    options = EVALUATED | {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    trainer, _ = trained(
+        model,
+        tmp_path,
+        [ForgettingCallback(TEXTS)],
+        metric_for_best_model="forgetting",
+        greater_is_better=False,
+        **options,
+    )
+    found = history(trainer, "forgetting")
+    best = min(found[1:3], key=lambda entry: entry[1])
+    assert trainer.state.best_global_step == best[0]
+    assert trainer.state.best_metric == best[1]
+    assert len(found) == 4  # the end measures the model that was loaded
+    assert found[3] == (4, best[1])
+    with pytest.raises(ValueError, match=r"'forgetting' with greater_is_better=True would keep .* set greater_is"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], metric_for_best_model="eval_forgetting", **options)
+
+
+def test_training_stops_at_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    callback = ForgettingCallback(TEXTS, max_forgetting=0.001)
+    trainer, _ = trained(model, tmp_path, [callback], max_steps=20, learning_rate=0.1, **EVALUATED)
+    assert trainer.state.global_step == 2
+    assert [record.message for record in caplog.records if record.name == "peft_dowser.forgetting"] == [
+        f"Training stops at step 2: the upstream loss has risen by {history(trainer, 'forgetting')[-1][1]:.4g}, "
+        "more than max_forgetting=0.001."
+    ]
+    with pytest.raises(ValueError, match=r"max_forgetting=1 could never stop .* eval_strategy is 'no'"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS, max_forgetting=1)])
+
+
+def test_an_accuracy_of_the_users_own(tmp_path: Path) -> None:
+    def bias(model: nn.Module) -> float:
+        assert not model.training and not torch.is_grad_enabled()
+        return float(model.lm_head.weight.sum())
+
+    model = tiny_llama()
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS, accuracy=bias)], **EVALUATED)
+    found, change = history(trainer, "upstream_accuracy"), history(trainer, "upstream_accuracy_change")
+    assert found[0][1] == float(tiny_llama().lm_head.weight.sum())
+    assert change == [(step, value - found[0][1]) for step, value in found]
+    assert change[2][1] != 0
+
+
+def test_a_resumed_training_keeps_its_baseline(tmp_path: Path) -> None:
+    options = EVALUATED | {"save_strategy": "steps", "save_steps": 2}
+    resume = str(tmp_path / "checkpoint-2")
+    straight, _ = trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], **options)
+    resumed, _ = trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], resume, **options)
+    assert history(resumed, "forgetting") == history(straight, "forgetting")
+    with pytest.raises(ValueError, match="cannot resume without texts: the dense model that wrote the prompts"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback()], resume, **options)
+    with pytest.raises(ValueError, match="has no upstream_loss and upstream_accuracy of step 0"):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS, accuracy=lambda model: 1)], resume, **options)
+
+
+def test_an_evaluation_outside_a_training(tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_llama(),
+        TrainingArguments(output_dir=str(tmp_path), **QUIET),
+        eval_dataset=rows(2),
+        callbacks=[ForgettingCallback(TEXTS, max_forgetting=0)],
+    )
+    assert "eval_forgetting" not in trainer.evaluate()
 
 
 @pytest.fixture(scope="module")
-def source() -> sources.Source:
-    return sources.tiny(TINY, "style", examples=8)
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(TINY_LLAVA)
 
 
-# The runs
+def test_sft_with_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    texts = ["rev ab?", "ba cd ef"]
+    data = Dataset.from_list([{"prompt": f"rev {a}{b}?", "completion": f"{b}{a}"} for a in "abcd" for b in "efgh"])
+    model = tiny_llama()
+    model.resize_token_embeddings(len(tokenizer))
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    expected = loss_of(model, ids)
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(output_dir=str(tmp_path), max_steps=4, **QUIET, **EVALUATED),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
+        processing_class=tokenizer,
+        peft_config=LoraConfig(task_type="CAUSAL_LM"),
+    )
+    trainer.add_callback(ForgettingCallback(texts, kl=True, trainer=trainer))
+    trainer.train()
+    assert isinstance(trainer.model, PeftModel)
+    found = history(trainer, "upstream_loss")
+    assert [step for step, _ in found] == [0, 2, 4]
+    assert found[0][1] == pytest.approx(expected, rel=1e-5)
+    assert history(trainer, "forgetting")[2][1] != 0
+    assert history(trainer, "upstream_kl")[2][1] > 0
 
 
-@pytest.mark.parametrize("method", [*methods.SPARSE, *methods.PEERS, "spider"])
-def test_every_method_trains_its_share(source: sources.Source, method: str) -> None:
-    (found,) = run_all(run(method), [source])
-    share = found["trained"] / 479_232
-    assert share == {"osf": pytest.approx(0.77, abs=0.01), "spider": 1.0}.get(method, pytest.approx(0.5, abs=0.01))
-    assert set(found["upstream"]) == set(tasks.UPSTREAM)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": []}, "texts is empty: pass at least one text"),
+        ({"texts": "a text"}, r"got a single string; pass \[text\]"),
+        ({"texts": TEXTS, "config": config()}, "config is for the prompts that the model writes"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"max_length": 1}, "max_length must be at least 2, .* got 1"),
+        ({"max_forgetting": math.nan}, "max_forgetting must be a finite number of at least 0, got nan"),
+        ({"max_forgetting": -1}, "got -1"),
+    ],
+)
+def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ForgettingCallback(**arguments)
 
 
-def test_a_full_fine_tuning_is_merged_by_every_post_merge_method(source: sources.Source) -> None:
-    found = run_all(run("full", update_ratio=1.0), [source], {name: [0.5] for name in methods.AFTERWARDS})
-    kept = {one["method"]: one["trained"] for one in found}
-    assert kept["top-delta"] == kept["graft"] == kept["tailor"] == kept["full"] / 2
-    assert kept["dare"] == pytest.approx(kept["full"] / 2, rel=0.02)
-    assert set(kept) == {"full", *methods.AFTERWARDS}
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"texts": ["a text"]}, "they are strings, and the trainer has no processing_class"),
+        ({"texts": [[1, 2], [3]]}, r"texts\[1\] must be .* two tokens or more .* shape \(1, 1\)"),
+        ({"texts": [{"pixel_values": torch.zeros(1)}]}, r"texts\[0\] must be a text, a row of token ids or a mapping"),
+        ({"texts": TEXTS, "kl": True}, "but LlamaForCausalLM is no PeftModel: its base is gone"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_at_train_begin(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trained(tiny_llama(), tmp_path, [ForgettingCallback(**arguments)])
 
 
-def test_a_sequence_scores_every_task_so_far(source: sources.Source) -> None:
-    tasks_in_row = [sources.tiny(TINY, name, examples=4) for name in ("style", "desc")]
-    (found,) = run_all(run("random", task="style+desc", last_layers=1), tasks_in_row)
-    assert [len(row) for row in found["scores"]] == [1, 2]
-    assert found["trained"] == pytest.approx(479_232 / 8, rel=0.01)
+def test_a_model_that_cannot_write_or_predict_is_refused(tmp_path: Path) -> None:
+    headless = LlamaModel(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    )
+    with pytest.raises(ValueError, match=r"LlamaModel cannot write its own: it is no causal .* Pass texts="):
+        trained(headless, tmp_path, [ForgettingCallback()])
+    with pytest.raises(ValueError, match=r"LlamaModel gives logits of shape none for \(7, 9\) tokens"):
+        trained(headless, tmp_path, [ForgettingCallback(TEXTS)])
+    seq2seq = T5ForConditionalGeneration(
+        T5Config(vocab_size=64, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    )
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration cannot write its own"):
+        trained(seq2seq, tmp_path, [ForgettingCallback()])
 
 
-def test_methods_with_one_seed_see_the_same_batches(source: sources.Source) -> None:
-    first, again, other = source.train(3, 64), source.train(3, 64), source.train(4, 64)
-    assert [one.answer for one in first] == [one.answer for one in again]
-    assert [one.answer for one in first] != [one.answer for one in other]
-
-
-# The choice of rates
-
-
-def test_the_rate_that_keeps_most_of_those_that_learn_is_chosen() -> None:
-    swept = {"seed": grids.SWEEP_SEED}
-    records = [
-        record("dowser", 90, 80.0, learning_rate=1e-3, **swept),
-        record("dowser", 70, 97.0, learning_rate=2e-3, **swept),
-        record("dowser", 60, 98.0, learning_rate=4e-3, **swept),
-        record("osf", 95, 10.0, learning_rate=1e-3, **swept),
-        record("osf", 92, 50.0, learning_rate=2e-3, **swept),
-        record("random", 99, 99.0, learning_rate=9e-3, seed=0),
-    ]
-    assert grids.choose_rates(records, 0.5) == {"dowser": 2e-3, "osf": 2e-3}
-
-
-def test_no_run_of_the_study_is_listed_twice() -> None:
-    scope = grids.Scope([TINY], ["style", "desc"], [0, 1], 150)
-    for runs in (grids.common(scope), grids.sweep(scope, 0.1), grids.curve(scope), grids.depth(scope)):
-        assert len(set(runs)) == len(runs)
-
-
-# The report
-
-
-def test_differences_are_paired_by_model_task_and_seed(tmp_path: Path) -> None:
-    ups = {"dowser": [60.0, 70.0, 65.0], "random": [50.0, 66.0, 60.0], "full": [20.0, 30.0, 10.0]}
-    records = [
-        record(method, up, 95.0, seed=seed, update_ratio=1.0 if method == "full" else 0.5)
-        for method, values in ups.items()
-        for seed, up in enumerate(values)
-    ]
-    text = report.write_report(records, tmp_path)
-    assert text == (tmp_path / "report.md").read_text()
-    first, second = ([metrics.h_score(up, 95.0) for up in ups[method]] for method in ("dowser", "random"))
-    p = ttest_rel(first, second).pvalue
-    assert f"| +{sum(first) / 3 - sum(second) / 3:.1f} | 3/3 | {p:.2g} |" in text
-    assert "Better than Dowser: none." in text
-
-
-def test_a_better_rival_is_named(tmp_path: Path) -> None:
-    records = [record("dowser", 50.0 + seed, 95.0, seed=seed) for seed in range(4)]
-    records += [record("magnitude", 60.0 + 1.1 * seed, 95.0, seed=seed) for seed in range(4)]
-    assert "Better than Dowser: magnitude (-" in report.write_report(records, tmp_path)
-
-
-# Agreement
-
-
-def test_the_score_without_weights_is_the_product_of_the_factors() -> None:
-    module = ModuleStatistics(torch.rand(4, 3), torch.rand(4, 5), torch.rand(5))
-    weight = torch.randn(3, 5)
-    found = agreement._score("factors without |W|", weight, module, seed=0)
-    torch.testing.assert_close(found, module.sensitivity.T @ module.activity / 4)
-    shuffled = agreement._score("shuffled factors", weight, module, seed=0)
-    assert not torch.equal(shuffled, dowser_score(weight, module))
-    torch.testing.assert_close((shuffled / weight.abs()).sum(), found.sum())
-
-
-def test_the_spread_is_that_of_the_logarithms() -> None:
-    linear = torch.nn.Linear(2, 2, bias=False)
-    linear.weight.data = torch.tensor([[1.0, -math.e], [1.0, math.e]])
-    module = ModuleStatistics(torch.tensor([[1.0, math.e**3]]), torch.ones(1, 2), torch.ones(2))
-    statistics = ProbeStatistics({"one": module}, ProbeInfo("", 1, 1, 0, 0.0, 0))
-    found = agreement._spread({"one": linear}, statistics)
-    # Logarithms 0, 1, 0, 1 and 0, 0, 3, 3: deviations of 1/2 and 3/2, by Bessel's sqrt(4/3).
-    assert found == pytest.approx({"strength": 0.5 * (4 / 3) ** 0.5, "gain": 1.5 * (4 / 3) ** 0.5})
-
-
-def test_real_prompts_agree_with_themselves_more_than_controls(tmp_path: Path) -> None:
-    found = agreement.agreement(tmp_path / "agreement.json", quick=True)
-    spearman = {row["kind"]: row["spearman"][0] for row in found["rows"]}
-    assert spearman["dowser+images"] > spearman["magnitude"] > spearman["random"] + 0.5
-    assert abs(spearman["random"]) < 0.02
-    assert found["random"] == pytest.approx(0.18)
-    assert agreement.agreement(tmp_path / "agreement.json", quick=True) == found
-
-
-# A model and data sets of the user's
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> dict[str, str]:
-    """Data sets as a user of the Hub has them."""
-    made = {}
-    for name, task in (("known", tasks.UPSTREAM["read"]), ("new", tasks.DOWNSTREAM["style"])):
-        splits = {}
-        for split in ("train", "test"):
-            examples = task.sample(8, seed=0, split=split)
-            columns = {
-                "image": [one.image for one in examples],
-                "question": [one.prompt for one in examples],
-                "answer": [[one.answer, "or else"] for one in examples],
-            }
-            splits[split] = Dataset.from_dict(columns)
-        (tmp_path / name / "data").mkdir(parents=True)
-        for split, data in DatasetDict(splits).items():
-            data.to_parquet(tmp_path / name / "data" / f"{split}-00000.parquet")
-        made[name] = str(tmp_path / name)
-    return made
-
-
-def test_the_chat_template_gives_the_batch_of_the_tiny_model() -> None:
-    _, processor = sources.tiny(TINY, "style", 1).load()
-    examples = tasks.DOWNSTREAM["desc"].sample(6, 0, "test") + tasks.UPSTREAM["rev"].sample(3, 0, "test")
-    found, expected = sources.collate_chat(examples, processor), tasks.collate(examples, processor)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
-
-
-def test_a_users_model_and_data_sets_are_compared(folders: dict[str, str], tmp_path: Path) -> None:
-    output = tmp_path / "study"
-    arguments = ["--output", str(output), "--model", TINY, "--upstream", folders["known"], "--downstream"]
-    arguments += [folders["new"], "--methods", "dowser", "full", "dare", "--rates", "1e-3", "--seeds", "0", "1"]
-    arguments += ["--steps", "1", "--examples", "4", "--workers", "1"]
-    study.main(arguments)
-    lines = (output / "runs.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert {one["method"] for one in records} == {"base", "dowser", "full", "dare"}
-    assert all(list(one["upstream"]) == [folders["known"]] for one in records)
-    assert "All methods at rho = 0.5 and learning rate 0.001" in (output / "report.md").read_text()
-    study.main(arguments)  # nothing is left to do
-    assert (output / "runs.jsonl").read_text().splitlines() == lines
-
-
-def test_a_data_set_without_the_columns_is_refused(folders: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"no column 'prompt' among \['image', 'question', 'answer'\]"):
-        sources.hub(TINY, [folders["known"]], folders["new"], 4, ["image", "prompt", "answer"])
-
-
-def test_a_model_without_data_sets_is_refused(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit):
-        study.main(["--output", str(tmp_path), "--model", TINY])
-    assert "--model needs --upstream and --downstream" in capsys.readouterr().err
+def test_the_model_card_tells_what_was_measured_last(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS)], **EVALUATED)
+    model.save_pretrained(tmp_path / "adapter")
+    loss, rise = history(trainer, "upstream_loss")[-1][1], history(trainer, "forgetting")[-1][1]
+    line = f"- measured in training: upstream_loss {loss:.4g}, forgetting {rise:.4g}\n"
+    assert line in (tmp_path / "adapter" / "README.md").read_text()
+    get_peft_model(tiny_llama(), model.peft_config["default"]).save_pretrained(tmp_path / "untrained")
+    assert "measured in training" not in (tmp_path / "untrained" / "README.md").read_text()
