@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .spread import is_spread
 
 # What SPIDER adds to a checkpoint: without it, a resumed run would take the half-trained weights for the base.
 SPIDER_FILE = "spider.safetensors"
@@ -120,18 +120,12 @@ def _dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError(
             f"SpiderCallback has nothing to mask: no parameter of {type(model).__name__} requires a gradient."
         )
-    all_sharded = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
-    sharded = [name for name, weight in weights.items() if all_sharded or _is_sharded(weight)]
-    if sharded:
+    if is_spread(model):
         raise ValueError(
-            f"SpiderCallback needs whole parameters, because its means are over whole tensors, but {len(sharded)} are "
-            f"sharded (FSDP, ZeRO-3 or tensor parallelism), '{sharded[0]}' the first. Train with DDP or on one GPU."
+            "SpiderCallback needs whole parameters, because its means are over whole tensors, but those of "
+            f"{type(model).__name__} are sharded (FSDP, ZeRO-3 or tensor parallelism). Train with DDP or on one GPU."
         )
     return weights
-
-
-def _is_sharded(weight: nn.Parameter) -> bool:
-    return isinstance(weight, DTensor) or hasattr(weight, "ds_id")  # the mark that ZeRO-3 leaves
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

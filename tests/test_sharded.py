@@ -21,9 +21,10 @@ from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from trainings import HOOK
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_dowser import DowserLayer, ProbeStatistics, probe
+from peft_dowser import DowserLayer, ProbeStatistics, SpiderCallback, probe
 from peft_dowser.statistics import ModuleStatistics
 
 STEPS = 3
@@ -238,10 +239,26 @@ def refused(rank: int) -> list[str]:
     return messages
 
 
+def spider_refuses(rank: int) -> dict[str, bool]:
+    """Whether SPIDER refuses dense weights, with the forward of a measurement before."""
+    found = {}
+    for engine in ("ddp", "fsdp1", "fsdp2", "fsdp2 in one unit"):
+        model, _ = (ENGINES | PROBED_ENGINES)[engine](tiny_llama())
+        with torch.no_grad():
+            model(input_ids=batch_of(0))  # FSDP2 keeps the weights of the root
+        try:
+            SpiderCallback().on_train_begin(*HOOK, model=model)
+            found[engine] = False
+        except ValueError as error:
+            found[engine] = "sharded (FSDP, ZeRO-3 or tensor parallelism)" in str(error)
+    return found
+
+
 def all_engines(rank: int, folder: str) -> dict:
     work: dict[str, Callable[[], object]] = {
         "checkpoint": partial(resumed_from_a_checkpoint, rank),
         "refused": partial(refused, rank),
+        "spider": partial(spider_refuses, rank),
     }
     for engine in ENGINES:
         work[engine] = partial(one_engine, rank, engine, Path(folder))
@@ -324,6 +341,11 @@ def test_bases_that_are_sharded_in_other_ways_are_not_probed(results: list[dict]
     for found in results:
         for message in found["refused"]:
             assert "which the probe cannot follow. Shard the base with FSDP2 (fully_shard)" in message
+
+
+def test_spider_wants_whole_weights(results: list[dict]) -> None:
+    refused = {"ddp": False, "fsdp1": True, "fsdp2": True, "fsdp2 in one unit": True}
+    assert [found["spider"] for found in results] == [refused, refused]
 
 
 def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:

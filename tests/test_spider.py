@@ -13,7 +13,7 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DeviceMesh, distribute_tensor
-from trainings import same, trained, weights
+from trainings import HOOK, same, trained, weights
 
 from peft_dowser import SpiderCallback
 from peft_dowser.spider import SPIDER_FILE, _pull_back, _rank
@@ -129,13 +129,6 @@ def stepped(model: nn.Module, callback: SpiderCallback, optimizer: torch.optim.O
     callback.on_optimizer_step(*HOOK, model=model)
 
 
-class State:
-    global_step = 0
-
-
-HOOK: Any = (None, State(), None)
-
-
 def test_spider_ignores_a_step_that_the_scaler_skips() -> None:
     model = nn.Linear(4, 4)
     callback = SpiderCallback()
@@ -168,7 +161,11 @@ def test_spider_refuses_sharded_parameters() -> None:
     try:
         model = nn.Linear(2, 2)
         model.weight = nn.Parameter(distribute_tensor(model.weight.data, DeviceMesh("cpu", [0])))
-        with pytest.raises(ValueError, match=r"1 are sharded \(FSDP, ZeRO-3 or tensor parallelism\), 'weight' the"):
+        with pytest.raises(ValueError, match=r"those of Linear are sharded \(FSDP, ZeRO-3 or tensor parallelism\)"):
             SpiderCallback().on_train_begin(*HOOK, model=model)
     finally:
         dist.destroy_process_group()
+    gathered: Any = nn.Linear(2, 2)
+    gathered.weight.ds_id = 0  # the mark of ZeRO-3, which a parameter keeps while it is whole
+    with pytest.raises(ValueError, match="those of Linear are sharded"):
+        SpiderCallback().on_train_begin(*HOOK, model=gathered)

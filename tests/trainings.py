@@ -21,6 +21,14 @@ QUIET = {
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
 
 
+class State:
+    global_step = 0
+
+
+# What a Trainer hands to each of its hooks before the model.
+HOOK: Any = (None, State(), None)
+
+
 def rows(count: int = 16, seed: int = 0) -> list[dict[str, list[int]]]:
     ids = torch.randint(3, 64, (count, 10), generator=torch.Generator().manual_seed(seed)).tolist()
     return [{"input_ids": row, "labels": row} for row in ids]
