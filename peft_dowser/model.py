@@ -23,6 +23,7 @@ from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
 from .config import PROBED_SCORES, DowserConfig
 from .embedding import Embedding
+from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
 from .gate import CODE, adapted, check_counts, check_file, counts_in, named
 from .guard import Guard
@@ -34,7 +35,6 @@ from .provenance import compare, described, warn_of_other_weights
 from .quantized import QuantizedLinear
 from .ranks import on_every_rank, rank, same_on_all_ranks
 from .selection import choose_masks
-from .sharding import complete, leave_positions_to_us
 from .spread import check_whole
 from .statistics import ProbeStatistics
 from .storage import backend_of

@@ -1,4 +1,4 @@
-"""What the engines that spread a model over ranks must be told about an adapter's positions."""
+"""The engines that spread a model over ranks: what to tell them of an adapter, and what their states lack."""
 
 from collections.abc import Iterable, Mapping
 
