@@ -80,9 +80,7 @@ def probe_targets(
         )
     spread = is_spread(model)
     check_gathers(model)
-    # Where rank 0 alone loads the base and will spread it, rank 0 alone can probe.
-    able = [number for number, missing in enumerate(gather(bool(_on_meta(model)))) if not missing]
-    on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)
+    able = _able_ranks(model, spread)
     for_all = by_all_ranks if spread else partial(from_rank, able[0])
     config = copy.copy(config)
     config.seed = from_rank(0, lambda: config.seed)
@@ -102,17 +100,15 @@ def probe_targets(
     share = Share(able.index(rank()), len(able), spread) if rank() in able else None
     probed = partial(_probed, model, targets, config, inputs, first, share)
     mine, found = probed() if spread else on_every_rank(probed)
-    numbers: list[Sequence[int]] = [[first + number for number in part] for part in gather(mine)]
-    if statistics is not None:
-        numbers.insert(0, range(first))
-    modules = {}
-    for name in (matrix.name for target in targets.values() for matrix in target.matrices()):
-        parts = gather(found.pop(name, None))
-        if statistics is not None:
-            parts.insert(0, statistics.modules.get(name))
-        if (whole := combined(list(zip(numbers, parts, strict=True)))) is not None:
-            modules[name] = whole
-    return ProbeStatistics(modules, info, samples)
+    names = [matrix.name for target in targets.values() for matrix in target.matrices()]
+    return ProbeStatistics(_gathered(names, [first + number for number in mine], found, statistics), info, samples)
+
+
+def _able_ranks(model: nn.Module, spread: bool) -> list[int]:
+    """The ranks that can probe: rank 0 alone where it alone loads the base, and will spread it."""
+    able = [number for number, missing in enumerate(gather(bool(_on_meta(model)))) if not missing]
+    on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)
+    return able
 
 
 def _inputs(
@@ -150,6 +146,30 @@ def _probed(
     with left_as_it_was(model):
         passes = Passes(model, targets, config, inputs, first, share)
         return passes.mine, passes.statistics()
+
+
+def _gathered(
+    names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics], earlier: ProbeStatistics | None
+) -> dict[str, ModuleStatistics]:
+    """Statistics of all prompts: those of an earlier probe, and what each rank has found.
+
+    Args:
+        names: the matrices, in the same order on every rank.
+        mine: numbers of the prompts that this rank has probed.
+        found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
+        earlier: the probe that is continued.
+    """
+    numbers = gather(mine)
+    if earlier is not None:
+        numbers.insert(0, range(earlier.info.num_probes))
+    modules = {}
+    for name in names:
+        parts = gather(found.pop(name, None))
+        if earlier is not None:
+            parts.insert(0, earlier.modules.get(name))
+        if (whole := combined(list(zip(numbers, parts, strict=True)))) is not None:
+            modules[name] = whole
+    return modules
 
 
 def check_materialized(model: nn.Module) -> None:
