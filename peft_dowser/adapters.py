@@ -16,8 +16,9 @@ from torch import Tensor
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
-from .gate import CODE, PREFIX, VALUES, check_counts, check_keys
+from .gate import check_counts, check_keys
 from .manifest import base_sample, check_code, digest
+from .names import CODE, PREFIX, VALUES, base_name, is_delta
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
@@ -259,14 +260,14 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
         file = files.enter_context(safe_open(path, framework="pt"))
     except SafetensorError as error:
         raise DeltaFormatError(f"'{path}' is not a readable safetensors file ({error}).") from error
-    others = [key for key in file.keys() if ".dowser_" not in key]
+    others = [key for key in file.keys() if not is_delta(key)]
     return SavedAdapter(
         name,
         config,
         path.stat().st_size,
         file,
         counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
-        others={key.removeprefix(PREFIX).replace(".base_layer.", "."): key for key in others},
+        others={base_name(key): key for key in others},
     )
 
 

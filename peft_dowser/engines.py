@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
-from .gate import CODE, PREFIX, VALUES, named
 from .layer import DowserLayer
+from .names import CODE, PREFIX, VALUES, named
 from .spread import is_sharded
 
 # Where DistributedDataParallel looks for the names of what it shall not synchronize.

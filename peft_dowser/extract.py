@@ -25,8 +25,8 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
-from .gate import CODE, PREFIX, VALUES
 from .manifest import base_sample, entry, manifest
+from .names import CODE, PREFIX, VALUES
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets

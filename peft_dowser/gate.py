@@ -7,25 +7,10 @@ from torch import Tensor, nn
 
 from .codec import DeltaFormatError, check_values
 from .layer import DowserLayer
+from .names import CODE, VALUES, few, is_delta, named
 from .state import Values
 from .target import Target
 from .threads import side_by_side
-
-# How a saved adapter calls the tensors of a module: its values and its index code.
-PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
-
-
-def named(part: str, adapter_name: str) -> str:
-    """How the state dict of a model, which has several adapters, calls what a file calls `VALUES` or `CODE`."""
-    stem, _, leaf = part.rpartition(".")
-    return f"{stem}.{adapter_name}.{leaf}"
-
-
-def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
-    """Trained weights by module, read off the tensors of a saved adapter."""
-    if state_dict is None:
-        return None
-    return {key.removesuffix(VALUES): value.numel() for key, value in state_dict.items() if key.endswith(VALUES)}
 
 
 def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapter_name: str) -> None:
@@ -97,7 +82,7 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
             f"{few(missing)}. The file is incomplete, or belongs to another adapter or base model."
         )
     known = set(expected)
-    unknown = [key for key in found if ".dowser_" in key and key not in known]
+    unknown = [key for key in found if is_delta(key) and key not in known]
     if unknown:
         raise DeltaFormatError(
             f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {few(unknown)}. It "
@@ -133,9 +118,3 @@ def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
     ]
-
-
-def few(names: list[str]) -> str:
-    """The first names of a list that may be long and come from a stranger's file."""
-    shown = ", ".join(repr(name[:100]) for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

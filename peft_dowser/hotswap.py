@@ -9,8 +9,9 @@ from torch import nn
 from .adapters import SavedAdapter, open_adapter
 from .combination import trains_more
 from .config import DowserConfig
-from .gate import adapted, few
+from .gate import adapted
 from .layer import DowserLayer
+from .names import few
 from .postmerge import Delta
 from .provenance import warn_of_other_base
 

@@ -25,10 +25,11 @@ from .config import PROBED_SCORES, DowserConfig
 from .embedding import Embedding
 from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
-from .gate import CODE, adapted, check_counts, check_file, counts_in, named
+from .gate import adapted, check_counts, check_file
 from .guard import Guard
 from .layer import DowserLayer, Linear, can_name_an_adapter
 from .mixed_batch import check_names, mixed_batch
+from .names import CODE, counts_in, is_delta, named
 from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
 from .probe import check_materialized, probe_targets
 from .provenance import compare, described, warn_of_other_weights
@@ -391,18 +392,14 @@ class DowserModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls,
-        model: nn.Module,
-        config: DowserConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
+        cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        whole = [key for key in remapped if ".dowser_" not in key]
+        whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
         guard = next((layer.index(adapter_name).guard for _, layer in layers), None)
         with guard or nullcontext():

@@ -7,9 +7,9 @@ from typing import Any
 from torch import Tensor
 
 from .codec import DeltaFormatError
-from .gate import CODE, PREFIX, VALUES, few, named
 from .layer import DowserLayer
 from .manifest import entry, is_sample, manifest, unlike_samples
+from .names import CODE, PREFIX, VALUES, few, named
 from .statistics import ProbeStatistics
 from .threads import side_by_side
 

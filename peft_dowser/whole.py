@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from .codec import DeltaFormatError
 from .config import DowserConfig
-from .gate import PREFIX, adapted, few
+from .gate import adapted
+from .names import PREFIX, few
 
 
 def check_whole_tensors(

@@ -28,6 +28,7 @@ FLOOR = {
     "metrics",
     "mixed_rows",
     "modes",
+    "names",
     "postmerge",
     "scores",
     "seeds",
