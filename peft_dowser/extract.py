@@ -26,7 +26,7 @@ from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
 from .manifest import base_sample, entry, manifest
-from .names import CODE, PREFIX, VALUES
+from .names import CODE, PREFIX, VALUES, few
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets
@@ -187,10 +187,8 @@ def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
     others = sorted((pair.base.tensors.keys() | pair.tuned.tensors.keys()) - set(map(_weight, modules)))
     different = [name for name in others if pair.differ(name)]
     if different:
-        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
         warnings.warn(
-            f"{len(different)} tensors outside the target weights differ and are not in the adapter: "
-            f"{', '.join(different[:5])}{more}.",
+            f"{len(different)} tensors outside the target weights differ and are not in the adapter: {few(different)}.",
             UserWarning,
             stacklevel=3,
         )

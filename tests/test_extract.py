@@ -341,7 +341,7 @@ def test_other_tensors_that_differ_are_named_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as caught:
         extract(base, tuned, tmp_path / "adapter")
     assert [str(warning.message) for warning in caught] == [
-        "2 tensors outside the target weights differ and are not in the adapter: lm_head.weight, model.norm.weight."
+        "2 tensors outside the target weights differ and are not in the adapter: 'lm_head.weight', 'model.norm.weight'."
     ]
     assert caught[0].filename == __file__
 
@@ -351,7 +351,7 @@ def test_embeddings_of_another_size_are_named(tmp_path: Path) -> None:
     with torch.random.fork_rng():
         model.resize_token_embeddings(70, mean_resizing=False)
     base, tuned = save(tiny_llama(), tmp_path / "base"), save(model, tmp_path / "tuned")
-    with pytest.warns(UserWarning, match=r"2 tensors .*: lm_head.weight, model.embed_tokens.weight\."):
+    with pytest.warns(UserWarning, match=r"2 tensors .*: 'lm_head.weight', 'model.embed_tokens.weight'\."):
         extract(base, tuned, tmp_path / "adapter", update_ratio=1.0)
 
 
