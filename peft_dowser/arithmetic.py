@@ -12,7 +12,7 @@ from typing import Literal, TypeAlias, TypeGuard, get_args
 import torch
 from torch import Tensor
 
-from .masks import select, select_at_random, trained_count
+from .masks import select, select_at_random, shared, trained_count
 from .postmerge import Delta
 from .seeds import derived_seed
 
@@ -37,8 +37,7 @@ def negate(delta: Delta) -> Delta:
 
 def intersect(left: Delta, right: Delta) -> Delta:
     """The part of A at positions that B has too, with the values of A; `intersect(B, A)` has those of B."""
-    shared = torch.isin(left.positions, right.positions, assume_unique=True)
-    return _at(left, shared.nonzero().view(-1))
+    return _at(left, shared(left.positions, right.positions)[0])
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

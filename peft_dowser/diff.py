@@ -6,9 +6,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-
 from .adapters import SavedAdapter, open_adapter
+from .masks import shared
 from .postmerge import Delta
 
 
@@ -56,11 +55,10 @@ def overlap(a: Delta, b: Delta) -> Overlap:
 
     Args:
         a: positions strictly increasing, shape `(k1,)`, int32 or int64; values likewise, any float dtype; read only.
-        b: likewise, of the same dtype of positions and on the same device; its count may differ.
+        b: likewise, on the same device; its count and the dtype of its positions may differ.
     """
-    found = torch.searchsorted(b.positions, a.positions).clamp_(max=len(b.positions) - 1)
-    shared = b.positions[found] == a.positions
-    left, right = a.values[shared].double(), b.values[found[shared]].double()
+    own, other = shared(a.positions, b.positions)
+    left, right = a.values[own].double(), b.values[other].double()
     return Overlap(
         shared=len(left),
         only_a=len(a.positions) - len(left),

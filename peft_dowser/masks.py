@@ -120,6 +120,25 @@ def transpose_positions(positions: Tensor, shape: tuple[int, int]) -> Tensor:
     return ((wide % columns) * rows + wide // columns).sort().values.to(positions.dtype)
 
 
+def shared(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the positions that two masks share are in either.
+
+    Args:
+        first: flat positions, strictly increasing, shape `(k1,)`, int32 or int64.
+        second: likewise, on the same device; best the longer one, as it is the one that is searched.
+
+    Returns:
+        For each shared position, in their order, its index in `first` and that in `second`, int64.
+    """
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    first, second = first.to(dtype).contiguous(), second.to(dtype).contiguous()
+    if len(second) == 0:
+        first = first[:0]
+    found = torch.searchsorted(second, first).clamp_(max=len(second) - 1)
+    own = (second[found] == first).nonzero().view(-1)
+    return own, found[own]
+
+
 def _row_blocks(score: Tensor):
     height = max(1, _BLOCK // score.shape[1])
     for first in range(0, score.shape[0], height):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .masks import shared
+
 # Entries that `spearman` ranks at most.
 _SAMPLE = 1_000_000
 
@@ -292,12 +294,7 @@ def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)
-    if len(few) == 0:
-        return 0
-    dtype = torch.promote_types(few.dtype, many.dtype)
-    few, many = few.to(many.device, dtype).contiguous(), many.to(dtype).contiguous()
-    found = torch.searchsorted(many, few).clamp_(max=len(many) - 1)
-    return int((many[found] == few).sum())
+    return len(shared(few.to(many.device), many)[0])
 
 
 def _check_positions(name: str, positions: Tensor, numel: float) -> None:

@@ -92,6 +92,12 @@ def test_the_overlap_is_that_of_dictionaries(seed: int) -> None:
     )
 
 
+def test_an_empty_delta_shares_nothing() -> None:
+    one, empty = delta({3: 1.0}), delta({})
+    assert numbers(overlap(one, empty)) == (0, 1, 0, 0, None)
+    assert numbers(overlap(empty, one)) == (0, 0, 1, 0, None)
+
+
 def test_a_delta_is_like_itself_and_unlike_its_negative() -> None:
     one = delta({3: 1e-20, 5: -2e-20, 9: 3e-20})
     assert numbers(overlap(one, one)) == (3, 0, 0, 0, pytest.approx(1))

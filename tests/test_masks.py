@@ -12,7 +12,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 
 from peft_dowser import masks
-from peft_dowser.masks import frozen_reason, select, select_jointly, select_rows, trained_count, transpose_positions
+from peft_dowser.masks import (
+    frozen_reason,
+    select,
+    select_jointly,
+    select_rows,
+    shared,
+    trained_count,
+    transpose_positions,
+)
 
 ROWS, COLUMNS = 37, 29
 NUMEL = ROWS * COLUMNS
@@ -206,6 +214,21 @@ def test_temporaries_are_bounded_by_the_block(work, tmp_path: Path, monkeypatch:
     score = torch.rand(1024, 1024, generator=torch.Generator().manual_seed(0))
     count = score.numel() // 100 if work is select else 10
     assert peak_bytes(lambda: work(score, count), tmp_path) < 0.35 * score.nbytes
+
+
+# Two masks
+
+
+@pytest.mark.parametrize("ratios", [(0.5, 0.2), (0.1, 0.9), (0, 0.5), (0.5, 0), (0, 0), (1, 1)])
+@pytest.mark.parametrize("dtypes", [(torch.int32, torch.int32), (torch.int64, torch.int32)])
+def test_shared_positions_are_found_in_both(ratios: tuple[float, float], dtypes: tuple[torch.dtype, ...]) -> None:
+    generator = np.random.default_rng(0)
+    one, other = (np.flatnonzero(generator.random(50) < ratio) for ratio in ratios)
+    found = shared(torch.from_numpy(one).to(dtypes[0]), torch.from_numpy(other).to(dtypes[1]))
+    both, *expected = np.intersect1d(one, other, return_indices=True)
+    assert [indices.tolist() for indices in found] == [indices.tolist() for indices in expected]
+    assert {indices.dtype for indices in found} == {torch.int64}
+    assert one[found[0]].tolist() == both.tolist()
 
 
 # Counts, frozen matrices, transposes
