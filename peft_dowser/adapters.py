@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -16,7 +16,7 @@ from torch import Tensor
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
-from .gate import check_counts, check_keys
+from .gate import check_counts, check_keys, is_count
 from .manifest import base_sample, check_code, digest
 from .names import CODE, PREFIX, VALUES, base_name, is_delta
 from .provenance import check_modules, check_shapes, unlike
@@ -59,20 +59,23 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        values = self.values(module)
-        try:
-            check_values(values, self.counts[module])
-            code = self.code(module)
+        values, code = self.values(module), self.code(module)
+        with self._naming(module):
             positions = decode(code, numel, self.counts[module])
             if self.config.manifest is not None:
                 check_code(code, self.config.manifest["modules"][module]["code_sha256"])
-        except DeltaFormatError as error:
-            raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
         return positions, values.float()  # float32, as PEFT loads them
 
     def values(self, module: str) -> Tensor:
-        """The values of a module as they are in the file, unchecked, shape `(nnz,)`."""
-        return self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+        """The values of a module as they are in the file, shape `(nnz,)`.
+
+        Raises:
+            DeltaFormatError: they are others than its count says, or not finite floating-point numbers.
+        """
+        values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+        with self._naming(module):
+            check_values(values, self.counts[module])
+        return values
 
     def code(self, module: str) -> Tensor:
         """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
@@ -83,13 +86,19 @@ class SavedAdapter:
         return self.file.get_tensor(self.others[name])
 
     def check_complete(self) -> None:
-        """Refuse a file that lacks tensors of the modules in the configuration, or has those of others.
+        """Refuse counts that are none, and a file that lacks tensors of the modules counted, or has those of others.
 
         Raises:
-            DeltaFormatError: it does.
+            DeltaFormatError: a count is no integer of at least 1, or the file has other tensors.
         """
         if not self.counts:
             raise DeltaFormatError(f"{self._where} has values for no module. The file is incomplete, or was edited.")
+        for module, nnz in self.counts.items():
+            if not is_count(nnz):
+                raise DeltaFormatError(
+                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {module[:100]!r}, which must be "
+                    "an integer of at least 1. The file is damaged, or its config was edited."
+                )
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
@@ -185,6 +194,14 @@ class SavedAdapter:
     @property
     def _where(self) -> str:
         return f"Adapter '{self.name}'"
+
+    @contextmanager
+    def _naming(self, module: str) -> Iterator[None]:
+        """Name adapter and module in what is wrong with the tensors of a module."""
+        try:
+            yield
+        except DeltaFormatError as error:
+            raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
 
     def _other_problem(self, base: Checkpoint, name: str) -> str | None:
         shown = repr(self.others[name][:100])

@@ -163,7 +163,7 @@ def _inspect(options: argparse.Namespace) -> None:
     columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'bytes':>12} {'bits/index':>10} {'|delta|':>10}"
     print(f"{columns} {'vanish':>7}  module")
     for row in found["modules"]:
-        bits = row["index_bits"] / max(1, row["trained"])
+        bits = row["index_bits"] / row["trained"]
         print(
             f"{row['trained']:>12} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {row['bytes']:>12} {bits:>10.2f} "
             f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {row['module']}"

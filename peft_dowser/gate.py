@@ -1,7 +1,7 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import cast
+from typing import TypeGuard, cast
 
 from torch import Tensor, nn
 
@@ -28,12 +28,17 @@ def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapt
         )
     for name, nnz in counts.items():
         numel = targets[name].numel
-        if isinstance(nnz, bool) or not isinstance(nnz, int) or not 0 < nnz <= numel:
+        if not is_count(nnz) or nnz > numel:
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
                 f"weight has {numel} entries {targets[name].shape}. It was made for another base "
                 "model, or its config was edited."
             )
+
+
+def is_count(nnz: object) -> TypeGuard[int]:
+    """Whether this can be how many weights of a module train; a config may be a stranger's."""
+    return isinstance(nnz, int) and not isinstance(nnz, bool) and nnz > 0
 
 
 def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:

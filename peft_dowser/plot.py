@@ -87,7 +87,7 @@ def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
         {
             "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
             "root mean square of the values": {
-                row["module"]: row["delta_norm"] / math.sqrt(max(1, row["trained"])) for row in modules
+                row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules
             },
         }
     )

@@ -30,6 +30,9 @@ from safetensors.torch import load_file, save_file
 
 from peft_dowser import DeltaFormatError, codec, merging
 from peft_dowser.codec import encode
+from peft_dowser.diff import diff
+from peft_dowser.inspection import inspect
+from peft_dowser.report import report
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 
@@ -310,6 +313,31 @@ def test_a_merge_of_files_takes_no_other_weights(tmp_path: Path) -> None:
     with pytest.raises(DeltaFormatError, match=message):
         merging.merge(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
     assert not (tmp_path / "merged").exists()
+
+
+READERS = [inspect, lambda folder: diff(folder, folder), lambda folder: report(folder, folder / "page.html")]
+
+
+@pytest.mark.parametrize("reader", READERS, ids=["inspect", "diff", "report"])
+@pytest.mark.parametrize("count", [0, -1, 24.0, True, None, "24", [24]])
+def test_readers_without_a_base_refuse_counts_that_are_none(reader: Callable, count: object, tmp_path: Path) -> None:
+    saved(tmp_path)
+
+    def change(found: dict) -> None:
+        found["nnz_pattern"]["up"] = found["manifest"]["modules"]["up"]["nnz"] = count
+
+    edit_config(tmp_path, change)
+    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES][: 0 if count == 0 else None].clone()})
+    with pytest.raises(DeltaFormatError, match=rf"has {re.escape(repr(count))} trained weights for module 'up', which"):
+        reader(tmp_path)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=["inspect", "diff", "report"])
+def test_readers_without_a_base_refuse_other_values_than_are_counted(reader: Callable, tmp_path: Path) -> None:
+    saved(tmp_path)
+    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES][:0].clone()})
+    with pytest.raises(DeltaFormatError, match="module 'up': expected 24 floating-point values, the file has"):
+        reader(tmp_path)
 
 
 # Random damage
