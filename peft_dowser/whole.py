@@ -4,7 +4,7 @@ PEFT loads every tensor whose name the model has, the base's own weights too. An
 modules that its config says it trains, and the embeddings, which PEFT saves where tokens were added.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -33,46 +33,51 @@ def check_whole_tensors(
     """
     if not keys:
         return
-    own = {name.removeprefix(PREFIX) for name in _own(model, adapter_name, config)}
-    foreign = [key for key in keys if key.removeprefix(PREFIX) not in own and not _is_trained_bias(key, config)]
-    if foreign:
-        raise DeltaFormatError(f"{where}: {_problem(foreign)}")
+    layers = [f"{name}.base_layer" for name, _ in adapted(model, adapter_name)]
+    if problem := foreign_tensors(config, keys, layers, whole_in_model(model, adapter_name)):
+        raise DeltaFormatError(f"{where}: {problem}")
 
 
 def foreign_tensors(
-    base: PreTrainedModel, config: DowserConfig, modules: Collection[str], names: Collection[str]
+    config: DowserConfig, keys: Collection[str], layers: Iterable[str], whole: Iterable[str]
 ) -> str | None:
-    """What is wrong with the whole tensors of a saved adapter that is in no model; None where nothing is.
+    """What is wrong with the whole tensors of a saved adapter; None where nothing is.
 
     Args:
-        base: architecture of the base.
         config: configuration of the adapter.
-        modules: those that have a delta.
-        names: the tensors, as the base calls them.
+        keys: names of the tensors.
+        layers: names of the layers under its deltas.
+        whole: what it may bring besides the biases that it trains, see `whole_in_model` and `whole_in_base`.
     """
-    own = set(_embeddings(base))
+    own = {name.removeprefix(PREFIX) for name in whole}
     if config.bias == "dowser_only":
-        own |= {f"{module}.bias" for module in modules}
-    for name in base.state_dict():
-        if any(name.rpartition(".")[0].endswith(module) for module in config.modules_to_save or []):
-            own.add(name)
-    foreign = [name for name in names if name not in own and not _is_trained_bias(name, config)]
-    return _problem(foreign) if foreign else None
+        own |= {f"{layer.removeprefix(PREFIX)}.bias" for layer in layers}
+    foreign = [key for key in keys if key.removeprefix(PREFIX) not in own]
+    if config.bias == "all":
+        foreign = [key for key in foreign if key.rpartition(".")[2] != "bias"]
+    if not foreign:
+        return None
+    return (
+        f"the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading them could "
+        "overwrite the base model. The file was edited, or its config has lost its bias or modules_to_save."
+    )
 
 
-def _own(model: nn.Module, adapter_name: str, config: DowserConfig) -> Iterator[str]:
-    """Names of the whole tensors that an adapter in a model may have."""
+def whole_in_model(model: nn.Module, adapter_name: str) -> Iterator[str]:
+    """Names of the tensors that an adapter in a model trains as a whole, and of the embeddings."""
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             start = name.removeprefix("_fsdp_wrapped_module.")
             yield from (f"{start}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
-    if config.bias == "dowser_only":
-        yield from (f"{name}.base_layer.bias" for name, _ in adapted(model, adapter_name))
     yield from _embeddings(model)
 
 
-def _is_trained_bias(name: str, config: DowserConfig) -> bool:
-    return config.bias == "all" and name.rpartition(".")[2] == "bias"
+def whole_in_base(base: nn.Module, config: DowserConfig) -> Iterator[str]:
+    """Names of the tensors that an adapter over a base would train as a whole, and of the embeddings."""
+    for name, module in base.named_modules(remove_duplicate=False):
+        if name.endswith(tuple(config.modules_to_save or [])):  # as PEFT matches
+            yield from (f"{name}.{key}" for key in module.state_dict())
+    yield from _embeddings(base)
 
 
 def _embeddings(model: nn.Module) -> Iterator[str]:
@@ -87,10 +92,3 @@ def _embeddings(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         if any(module is embedding for embedding in found):
             yield from (f"{name}.{key}" for key in module.state_dict())
-
-
-def _problem(foreign: list[str]) -> str:
-    return (
-        f"the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading them could "
-        "overwrite the base model. The file was edited, or its config has lost its bias or modules_to_save."
-    )

@@ -24,6 +24,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from peft_dowser import DeltaFormatError, checkpoints, merge, merging, verify
@@ -48,6 +50,10 @@ def llava() -> LlavaForConditionalGeneration:
 def gpt2() -> GPT2LMHeadModel:
     tokens = {"bos_token_id": 1, "eos_token_id": 2}
     return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, **tokens))
+
+
+def roberta() -> RobertaForSequenceClassification:
+    return RobertaForSequenceClassification(RobertaConfig(**TINY, vocab_size=64, max_position_embeddings=32))
 
 
 def seeded(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
@@ -200,6 +206,7 @@ def test_trained_biases_and_modules_are_written_too(tmp_path: Path) -> None:
     for name, make, choice in [
         ("biases", gpt2, {"bias": "all"}),
         ("modules", tiny_llama, {"modules_to_save": ["lm_head", "norm"]}),
+        ("modules of modules", roberta, {"task_type": "SEQ_CLS"}),  # PEFT saves its classifier, which has two linears
     ]:
         folder = tmp_path / name
         base, adapter = pair(folder, make, torch.bfloat16, **choice)
