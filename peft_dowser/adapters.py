@@ -11,7 +11,7 @@ import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
@@ -139,16 +139,27 @@ class SavedAdapter:
             check_modules(self.config.manifest, self.counts, self._where)
             check_shapes(self.config.manifest, {module: targets[module].shape for module in self.counts}, self._where)
 
-    def problems(self, base: Checkpoint) -> Iterator[str]:
-        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits."""
+    def targets_in(self, model: nn.Module) -> dict[str, Target]:
+        """The weights of a model that the adapter trains, by module; reads no tensor.
+
+        Raises:
+            DeltaFormatError: the adapter does not fit the model.
+        """
         try:
-            targets = resolve_targets(base.model, self.config)
-            self.check_fits(targets)
+            targets = resolve_targets(model, self.config)
         except (ValueError, TypeError) as error:
-            yield str(error)
-            return
-        for module in self.counts:
-            target = targets[module]
+            raise DeltaFormatError(str(error)) from error
+        self.check_fits(targets)
+        return {module: targets[module] for module in self.counts}
+
+    def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
+        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits.
+
+        Args:
+            base: the base.
+            targets: the adapter's, in the model of the base.
+        """
+        for module, target in targets.items():
             weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
             if problem := weight_problem(base, target.tensor_name, target.shape):
                 yield problem
@@ -156,7 +167,7 @@ class SavedAdapter:
                 self.delta(module, target.numel)
             except DeltaFormatError as error:
                 yield str(error)
-        names = [targets[module].tensor_name for module in self.counts]
+        names = [target.tensor_name for target in targets.values()]
         stored = [base.key(name) for name in names if name in base]
         if shared := len(stored) - len(set(stored)):
             yield (
@@ -170,15 +181,18 @@ class SavedAdapter:
         if problem := foreign_tensors(self.config, known, self.counts, whole_in_base(base.model, self.config)):
             yield f"{self._where}: {problem}"
 
-    def foreign(self, base: Checkpoint) -> list[str]:
+    def foreign(self, base: Checkpoint, targets: Mapping[str, Target]) -> list[str]:
         """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
+
+        Args:
+            base: the base.
+            targets: the adapter's, in the model of the base.
         """
         if self.config.manifest is None:
             return []
-        targets = resolve_targets(base.model, self.config)
-        names = {module: targets[module].tensor_name for module in self.counts}
+        names = {module: target.tensor_name for module, target in targets.items()}
         samples = {module: base_sample(base.read(name)) for module, name in names.items() if name in base}
         return unlike(self.config.manifest, samples)
 

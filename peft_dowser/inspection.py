@@ -13,7 +13,6 @@ from .adapters import SavedAdapter, open_adapter
 from .checkpoints import Checkpoint, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries
-from .targets import resolve_targets
 
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
@@ -101,13 +100,13 @@ def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
 
 def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
     """By module, how many values other than 0 change no weight of the base in bfloat16."""
-    for problem in adapter.problems(base):
+    targets = adapter.targets_in(base.model)
+    for problem in adapter.problems(base, targets):
         raise DeltaFormatError(problem)
-    targets = resolve_targets(base.model, adapter.config)
     found = {}
-    for module in adapter.counts:
-        positions, values = adapter.delta(module, targets[module].numel)
-        entries = _entries(base, targets[module].tensor_name, positions).to(torch.bfloat16)
+    for module, target in targets.items():
+        positions, values = adapter.delta(module, target.numel)
+        entries = _entries(base, target.tensor_name, positions).to(torch.bfloat16)
         found[module] = merged_entries(entries, torch.arange(len(entries)), values).vanished(values)
     return found
 

@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate
@@ -25,7 +25,7 @@ from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
 from .notices import report_vanished
 from .provenance import other_base
-from .targets import fused_parameters
+from .target import Target
 
 
 def merge(
@@ -55,19 +55,21 @@ def merge(
     check_output(folder)
     limit = convert_file_size_to_int(max_shard_size)
     with ExitStack() as files:
-        total = _open(str(adapter), base, files)
-        for problem in total.adapter.problems(total.base):
+        saved, checkpoint = _open(str(adapter), base, files)
+        targets = saved.targets_in(checkpoint.model)
+        for problem in saved.problems(checkpoint, targets):
             raise DeltaFormatError(problem)
-        if foreign := total.adapter.foreign(total.base):
-            where = f"Adapter '{total.adapter.name}'"
-            warnings.warn(other_base(foreign, len(total.adapter.counts), where), UserWarning, stacklevel=2)
+        if foreign := saved.foreign(checkpoint, targets):
+            where = f"Adapter '{saved.name}'"
+            warnings.warn(other_base(foreign, len(saved.counts), where), UserWarning, stacklevel=2)
+        total = _Sum(saved, checkpoint, targets)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
             _write(Path(work), total, limit)
-            _copy_companions(total.base, Path(work))
+            _copy_companions(checkpoint, Path(work))
             _publish(Path(work), folder)
     report_vanished([total.vanished])
-    return total.adapter.counts
+    return saved.counts
 
 
 def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Path | None = None) -> list[str]:
@@ -87,14 +89,18 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
         OSError: a checkpoint cannot be found.
     """
     with ExitStack() as files:
-        total = _open(str(adapter), base, files)
-        saved, checkpoint = total.adapter, total.base
-        problems = list(saved.problems(checkpoint))
+        saved, checkpoint = _open(str(adapter), base, files)
+        try:
+            targets = saved.targets_in(checkpoint.model)
+        except DeltaFormatError as error:
+            return [str(error)]
+        problems = list(saved.problems(checkpoint, targets))
         if not problems:
             problems = list(saved.altered())
-            if foreign := saved.foreign(checkpoint):
+            if foreign := saved.foreign(checkpoint, targets):
                 problems.append(other_base(foreign, len(saved.counts), f"Adapter '{saved.name}'"))
         if merged is not None and not problems:
+            total = _Sum(saved, checkpoint, targets)
             problems = list(_differences(total, open_checkpoint(str(merged), files)))
     return problems
 
@@ -108,15 +114,14 @@ class _Sum:
         vanished: by module, how many non-zero values changed no weight, of how many values; filled as tensors are read.
     """
 
-    def __init__(self, adapter: SavedAdapter, base: Checkpoint) -> None:
+    def __init__(self, adapter: SavedAdapter, base: Checkpoint, targets: Mapping[str, Target]) -> None:
         self.adapter = adapter
         self.base = base
         self.vanished: dict[str, tuple[int, int]] = {}
-        fused = fused_parameters(base.model)
-        weights = {module: module if module in fused else f"{module}.weight" for module in adapter.counts}
+        names = {module: target.tensor_name for module, target in targets.items()}
         # By tensor of the checkpoint: its module, and where in the memory of the module's weight it begins.
-        self._places = {base.key(name): (module, 0) for module, name in weights.items() if name in base}
-        for module in adapter.counts:
+        self._places = {base.key(name): (module, 0) for module, name in names.items() if name in base}
+        for module in targets:
             self._places |= _places(base, module)
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
         self._delta = lru_cache(maxsize=2)(adapter.delta)
@@ -156,7 +161,7 @@ def _numel(base: Checkpoint, key: str) -> int:
     return math.prod(base.files[key].get_slice(key).get_shape())
 
 
-def _open(adapter: str, base: str | Path | None, files: ExitStack) -> _Sum:
+def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
     saved = open_adapter(adapter, files)
     if base is None:
         base = saved.config.base_model_name_or_path
@@ -167,7 +172,7 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> _Sum:
                 f"Adapter '{adapter}' was made for revision '{saved.config.revision}' of '{base}'; download that "
                 "revision and give its folder as the base."
             )
-    return _Sum(saved, open_checkpoint(str(base), files))
+    return saved, open_checkpoint(str(base), files)
 
 
 def _write(work: Path, total: _Sum, limit: int) -> None:

@@ -15,7 +15,6 @@ from .postmerge import Delta
 from .provenance import warn_of_other_base
 from .storage import offload_hook
 from .target import Target
-from .targets import resolve_targets
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,7 @@ class Patch:
                     f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
                     f"{next(iter(saved.others))!r}, which a patch does not. Use PeftModel.from_pretrained()."
                 )
-            targets = resolve_targets(model, saved.config)
-            saved.check_fits(targets)
-            self._targets = {name: targets[name] for name in saved.counts}
+            self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
         self._written: dict[str, _Written] = {}
