@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -25,6 +24,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
+from .files import write_tensors
 from .manifest import base_sample, entry, manifest
 from .names import CODE, PREFIX, VALUES, few
 from .postmerge import Delta, dare, graft, top_delta
@@ -66,7 +66,8 @@ def extract(
         ValueError: an argument is out of range, or the checkpoints do not fit each other, do not differ, or are
             damaged. Nothing is written.
         TypeError: a target module is no linear.
-        OSError: a checkpoint cannot be found, or the output folder is not empty. Nothing is written.
+        OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written; what is there is
+            no adapter.
 
     Note: with `update_ratio=1` the merged adapter is the fine-tuned model, bit for bit except where a weight changed
     its sign or its size by more than a factor of two: there it may be off by the rounding of a float32, see
@@ -226,7 +227,7 @@ def _save(folder: Path, tensors: dict[str, Tensor], config: DowserConfig, model:
     if config.task_type is None:
         mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    write_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
     config.save_pretrained(str(folder), auto_mapping_dict=mapping)
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils.hub import convert_file_size_to_int
@@ -23,6 +21,7 @@ from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
+from .files import write_tensors
 from .notices import report_vanished
 from .provenance import other_base
 from .target import Target
@@ -181,10 +180,7 @@ def _write(work: Path, total: _Sum, limit: int) -> None:
     bar = tqdm(keys, desc="Merging", unit="tensor", disable=not is_progress_bar_enabled())
     contents, size = [], 0
     for number, shard in enumerate(_shards(((key, total.read(key)) for key in bar), limit)):
-        try:
-            save_file(shard, work / str(number), metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"The merged model cannot be written to '{work.parent}' ({error}).") from error
+        write_tensors(shard, work / str(number), {"format": "pt"})
         contents.append(list(shard))
         size += sum(tensor.nbytes for tensor in shard.values())
     if len(contents) == 1:

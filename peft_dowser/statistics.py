@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import write_tensors
 from .manifest import is_sample, unlike_samples
 
 _FORMAT = "peft_dowser.statistics"
@@ -76,7 +76,11 @@ class ProbeStatistics:
     samples: dict[str, str | None] = field(default_factory=dict)
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file."""
+        """Write everything to one safetensors file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         tensors = {
             f"{name}:{part}": tensor.contiguous()
             for name, module in self.modules.items()
@@ -89,7 +93,7 @@ class ProbeStatistics:
             "info": json.dumps(asdict(self.info)),
             "samples": json.dumps(self.samples),
         }
-        save_file(tensors, path, metadata=metadata)
+        write_tensors(tensors, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> "ProbeStatistics":

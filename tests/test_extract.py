@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +30,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from peft_dowser import extract, postmerge
+from peft_dowser import extract, files, postmerge
 from peft_dowser.seeds import derived_seed
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -536,3 +537,20 @@ def test_a_missing_shard_is_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_found_is_refused(name: str, tmp_path: Path) -> None:
     pair(tmp_path)
     refuse(f"'{name}' is neither a folder nor a model on the Hub that can be read (", tmp_path, tuned=name)
+
+
+def test_a_disk_that_takes_no_more_is_an_error_of_the_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = pair(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def save_little(*args, **kwargs) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        try:
+            save_file(*args, **kwargs)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(files, "save_file", save_little)
+    with pytest.raises(OSError, match=r"adapter_model\.safetensors' cannot be written \(.*File too large"):
+        extract(base, tuned, tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").iterdir())

@@ -420,7 +420,7 @@ def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
-@pytest.mark.parametrize("step", ["save_file", "_copy_companions", "_publish"])
+@pytest.mark.parametrize("step", ["write_tensors", "_copy_companions", "_publish"])
 def test_an_interrupted_merge_leaves_nothing(
     step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -430,7 +430,7 @@ def test_an_interrupted_merge_leaves_nothing(
 
     def interrupted(*args, **kwargs) -> None:
         calls.append(args)
-        if len(calls) == 3 or step != "save_file":
+        if len(calls) == 3 or step != "write_tensors":
             raise error
         original(*args, **kwargs)
 

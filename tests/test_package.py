@@ -21,6 +21,7 @@ FLOOR = {
     "arithmetic",
     "codec",
     "entries",
+    "files",
     "fused",
     "grafting",
     "manifest",
