@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "robustness"))
 
-from formats import CONFIG, FILE, Small
+from formats import CONFIG, FILE, Before, Small
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
 
@@ -28,38 +28,9 @@ def saved(folder: Path, **overrides) -> None:
     model.save_pretrained(folder)
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace(".base_layer", ""): tensor for name, tensor in model.state_dict().items()}
-
-
-class Untouched:
-    """A base model, and whether it is what it was."""
-
-    def __init__(self, base: nn.Module) -> None:
-        self.base = base
-        self.names = [name for name, _ in base.named_modules()]
-        self.bits = {name: tensor.clone() for name, tensor in _tensors(base).items()}
-        self.trainable = [parameter.requires_grad for parameter in base.parameters()]
-        self.memory = [memory.clone() for memory in getattr(base, "memory", [])]
-
-    def weights_are_equal(self) -> bool:
-        """Whether all base weights, and the memory around them, have the same bits."""
-        margins = zip(self.memory, getattr(self.base, "memory", []), strict=True)
-        return self._equal(lambda name: ".dowser_" not in name) and all(
-            torch.equal(before, after) for before, after in margins
-        )
-
-    def _equal(self, chosen: Callable[[str], bool]) -> bool:
-        found = _tensors(self.base)
-        return all(torch.equal(found[name], bits) for name, bits in self.bits.items() if chosen(name))
-
-    def holds(self) -> bool:
-        """Whether nothing at all has changed."""
-        same_names = [name for name, _ in self.base.named_modules()] == self.names
-        trainable = [parameter.requires_grad for parameter in self.base.parameters()]
-        return (
-            same_names and trainable == self.trainable and self.weights_are_equal() and self._equal(lambda name: True)
-        )
+def base_holds(before: Before) -> bool:
+    """Whether the weights under all adapters, and the memory around them, have the same bits."""
+    return before.margins_hold() and before.weights_hold(besides=[name for name in before.bits if ".dowser_" in name])
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
-from bad_files import CONFIG, FILE, Small, Untouched, X, load, saved
+from bad_files import CONFIG, FILE, Before, Small, X, load, saved
 from helpers import config, set_values, tiny_llama
 from peft import get_peft_model
 
@@ -130,7 +130,7 @@ for seed in range(10**6):
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: str) -> None:
     base = tiny_llama()
-    untouched = Untouched(base)
+    untouched = Before(base)
     state = torch.get_rng_state()
     layer = base.model.layers[1].mlp.down_proj
     original = layer.forward
@@ -173,7 +173,7 @@ def test_what_stops_before_the_injection_changes_nothing(
     module: str, name: str, fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_llama()
-    untouched = Untouched(base)
+    untouched = Before(base)
     place = getattr(peft_dowser, module)
     monkeypatch.setattr(place, name, failing(getattr(place, name), 1, fault))
     with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
@@ -191,7 +191,7 @@ def test_an_injection_that_is_cut_short_is_taken_back(
 ) -> None:
     get_peft_model(tiny_llama(), config(score="random")).save_pretrained(tmp_path)
     base = tiny_llama()
-    untouched = Untouched(base)
+    untouched = Before(base)
     monkeypatch.setattr(DowserLayer, name, failing(getattr(DowserLayer, name), after, fault))
     with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
         if name == "add_positions":

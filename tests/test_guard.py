@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import CONFIG, DAMAGES, FILE, Untouched, edit_config, edit_tensors
+from bad_files import CONFIG, DAMAGES, FILE, Before, base_holds, edit_config, edit_tensors
 from helpers import config, set_values, tiny_llama
 from peft import get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
@@ -93,7 +93,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 @pytest.mark.parametrize(("damage", "message"), BAD_FILES.values(), ids=BAD_FILES)
 def test_a_bad_file_leaves_nothing_behind(damage: Callable, message: str, is_trainable: bool, folder: Path) -> None:
     base = with_first(is_trainable)
-    untouched, expected = Untouched(base), logits(base)
+    untouched, expected = Before(base), logits(base)
     edit_tensors(folder, lambda found: [damage(found)])
     refused(base, folder, is_trainable, message)
     assert untouched.holds()
@@ -107,7 +107,7 @@ def test_a_bad_file_leaves_nothing_behind(damage: Callable, message: str, is_tra
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_the_only_adapter_is_forgotten_and_a_good_one_loads_in_its_place(folder: Path, is_trainable: bool) -> None:
     base = tiny_llama(layers=1)
-    untouched = Untouched(base)
+    untouched = Before(base)
     good = (folder / FILE).read_bytes()
     edit_tensors(folder, lambda found: large(found, LAYER + FOREIGN["norm"]))
     refused(base, folder, is_trainable, "does not train")
@@ -132,17 +132,17 @@ def test_no_mutant_harms_a_model_of_transformers(damage: Callable, folder: Path)
             path.write_bytes(content)
         damage(folder, generator)
         base = tiny_llama(layers=1)
-        untouched = Untouched(base)
+        untouched = Before(base)
         try:
             base.load_adapter(str(folder))
             logits(base)
         except DeltaFormatError as error:
             refused += 1
-            assert untouched.weights_are_equal(), number
+            assert base_holds(untouched), number
             assert "yet" in str(error) or untouched.holds(), number
         except (SafetensorError, OSError):  # of a file that cannot be read at all
             refused += 1
-            assert untouched.weights_are_equal(), number
+            assert base_holds(untouched), number
     assert refused
 
 
@@ -160,12 +160,12 @@ def test_an_auto_class_refuses_too(tmp_path: Path) -> None:
 
 def test_nothing_of_ours_in_a_file_is_refused_when_the_adapter_is_used(folder: Path) -> None:
     base = tiny_llama(layers=1)
-    untouched = Untouched(base)
+    untouched = Before(base)
     edit_tensors(folder, lambda found: {"lm_head.lora_A.weight": torch.zeros(2, 2)})
     base.load_adapter(str(folder))
     with pytest.raises(DeltaFormatError, match="has no values yet"):
         logits(base)
-    assert untouched.weights_are_equal()
+    assert base_holds(untouched)
 
 
 @pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "dowser_only"}, {"modules_to_save": ["mlp.up_proj"]}])

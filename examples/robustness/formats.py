@@ -1,7 +1,10 @@
-"""How SHiRA, Super-Tuning and Dowser save an adapter of one small model, and which of their files are well-formed."""
+"""How SHiRA, Super-Tuning and Dowser save an adapter of one small model, and which of their files are well-formed.
+
+Also how a model was, to tell whether a damaged file has changed it.
+"""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +40,38 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.down(self.up(x).relu()))
+
+
+class Before:
+    """A model, and whether it is what it was."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.modules = [(name, type(module)) for name, module in base.named_modules()]
+        self.trainable = [parameter.requires_grad for parameter in base.parameters()]
+        self.bits = _tensors(base)
+        self.margins = self._margins()
+
+    def margins_hold(self) -> bool:
+        return all(torch.equal(now, then) for now, then in zip(self._margins(), self.margins, strict=True))
+
+    def weights_hold(self, besides: Sequence[str] = ()) -> bool:
+        now = _tensors(self.base)
+        return all(name in now and torch.equal(now[name], self.bits[name]) for name in self.bits.keys() - set(besides))
+
+    def holds(self) -> bool:
+        modules = [(name, type(module)) for name, module in self.base.named_modules()]
+        trainable = [parameter.requires_grad for parameter in self.base.parameters()]
+        return modules == self.modules and trainable == self.trainable and self.weights_hold() and self.margins_hold()
+
+    def _margins(self) -> list[Tensor]:
+        return [
+            part.clone() for memory in getattr(self.base, "memory", []) for part in (memory[:MARGIN], memory[-MARGIN:])
+        ]
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name.replace(".base_layer", ""): tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 @dataclass(frozen=True)

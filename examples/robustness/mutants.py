@@ -44,12 +44,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from formats import CONFIG, FILE, FORMATS, MARGIN, TARGETS, Format, Small
+from formats import CONFIG, FILE, FORMATS, TARGETS, Before, Format, Small
 from mutations import MUTATIONS
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -62,36 +61,6 @@ CLEAR = (ValueError, KeyError, RuntimeError, SafetensorError)
 WHERE = re.compile(rf"{re.escape(FILE)}|header|base_model\.model\.|module '")
 SECONDS, BYTES, TOGETHER = 10, 1 << 30, 8
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
-
-
-class Before:
-    """A model, and whether it is what it was."""
-
-    def __init__(self, base: Small) -> None:
-        self.base = base
-        self.modules = [(name, type(module)) for name, module in base.named_modules()]
-        self.trainable = [parameter.requires_grad for parameter in base.parameters()]
-        self.bits = _tensors(base)
-        self.margins = self._margins()
-
-    def margins_hold(self) -> bool:
-        return all(torch.equal(now, then) for now, then in zip(self._margins(), self.margins, strict=True))
-
-    def weights_hold(self, besides: Sequence[str] = ()) -> bool:
-        now = _tensors(self.base)
-        return all(name in now and torch.equal(now[name], self.bits[name]) for name in self.bits.keys() - set(besides))
-
-    def holds(self) -> bool:
-        modules = [(name, type(module)) for name, module in self.base.named_modules()]
-        trainable = [parameter.requires_grad for parameter in self.base.parameters()]
-        return modules == self.modules and trainable == self.trainable and self.weights_hold() and self.margins_hold()
-
-    def _margins(self) -> list[Tensor]:
-        return [part.clone() for memory in self.base.memory for part in (memory[:MARGIN], memory[-MARGIN:])]
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {name.replace(".base_layer", ""): tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def outcome(folder: Path, well_formed: bool) -> str:
