@@ -168,7 +168,7 @@ def test_statistics_are_those_of_one_hot_inputs() -> None:
         def __init__(self, weight: Tensor) -> None:
             super().__init__()
             self.linear = nn.Linear(*weight.shape, bias=False)
-            self.linear.weight.data = weight.T.clone()
+            self.linear.weight.data = weight.T.contiguous()
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.linear(F.one_hot(ids, 64).float())
