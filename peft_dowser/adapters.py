@@ -22,7 +22,7 @@ from .names import CODE, PREFIX, VALUES, base_name, is_delta
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
-from .whole import foreign_tensors, whole_in_base
+from .whole import foreign_tensors, missing_tensors, whole_in_base
 
 # More than any weight has: positions in such a one still fit 64 bits.
 _MOST_ENTRIES = 2**62
@@ -179,6 +179,8 @@ class SavedAdapter:
                 yield f"{self._where}: {problem}"
         known = [name for name in self.others if name in base.tensors]
         if problem := foreign_tensors(self.config, known, self.counts, whole_in_base(base.model, self.config)):
+            yield f"{self._where}: {problem}"
+        if problem := missing_tensors(self.config, self.others, base.model):
             yield f"{self._where}: {problem}"
 
     def foreign(self, base: Checkpoint, targets: Mapping[str, Target]) -> list[str]:

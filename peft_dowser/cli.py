@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 
@@ -130,6 +131,7 @@ def _check_output(path: Path) -> None:
         raise IsADirectoryError(f"'{path}' is a folder, and a file is to be written. Name a file in it.")
     if not path.absolute().parent.is_dir():
         raise FileNotFoundError(f"'{path.parent}' is no folder, so '{path}' cannot be written.")
+    TemporaryFile(dir=path.absolute().parent).close()  # raises where nothing can be written
 
 
 def _check_device(name: str) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .inspection import inspect
@@ -49,7 +50,10 @@ def report(adapter: str | Path, output: str | Path, statistics: str | Path | Non
     if statistics is not None:
         sections.append(_probe(ProbeStatistics.load(statistics), statistics, modules))
     sections.append(_modules(modules))
-    Path(output).write_text(_page(f"Adapter {adapter}", sections), encoding="utf-8")
+    page = _page(f"Adapter {adapter}", sections)
+    with TemporaryDirectory(prefix=".report-", dir=Path(output).absolute().parent) as work:
+        (Path(work) / "page").write_text(page, encoding="utf-8")
+        (Path(work) / "page").replace(output)  # whole or not at all
 
 
 def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:

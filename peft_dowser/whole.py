@@ -74,10 +74,31 @@ def whole_in_model(model: nn.Module, adapter_name: str) -> Iterator[str]:
 
 def whole_in_base(base: nn.Module, config: DowserConfig) -> Iterator[str]:
     """Names of the tensors that an adapter over a base would train as a whole, and of the embeddings."""
+    yield from _in_modules_to_save(base, config)
+    yield from _embeddings(base)
+
+
+def missing_tensors(config: DowserConfig, keys: Collection[str], base: nn.Module) -> str | None:
+    """What a saved adapter lacks of the modules that it trains as a whole; None where nothing is missing.
+
+    Args:
+        config: configuration of the adapter.
+        keys: names of its tensors in the base.
+        base: the base.
+    """
+    missing = [name for name in _in_modules_to_save(base, config) if name not in keys]
+    if not missing:
+        return None
+    return (
+        f"the file lacks {len(missing)} tensors of modules that the adapter trains as a whole (modules_to_save): "
+        f"{few(missing)}. The file was edited or is not that of the config; copy the adapter again."
+    )
+
+
+def _in_modules_to_save(base: nn.Module, config: DowserConfig) -> Iterator[str]:
     for name, module in base.named_modules(remove_duplicate=False):
         if name.endswith(tuple(config.modules_to_save or [])):  # as PEFT matches
             yield from (f"{name}.{key}" for key in module.state_dict())
-    yield from _embeddings(base)
 
 
 def _embeddings(model: nn.Module) -> Iterator[str]:

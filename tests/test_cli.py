@@ -249,6 +249,7 @@ def line_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ("base", ["--last-layers", "9"], "last_layers=9, but 'model.layers' has only 2 layers."),
         ("base", ["--device", "nowhere"], "nowhere"),
         ("base", ["--output", "missing/probe.safetensors"], "missing"),
+        ("base", ["--output", "/proc/probe.safetensors"], "/proc"),  # a folder in which nothing can be written
         ("base", ["--output", "odd"], "'odd' is a folder, and a file is to be written. Name a file in it."),
         ("no/such/folder", [], "no/such/folder"),
         ("nobody/has-this-model", [], "couldn't connect to 'https://huggingface.co'"),

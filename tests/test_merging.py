@@ -219,6 +219,17 @@ def test_trained_biases_and_modules_are_written_too(tmp_path: Path) -> None:
         assert verify(adapter, merged=folder / "merged") == []
 
 
+def test_a_module_that_the_file_lacks_is_named(tmp_path: Path) -> None:
+    _, adapter = pair(tmp_path, tiny_llama, modules_to_save=["lm_head", "norm"])
+    edit(
+        Path(adapter) / "adapter_model.safetensors",
+        lambda tensors: {key: value for key, value in tensors.items() if ".norm." not in key},
+    )
+    message = "lacks 1 tensors of modules that the adapter trains as a whole (modules_to_save): 'model.norm.weight'"
+    refuse(message, adapter, tmp_path / "merged")
+    assert any(message in problem for problem in verify(adapter))
+
+
 def test_what_goes_with_the_weights_is_copied(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
     for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "adapter_config.json", "notes.md"):
