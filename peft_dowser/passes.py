@@ -93,7 +93,7 @@ class Passes:
                 while waiting:
                     if self._fits(waiting[:size], bar):
                         waiting = waiting[size:]
-                    elif size > 1:
+                    elif min(size, len(waiting)) > 1:
                         size = min(size, len(waiting)) // 2
                         logger.warning("Out of memory: probing %d prompts at a time.", size)
                     else:

@@ -212,13 +212,16 @@ def test_the_batch_is_halved_when_memory_runs_out(model: nn.Module, monkeypatch:
         torch.testing.assert_close(found.modules[name].sensitivity, expected.modules[name].sensitivity)
 
 
-def test_a_prompt_that_does_not_fit_is_an_error(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prompts", [PROMPTS, PROMPTS[:1]])
+def test_a_prompt_that_does_not_fit_is_an_error(
+    prompts: list[Tensor], model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
 
     monkeypatch.setattr(model, "forward", full)
     with pytest.raises(RuntimeError, match="out of memory with one prompt at a time; choose a smaller probe_length"):
-        probe(model, config(), prompts=PROMPTS)
+        probe(model, config(probe_batch_size=4), prompts=prompts)
 
 
 VIEWS = (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.view.default)
