@@ -45,8 +45,32 @@ def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, 
         inputs[key] = torch.cat(parts).to(device)
     if "input_ids" not in inputs:
         return inputs, None
-    masks = [_padded(prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])), width) for prompt in prompts]
-    return inputs, torch.cat(masks).to(device, torch.float32)
+    masks = [prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])) for prompt in prompts]
+    return inputs, _stacked(masks, device)
+
+
+def decoder_tokens(prompts: Sequence[Prompt], mask: Tensor) -> Tensor:
+    """The real tokens that the decoder of a seq2seq model reads, as `mask`, from `collate`, tells those of its encoder.
+
+    They are the same where the prompts bring none for the decoder.
+
+    Raises:
+        ValueError: both are equally many and padded in different ways; a module would not show which of them it reads.
+    """
+    rows = []
+    for prompt in prompts:
+        ids = prompt.get("decoder_input_ids", prompt.get("labels"))
+        if ids is None:
+            return mask
+        rows.append(prompt.get("decoder_attention_mask", torch.ones_like(ids)))
+    found = _stacked(rows, mask.device)
+    if found.shape == mask.shape and not torch.equal(found, mask):
+        raise ValueError(
+            "A prompt has as many tokens for the encoder as for the decoder, but other padding (attention_mask, "
+            "decoder_attention_mask), so the probe cannot tell which of them a module reads. Leave the padding out: "
+            "the probe pads by itself."
+        )
+    return found
 
 
 def last_positions(mask: Tensor) -> Tensor:
@@ -58,6 +82,11 @@ def last_positions(mask: Tensor) -> Tensor:
 def _is_token_wise(value: Tensor, prompt: Prompt) -> bool:
     """Whether an input has one entry per token and so grows with the padding."""
     return "input_ids" in prompt and value.shape == prompt["input_ids"].shape
+
+
+def _stacked(masks: Sequence[Tensor], device: torch.device) -> Tensor:
+    width = max(mask.shape[1] for mask in masks)
+    return torch.cat([_padded(mask, width) for mask in masks]).to(device, torch.float32)
 
 
 def _padded(value: Tensor, width: int) -> Tensor:

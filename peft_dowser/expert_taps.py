@@ -100,7 +100,7 @@ class ExpertsTap:
             yield (
                 expert,
                 Tap(
-                    self.mask,
+                    [self.mask],
                     len(self.mask),
                     calls=self.calls,
                     activity=activity[:, expert],

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .batches import alike, collate, last_positions
+from .batches import alike, collate, decoder_tokens, last_positions
 from .config import DowserConfig
 from .expert_taps import ExpertsTap, tapped_experts
 from .prompts import Kind, Prompt, kind_of
@@ -70,6 +70,8 @@ class Passes:
         self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
         self.share = share
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
+        self.fused = {name: target for name, target in targets.items() if target.is_fused}
+        self.plain = {name: target for name, target in targets.items() if not target.is_fused}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
@@ -131,15 +133,15 @@ class Passes:
         return False
 
     def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
-        inputs, mask = collate([self.prompts[number] for number in chosen], self.device)
-        fused = {name: target for name, target in self.targets.items() if target.is_fused}
-        plain = {name: target for name, target in self.targets.items() if not target.is_fused}
+        inputs, mask, written = self._collated(chosen)
+        masks = _masks(mask, written)
+        fused, plain = self.fused, self.plain
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
                 name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in fused.items()
             }
-        of_plain = {name: tap_of(target, mask, len(chosen), self.wants_gradient) for name, target in plain.items()}
+        of_plain = {name: tap_of(target, masks, len(chosen), self.wants_gradient) for name, target in plain.items()}
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
         generators = [
             torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
@@ -148,15 +150,15 @@ class Passes:
         with tapped(plain, of_plain), tapped_experts(fused, of_experts):
             for numbers in self._rounds():
                 with torch.no_grad():  # the taps turn it on
-                    outputs = self._forward(inputs, mask)
+                    outputs = self._forward(inputs, mask, written)
                 starts = [start for tap in taps for start in tap.starts]
                 for number in numbers:
-                    output, direction = self._probed_output(outputs, mask), None
+                    output, direction = self._probed_output(outputs, written), None
                     if number < self.config.num_rademacher:
-                        direction = _rademacher(generators, output, mask)
+                        direction = _rademacher(generators, output, written)
                         bar.update(len(chosen))
                     else:
-                        output = _next_token_loss(self.kind, outputs, inputs, mask) / len(self.mine)
+                        output = _next_token_loss(self.kind, outputs, inputs, written) / len(self.mine)
                         for tap in taps:
                             tap.of_loss = True
                     if starts and output.requires_grad:
@@ -171,13 +173,21 @@ class Passes:
             for expert, tap in experts.by_expert():
                 self._keep(matrices[expert].name, tap, chosen)
 
+    def _collated(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """The inputs of a batch, its real tokens, and those that the output belongs to: of a decoder with its own."""
+        prompts = [self.prompts[number] for number in chosen]
+        inputs, mask = collate(prompts, self.device)
+        if self.kind is not Kind.SEQ2SEQ or mask is None:
+            return inputs, mask, mask
+        return inputs, mask, decoder_tokens(prompts, mask)
+
     def _rounds(self) -> list[range]:
         """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
         count = self.config.num_rademacher + int(self.wants_gradient)
         return [range(number, number + 1) for number in range(count)] if self.one_backward else [range(count)]
 
-    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None) -> Any:
-        if self.kind is Kind.OTHER or mask is None:
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
+        if self.kind is Kind.OTHER or mask is None or written is None:
             return self.model(**inputs)
         options: dict[str, Any] = {"attention_mask": mask.long()}
         accepted = inspect.signature(self.model.forward).parameters
@@ -186,7 +196,7 @@ class Passes:
         if "use_cache" in accepted:
             options["use_cache"] = False
         if "logits_to_keep" in accepted and not self.wants_gradient and not self._probes_head():
-            options["logits_to_keep"] = last_positions(mask).unique()
+            options["logits_to_keep"] = last_positions(written).unique()
         return self.model(**(inputs | options))
 
     def _probes_head(self) -> bool:
@@ -194,9 +204,9 @@ class Passes:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return any(target.module is head for target in self.targets.values())
 
-    def _probed_output(self, outputs: Any, mask: Tensor | None) -> Tensor:
+    def _probed_output(self, outputs: Any, written: Tensor | None) -> Tensor:
         """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
-        if self.kind is Kind.OTHER or mask is None:
+        if self.kind is Kind.OTHER or written is None:
             output = outputs if isinstance(outputs, Tensor) else outputs[0]
             return output[:, -1] if output.dim() == 3 else output
         if self.has_head:
@@ -206,8 +216,8 @@ class Passes:
             output = outputs.hidden_states[-1] if output is None else output
         if self.kind is Kind.ENCODER:
             return output
-        last = last_positions(mask)
-        if output.shape[1] != mask.shape[1]:
+        last = last_positions(written)
+        if output.shape[1] != written.shape[1]:
             last = torch.searchsorted(last.unique(), last)
         return output[torch.arange(len(last), device=output.device), last.to(output.device)]
 
@@ -236,6 +246,10 @@ class Passes:
             module.gradient += tap.gradient.cpu()
 
 
+def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:
+    return [tokens for tokens in (mask, written) if tokens is not None]
+
+
 def _batches(count: int, size: int) -> int:
     return -(-count // size)
 
@@ -260,14 +274,18 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return signs.mul_(2).sub_(1).float()
 
 
-def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], mask: Tensor | None) -> Tensor:
+def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
     """Sum over the prompts of the mean cross-entropy of their own next tokens."""
     logits = getattr(outputs, "logits", None)
-    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or mask is None or logits is None:
+    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or written is None or logits is None:
         raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
-    ids = inputs["decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids"]
+    ids = inputs.get("decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids")
+    if ids is None:
+        raise ValueError(
+            "score='gradient' needs prompts with decoder_input_ids, whose next tokens an encoder-decoder predicts."
+        )
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-    return ((losses * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1).clamp(min=1)).sum()
+    return ((losses * written[:, 1:]).sum(1) / written[:, 1:].sum(1).clamp(min=1)).sum()
 
 
 def _shows_progress() -> bool:

@@ -1,6 +1,6 @@
 """Taps: hooks that reduce the activations and gradients of a module to its statistics while a batch runs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -15,7 +15,8 @@ class Tap:
     """Statistics of one module for the batch in flight.
 
     Attributes:
-        mask: real tokens of the batch, `(batch, tokens)`, float32; None where the inputs have no tokens.
+        masks: real tokens of the batch, `(batch, tokens)`, float32: those of the prompts, and those that a decoder of
+            its own reads; none where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
         calls: how often the module was called with tokens that can be told apart by prompt.
@@ -27,7 +28,7 @@ class Tap:
         of_loss: the running backward is that of a loss, not of a Rademacher vector.
     """
 
-    mask: Tensor | None
+    masks: Sequence[Tensor]
     batch: int
     wants_gradient: bool = False
     calls: int = 0
@@ -81,9 +82,10 @@ class Tap:
         None where the tokens of different prompts cannot be told apart, as behind a router.
         """
         features = values.shape[-1]
-        if self.mask is not None and values.shape[:-1].numel() == self.mask.numel():
-            mask = self.mask.to(values.device)
-            return values.reshape(*mask.shape, features), mask / mask.sum(1, keepdim=True)
+        for mask in self.masks:
+            if values.shape[:-1].numel() == mask.numel():
+                mask = mask.to(values.device)
+                return values.reshape(*mask.shape, features), mask / mask.sum(1, keepdim=True)
         if values.dim() >= 2 and values.shape[0] == self.batch:
             tokens = values.reshape(self.batch, -1, features)
             return tokens, tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1], dtype=torch.float32)
@@ -113,11 +115,11 @@ class LookupTap(Tap):
         return rows.new_zeros(self.entries, rows.shape[1]).index_add_(0, hidden.reshape(-1).long(), rows).T
 
 
-def tap_of(target: Target, mask: Tensor | None, batch: int, wants_gradient: bool) -> Tap:
+def tap_of(target: Target, masks: Sequence[Tensor], batch: int, wants_gradient: bool) -> Tap:
     """A tap for one matrix."""
     if isinstance(target.module, nn.Embedding):
-        return LookupTap(mask, batch, wants_gradient, entries=target.features[1])
-    return Tap(mask, batch, wants_gradient)
+        return LookupTap(masks, batch, wants_gradient, entries=target.features[1])
+    return Tap(masks, batch, wants_gradient)
 
 
 @contextmanager
