@@ -3,7 +3,7 @@
 import gc
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from .ranks import gather, rank
 from .seeds import derived_seed
 from .spread import is_zero3
 from .statistics import ModuleStatistics
-from .taps import Tap, tap_of, tapped
+from .taps import LayoutTap, Tap, tap_of, tapped
 from .target import Target
 
 logger = logging.getLogger(__name__)
@@ -83,9 +83,7 @@ class Passes:
 
     def statistics(self) -> dict[str, ModuleStatistics]:
         """Statistics of this rank's prompts, in the order of `mine`."""
-        size = self.config.probe_batch_size or self._fitting_batch()
-        if self.share.in_step:
-            size = min(gather(size))
+        size = self._batch_size()
         total = len(self.mine) * self.config.num_rademacher
         with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
             for group in self.groups:
@@ -93,7 +91,7 @@ class Passes:
                 if self.share.in_step and _batches(len(group), size * self.share.ranks) > _batches(len(waiting), size):
                     self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
                 while waiting:
-                    if self._fits(waiting[:size], bar):
+                    if self._fits(partial(self._probe_batch, waiting[:size], bar)):
                         waiting = waiting[size:]
                     elif min(size, len(waiting)) > 1:
                         size = min(size, len(waiting)) // 2
@@ -105,23 +103,57 @@ class Passes:
                         )
         return {name: self.found.pop(name).of_prompts(self.mine) for name in self.matrices if name in self.found}
 
+    def _batch_size(self) -> int:
+        """How many prompts are probed at a time: 1 where a target module does not keep those of a batch apart."""
+        size = self.config.probe_batch_size or self._fitting_batch()
+        if self.share.in_step:
+            size = min(gather(size))
+        mixing: list[str] = []
+        if size == 1 or not self._fits(lambda: mixing.extend(self._mixing())):
+            return 1
+        if mixing:
+            logger.warning(
+                "Probing one prompt at a time: %d target modules, '%s' the first, do not keep the prompts of a batch "
+                "apart, like experts behind a router.",
+                len(mixing),
+                mixing[0],
+            )
+        return 1 if mixing else size
+
+    def _mixing(self) -> list[str]:
+        """The target modules that do not keep the prompts of a batch apart.
+
+        A forward of the longest two prompts of every kind tells, so the answer does not depend on the size of the
+        batches, and is the same on every rank.
+        """
+        mixing: set[str] = set()
+        for group in self.groups:
+            pair = sorted(group, key=lambda number: _length(self.prompts[number]))[-2:]
+            if len(pair) == 2:
+                inputs, mask, written = self._collated(pair)
+                taps = {name: LayoutTap(_masks(mask, written), len(pair)) for name in self.plain}
+                with torch.no_grad(), tapped(self.plain, taps):
+                    self._forward(inputs, mask, written)
+                mixing.update(name for name, tap in taps.items() if tap.mixes)
+        return [name for name in self.plain if name in mixing]
+
     def _fitting_batch(self) -> int:
         """How many prompts fill half of the free memory with their activations."""
         free = psutil.virtual_memory().available
         if self.device.type == "cuda":
             free = torch.cuda.mem_get_info(self.device)[0]
         # Between forward and backward a transformer keeps about four times the inputs and outputs of its linears.
-        tokens = max(next(iter(prompt.values())).shape[1:2].numel() for prompt in self.prompts)
+        tokens = max(map(_length, self.prompts))
         size = next(self.model.parameters()).element_size()
         features = sum(sum(target.features) * target.uses_per_token for target in self.targets.values())
         statistics = sum(sum(matrix.features) for matrix in self.matrices.values())
         prompt = 4 * features * tokens * size + 4 * statistics
         return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
 
-    def _fits(self, chosen: list[int], bar: tqdm) -> bool:
-        """Probe a batch; False, and nothing kept, where the memory does not suffice."""
+    def _fits(self, work: Callable[[], None]) -> bool:
+        """Do some work; False where the memory does not suffice."""
         try:
-            self._probe_batch(chosen, bar)
+            work()
         except RuntimeError as error:
             # Ranks that gather weights together wait for this one by now, and cannot be told of smaller batches.
             if self.share.in_step or not should_reduce_batch_size(error):
@@ -244,6 +276,10 @@ class Passes:
             module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
         if module.gradient is not None and tap.gradient is not None:
             module.gradient += tap.gradient.cpu()
+
+
+def _length(prompt: Prompt) -> int:
+    return next(iter(prompt.values())).shape[1:2].numel()
 
 
 def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:

@@ -19,7 +19,7 @@ class Tap:
             its own reads; none where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
-        calls: how often the module was called with tokens that can be told apart by prompt.
+        calls: how often the module was called with any row.
         activity: sum over calls of the mean |h|, `(batch, in)`.
         energy: sum over calls and real tokens of h squared, `(in,)`.
         sensitivity: sum over backwards and calls of the mean |dz|, `(batch, out)`.
@@ -39,30 +39,29 @@ class Tap:
     starts: list[Tensor] = field(default_factory=list)
     of_loss: bool = False
 
-    def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         """Forward hook."""
         hidden = (args[0] if args else next(iter(kwargs.values()))).detach()
-        measured = self._measured(hidden)
-        if measured is None:
-            return
+        if not hidden.numel():
+            return output  # an expert without tokens
+        activity, energy = self._measured(hidden)
         # Until here the forward ran without a graph, so that it begins at the first probed modules even where a hook of
         # the caller makes the embeddings require grad.
         torch.set_grad_enabled(True)
-        if not output.requires_grad:
-            output.requires_grad_(True)
-            self.starts.append(output)
         kept = hidden if self.wants_gradient else None
-        output.register_hook(lambda grad: self._backward(grad.detach(), kept))
+        starts = not output.requires_grad
+        output.requires_grad_(True).register_hook(lambda grad: self._backward(grad.detach(), kept))
         self.calls += 1
-        self.activity = plus(self.activity, measured[0])
-        self.energy = plus(self.energy, measured[1])
+        self.activity = plus(self.activity, activity)
+        self.energy = plus(self.energy, energy)
+        if starts:
+            self.starts.append(output)
+            return output.clone()  # the model may change it in place, which a leaf does not allow
+        return output
 
-    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Activity and energy of one call; None where the tokens of different prompts cannot be told apart."""
-        by_prompt = self._by_prompt(hidden)
-        if by_prompt is None:
-            return None
-        tokens, weights = by_prompt
+    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Activity and energy of one call."""
+        tokens, weights = self._by_prompt(hidden)
         energy = (tokens.float().square() * (weights > 0)[..., None]).sum((0, 1))
         return _weighted_sum(tokens.abs(), weights), energy
 
@@ -73,23 +72,55 @@ class Tap:
     def _backward(self, grad: Tensor, hidden: Tensor | None) -> None:
         if self.of_loss and hidden is not None:
             self.gradient = plus(self.gradient, self._product(grad, hidden))
-        elif by_prompt := self._by_prompt(grad):
-            self.sensitivity = plus(self.sensitivity, _weighted_sum(by_prompt[0].abs(), by_prompt[1]))
+        else:
+            tokens, weights = self._by_prompt(grad)
+            self.sensitivity = plus(self.sensitivity, _weighted_sum(tokens.abs(), weights))
 
-    def _by_prompt(self, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    def _by_prompt(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values as `(batch, tokens, features)` and the weight of each token in its prompt's mean.
 
-        None where the tokens of different prompts cannot be told apart, as behind a router.
+        Rows that are but some of the tokens of a prompt, as behind a router, are weighted as if the others were zero.
         """
-        features = values.shape[-1]
+        if not self.tells_apart(values.shape[:-1]):
+            raise ValueError(
+                f"A target module reads rows of shape {tuple(values.shape[:-1])} in a batch of {self.batch} prompts, "
+                "which the probe cannot tell apart by prompt. Set probe_batch_size=1."
+            )
+        tokens = values.reshape(self.batch, -1, values.shape[-1])
         for mask in self.masks:
-            if values.shape[:-1].numel() == mask.numel():
+            if mask.shape == tokens.shape[:2]:
                 mask = mask.to(values.device)
-                return values.reshape(*mask.shape, features), mask / mask.sum(1, keepdim=True)
-        if values.dim() >= 2 and values.shape[0] == self.batch:
-            tokens = values.reshape(self.batch, -1, features)
-            return tokens, tokens.new_full(tokens.shape[:2], 1 / tokens.shape[1], dtype=torch.float32)
-        return None
+                return tokens, mask / mask.sum(1, keepdim=True)
+        count = torch.full((self.batch, 1), tokens.shape[1], dtype=torch.float32, device=values.device)
+        if values.dim() == 2 and self.masks:
+            count = self.masks[0].to(values.device).sum(1, keepdim=True)
+        return tokens, (1 / count).expand(tokens.shape[:2])
+
+    def tells_apart(self, rows: torch.Size) -> bool:
+        """Whether the rows of an input of shape `(*rows, features)` can be told apart by prompt.
+
+        They are those of one prompt, or come prompt by prompt.
+        """
+        in_order = rows[:1] == (self.batch,) or any(rows == (mask.numel(),) for mask in self.masks)
+        return self.batch == 1 or in_order
+
+
+@dataclass
+class LayoutTap(Tap):
+    """Measures nothing, but finds out whether the module keeps the prompts of a batch apart.
+
+    Attributes:
+        mixes: a call has had rows that cannot be told apart by prompt.
+    """
+
+    mixes: bool = False
+
+    def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
+        rows = output.shape[:-1]
+        # Prompts of as many tokens as there are prompts: the other way round the shape would be the same.
+        square = rows[:2] == (self.batch, self.batch)
+        self.mixes |= square or not self.tells_apart(rows)
+        return output
 
 
 @dataclass
@@ -102,11 +133,9 @@ class LookupTap(Tap):
 
     entries: int = 0
 
-    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
-        by_prompt = self._by_prompt(hidden[..., None])
-        if by_prompt is None:
-            return None
-        ids, weights = by_prompt[0][..., 0].long(), by_prompt[1]
+    def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, weights = self._by_prompt(hidden[..., None])
+        ids = tokens[..., 0].long()
         activity = weights.new_zeros(len(ids), self.entries).scatter_add_(1, ids, weights)
         return activity, torch.bincount(ids[weights > 0], minlength=self.entries).float()
 

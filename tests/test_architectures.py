@@ -168,7 +168,9 @@ def output(model: nn.Module, family: str) -> Tensor:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets_are_probed_and_nothing_stays_frozen(family: str, recwarn: pytest.WarningsRecorder) -> None:
+def test_default_targets_are_probed_in_batches_and_nothing_stays_frozen(
+    family: str, recwarn: pytest.WarningsRecorder, caplog: pytest.LogCaptureFixture
+) -> None:
     model = get_peft_model(built(family), config(task_type=None))
     layers = [module for module in model.modules() if isinstance(module, DowserLayer)]
     _, kinds, count = FAMILIES[family]
@@ -176,6 +178,7 @@ def test_default_targets_are_probed_and_nothing_stays_frozen(family: str, recwar
     assert len(layers) == count
     assert not any("vision" in layer.module_name or "visual" in layer.module_name for layer in layers)
     assert not [w for w in recwarn if "stay frozen" in str(w.message)]
+    assert "one prompt at a time" not in caplog.text
 
 
 @pytest.mark.parametrize("family", FAMILIES)
