@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .layer import DowserLayer
+from .layer import DowserLayer, dowser_layers
 
 # Held while weights are written; not while tokens are generated.
 _writing = threading.RLock()
@@ -25,7 +25,7 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
     Args:
         model: model with `DowserLayer`s; those whose merge does not write in place stay unmerged.
     """
-    layers = [module for module in model.modules() if isinstance(module, DowserLayer) and module.merges_in_place]
+    layers = [layer for layer in dowser_layers(model) if layer.merges_in_place]
     with _writing:
         calls = _calls.setdefault(model, set())
         is_ours = bool(calls) or not any(layer.merged or layer.disable_adapters for layer in layers)

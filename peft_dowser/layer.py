@@ -355,3 +355,8 @@ class Linear(nn.Module, DowserLayer):
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
+
+
+def dowser_layers(model: nn.Module) -> list[DowserLayer]:
+    """All adapted targets of a model, in its order."""
+    return [module for module in model.modules() if isinstance(module, DowserLayer)]

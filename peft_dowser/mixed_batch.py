@@ -9,7 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .experts import FusedParameter
-from .layer import DowserLayer
+from .layer import DowserLayer, dowser_layers
 from .tied import Tied
 
 # What PEFT calls the bare base model in `adapter_names`.
@@ -37,7 +37,7 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
         )
     if unknown := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)} and '{BASE}'.")
-    layers = [module for module in model.modules() if isinstance(module, DowserLayer)]
+    layers = dowser_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first.")
     fused = [layer for layer in layers if isinstance(layer, FusedParameter)]

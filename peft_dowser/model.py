@@ -27,7 +27,7 @@ from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_counts, check_file
 from .guard import Guard
-from .layer import DowserLayer, Linear, can_name_an_adapter
+from .layer import DowserLayer, Linear, can_name_an_adapter, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import CODE, counts_in, is_delta, named
 from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
@@ -304,7 +304,7 @@ class DowserModel(BaseTuner):
             ValueError: an argument is out of range, an adapter is merged or trains more than sparse deltas, or nothing
                 is left. The model is unchanged.
         """
-        layers = _dowser_layers(self.model)
+        layers = dowser_layers(self.model)
         check_sources(self.peft_config, layers, adapters, adapter_name)
         deltas = combined_deltas(layers, adapters, weights, combination_type, density, majority_sign_method, seed)
         self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], deltas, layers)
@@ -322,14 +322,14 @@ class DowserModel(BaseTuner):
         """
         if adapter_name not in self.peft_config:
             raise ValueError(f"Unknown adapter '{adapter_name}'; the model has {sorted(self.peft_config)}.")
-        for layer in _dowser_layers(self.model):
+        for layer in dowser_layers(self.model):
             layer.set_scale(adapter_name, scale)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         if safe_merge:
             _rehearse_merge(self.model, adapter_names)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        report_vanished([layer.vanished for layer in _dowser_layers(self.model)])
+        report_vanished([layer.vanished for layer in dowser_layers(self.model)])
 
     def _unload_and_optionally_merge(
         self,
@@ -338,7 +338,7 @@ class DowserModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layers = _dowser_layers(self.model)
+        layers = dowser_layers(self.model)
         if not merge:
             for layer in layers:
                 if layer.merged:
@@ -419,10 +419,6 @@ def _check_name(adapter_name: str) -> None:
         )
 
 
-def _dowser_layers(model: nn.Module) -> list[DowserLayer]:
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
-
-
 @contextmanager
 def _adapters_disabled(model: nn.Module) -> Iterator[None]:
     """Run the bare base model, whatever adapters it carries."""
@@ -462,7 +458,7 @@ def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
 
 def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Find out whether every layer can be merged, while none is."""
-    for layer in _dowser_layers(model):
+    for layer in dowser_layers(model):
         if not layer.merged:
             try:
                 layer.merge(safe_merge=True, adapter_names=adapter_names)
@@ -473,5 +469,5 @@ def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
 
 def _samples(model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]) -> dict[str, str | None]:
     """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
-    known = {layer.module_name: layer.base_sample for layer in _dowser_layers(model)}
+    known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
     return {name: known[name] if name in known else targets[name].sample() for name in names}

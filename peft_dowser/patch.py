@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import SavedAdapter, open_adapter
 from .entries import checksum, merged_entries, write_entries_
-from .layer import DowserLayer
+from .layer import dowser_layers
 from .postmerge import Delta
 from .provenance import warn_of_other_base
 from .storage import offload_hook
@@ -50,7 +50,7 @@ class Patch:
                 deltas, or the model is adapted, quantized or offloaded.
             OSError: there is no such adapter.
         """
-        if any(isinstance(module, DowserLayer) for module in model.modules()):
+        if dowser_layers(model):
             raise ValueError("The model has Dowser adapters. Give a patch the plain model, or use load_adapter().")
         with ExitStack() as files:
             saved = open_adapter(str(adapter), files)
