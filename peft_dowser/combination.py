@@ -40,7 +40,7 @@ def check_sources(
             f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before combining adapters."
         )
     for name in adapters:
-        if also := trains_more(configs[name]):
+        if also := configs[name].also_trains:
             raise ValueError(
                 f"Adapter '{name}' also trains {also}, which no sparse delta holds, so it would be lost in "
                 f"'{adapter_name}'. Combine adapters that train sparse deltas only."
@@ -108,12 +108,3 @@ def _check_finite(delta: Delta, module_name: str) -> None:
             f"An adapter, or the combination, has {bad} values that are not finite in module '{module_name}'. Use "
             "smaller weights, or leave out the adapter that is broken."
         )
-
-
-def trains_more(config: DowserConfig) -> str | None:
-    """What an adapter trains besides its sparse deltas, if anything."""
-    if config.modules_to_save:
-        return f"modules_to_save={sorted(config.modules_to_save)}"
-    if config.trainable_token_indices:
-        return "trainable_token_indices"
-    return None if config.bias == "none" else f"bias='{config.bias}'"

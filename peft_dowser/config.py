@@ -151,6 +151,15 @@ class DowserConfig(PeftConfig):
         """Trained weights by module: chosen in this process, read from a saved adapter, or not known yet."""
         return self._selected if self._selected is not None else self.nnz_pattern
 
+    @property
+    def also_trains(self) -> str | None:
+        """What the adapter trains besides its sparse deltas, if anything."""
+        if self.modules_to_save:
+            return f"modules_to_save={sorted(self.modules_to_save)}"
+        if self.trainable_token_indices:
+            return "trainable_token_indices"
+        return None if self.bias == "none" else f"bias='{self.bias}'"
+
     def to_dict(self) -> dict[str, Any]:
         """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`, a save its
         `manifest`."""

@@ -7,7 +7,6 @@ from typing import cast
 from torch import nn
 
 from .adapters import SavedAdapter, open_adapter
-from .combination import trains_more
 from .config import DowserConfig
 from .gate import adapted
 from .layer import DowserLayer
@@ -60,7 +59,7 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
         )
     known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
     for name, config in ((adapter_name, known), (saved.name, saved.config)):
-        if also := trains_more(config):
+        if also := config.also_trains:
             raise ValueError(
                 f"Adapter '{name}' also trains {also}, which hotswap does not replace. Use load_adapter() and "
                 "delete_adapter()."
