@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import time
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import _get_submodules
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -21,26 +18,19 @@ from .arithmetic import CombinationType, SignMethod
 from .brief_merge import briefly_merged
 from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
-from .config import PROBED_SCORES, DowserConfig
+from .config import DowserConfig
 from .embedding import Embedding
 from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
-from .gate import adapted, check_counts, check_file
-from .guard import Guard
+from .gate import adapted, check_file
+from .injection import Injection
 from .layer import DowserLayer, Linear, can_name_an_adapter, dowser_layers
 from .mixed_batch import check_names, mixed_batch
-from .names import CODE, counts_in, is_delta, named
-from .notices import report_bare_experts, report_scale, report_selection, report_unmatched_ratios, report_vanished
-from .probe import check_materialized, probe_targets
-from .provenance import compare, described, warn_of_other_weights
+from .names import CODE, is_delta, named
+from .notices import report_scale, report_vanished
+from .provenance import described
 from .quantized import QuantizedLinear
-from .ranks import on_every_rank, rank, same_on_all_ranks
-from .selection import choose_masks
-from .spread import check_whole
-from .statistics import ProbeStatistics
 from .storage import backend_of
-from .target import Target
-from .targets import fused_parameters, resolve_targets
 from .tied import Tied
 from .whole import check_whole_tensors
 
@@ -55,6 +45,7 @@ class DowserModel(BaseTuner):
     """
 
     peft_config: dict[str, DowserConfig]
+    _injection: Injection  # while an adapter is added
     _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
@@ -69,26 +60,8 @@ class DowserModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        given = self.peft_config[adapter_name]
-        # TRL makes its reference model by adding an adapter with the very config of the first: a copy is meant.
-        self._twin = next(
-            (name for name, known in self.peft_config.items() if known is given and name != adapter_name),
-            None,
-        )
-        # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
-        is_loaded = given.nnz_pattern is not None and self._twin is None
-        config = given if is_loaded else copy.deepcopy(given)
-        config._selected = config._written = config._forgetting = None
-        config._in_use = True
-        self.peft_config[adapter_name] = config
-        self._adapter_name = adapter_name
-        self._counts = counts_in(state_dict)
-        self._masks: dict[str, Tensor] = {}
-        self._fused: list[str] = []
-        self._ties: dict[str, tuple[Target, ...]] = {}
-        self._samples: dict[str, str | None] = {}
-        self._manifest: dict[str, Any] | None = None
-        self._guard = Guard(model, adapter_name, config)
+        self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
+        self.peft_config[adapter_name] = self._injection.config
         is_new = not adapted(model, adapter_name)
         try:
             _check_name(adapter_name)
@@ -97,76 +70,17 @@ class DowserModel(BaseTuner):
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             if is_new:
-                self._guard.restore()
+                self._injection.guard.restore()
             raise
         finally:
-            del self._masks, self._manifest, self._counts, self._twin, self._adapter_name, self._fused, self._ties
-            del self._guard, self._samples
+            del self._injection
 
     def _prepare_adapter_config(self, peft_config: DowserConfig, model_config: dict) -> DowserConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: DowserConfig, model: nn.Module) -> None:
-        """Choose the mask. All checks of the config have passed by now, and no module is replaced yet."""
-        peft_config.check()
-        self._manifest = peft_config.manifest
-        check_whole(model)
-        targets = resolve_targets(model, peft_config)
-        _check_not_nested(model, targets)
-        self._fused = [name for name, target in targets.items() if target.is_fused]
-        self._ties = {name: target.tied for name, target in targets.items() if target.tied}
-        if peft_config.ensure_weight_tying and not (self._ties or peft_config.modules_to_save):
-            warnings.warn(
-                "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
-            )
-        by_default = peft_config.target_modules is None
-        if by_default or self._ties or peft_config.last_layers is not None:
-            peft_config.target_modules = set(targets) - set(self._fused)
-        if peft_config.last_layers is not None:
-            peft_config.target_parameters = self._fused or None
-        if self._twin is not None:
-            peft_config._selected = self.peft_config[self._twin].saved_nnz
-            return
-        if self._counts is None:
-            self._counts = peft_config.nnz_pattern
-        if self._counts is not None:
-            check_counts(self._counts, targets, self._adapter_name)
-            if self._manifest is not None:
-                self._samples = _samples(model, targets, self._counts)
-                shapes = {name: targets[name].shape for name in self._counts}
-                compare(self._manifest, self._counts, shapes, self._samples, f"Adapter '{self._adapter_name}'")
-            return
-        started = time.perf_counter()
-        with _adapters_disabled(model):
-            statistics = self._statistics(model, targets, peft_config)
-            self._masks = same_on_all_ranks(lambda: self._choice(model, targets, peft_config, statistics), targets)
-        peft_config._selected = {name: mask.numel() for name, mask in self._masks.items()}
-        report_unmatched_ratios(peft_config, targets)
-        if by_default and not self._fused:
-            report_bare_experts(fused_parameters(model))
-        report_selection(self._masks, targets, time.perf_counter() - started)
-
-    @staticmethod
-    def _statistics(model: nn.Module, targets: Mapping[str, Target], config: DowserConfig) -> ProbeStatistics | None:
-        if config.score not in PROBED_SCORES:
-            return None
-        path = config.statistics
-        if path is not None:  # rank 0 chooses
-            return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
-        return probe_targets(model, targets, config)
-
-    @staticmethod
-    def _choice(
-        model: nn.Module,
-        targets: Mapping[str, Target],
-        config: DowserConfig,
-        statistics: ProbeStatistics | None,
-    ) -> dict[str, Tensor]:
-        check_materialized(model)
-        masks = choose_masks(targets, config, statistics)
-        if statistics is not None and config.statistics is not None:
-            warn_of_other_weights(statistics, _samples(model, targets, targets), config.statistics)
-        return masks
+        # All checks of the config have passed by now, and no module is replaced yet.
+        self._injection.prepare(model)
 
     def _create_and_replace(
         self,
@@ -178,14 +92,14 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, FusedParameter) or not self._is_adapted(current_key, target):
+        if isinstance(target, FusedParameter) or not self._injection.adapts(current_key, target):
             return
         layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
-        self._add_adapter(layer, peft_config, adapter_name)
+        self._injection.add_to(layer, self.active_adapters)
         if layer is not target:
             # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
             setattr(parent, target_name, layer)
-            for use in self._ties.get(current_key, ()):
+            for use in self._injection.targets[current_key].tied:
                 path, _, name = use.name.rpartition(".")
                 setattr(self.model.get_submodule(path), name, Tied(layer, self._new_layer(use.module, use.name)))
 
@@ -217,42 +131,28 @@ class DowserModel(BaseTuner):
             requantize = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
             return QuantizedLinear(base_layer, name, requantize)
         kind = Embedding if isinstance(base_layer, nn.Embedding) else Linear
-        return kind(base_layer, name, self._samples.get(name))
+        return kind(base_layer, name, self._injection.samples.get(name))
 
     def _inject_parameters(
         self, peft_config: DowserConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Wrap the modules of fused parameters; PEFT's own method would nest one wrapper per parameter."""
-        for name in self._fused:
+        fused = self._injection.fused
+        for name in fused:
             path, _, parameter = name.rpartition(".")
             parent, module, child_name = _get_submodules(model, path)
             experts = module if isinstance(module, Experts) else Experts(module)
             layer = experts.parameter(parameter)
-            if self._is_adapted(name, layer):
+            if self._injection.adapts(name, layer):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    layer = layer or experts.add_parameter(parameter, name, self._samples.get(name))
-                    self._add_adapter(layer, peft_config, adapter_name)
+                    layer = layer or experts.add_parameter(parameter, name, self._injection.samples.get(name))
+                    self._injection.add_to(layer, self.active_adapters)
                 setattr(parent, child_name, experts)
-        return self._fused
-
-    def _add_adapter(self, layer: DowserLayer, peft_config: DowserConfig, adapter_name: str) -> None:
-        if self._twin is not None:
-            layer.add_copy(adapter_name, of=self._twin)
-        elif self._counts is not None:
-            known = self._manifest["modules"][layer.module_name]["code_sha256"] if self._manifest else None
-            layer.add_placeholder(adapter_name, self._counts[layer.module_name], self._guard, known)
-        else:
-            layer.add_positions(adapter_name, self._masks[layer.module_name], peft_config.init_weights)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        return fused
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own also gives it the weight of the child, which is not there or no parameter in some of ours.
         setattr(parent, child_name, new_module)
-
-    def _is_adapted(self, name: str, target: nn.Module | None) -> bool:
-        if self._twin is not None:
-            return isinstance(target, DowserLayer) and self._twin in target.dowser_values
-        return name in (self._masks if self._counts is None else self._counts)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -419,43 +319,6 @@ def _check_name(adapter_name: str) -> None:
         )
 
 
-@contextmanager
-def _adapters_disabled(model: nn.Module) -> Iterator[None]:
-    """Run the bare base model, whatever adapters it carries."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"Adapters {merged} are merged into the base model, so its own weights cannot be scored. Call "
-            "unmerge_adapter() before adding an adapter."
-        )
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
-
-
-def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse layers that another PEFT method has adapted: what it adds would be left out without a word."""
-    others = {
-        id(layer.get_base_layer()): type(layer)
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DowserLayer)
-    }
-    nested = [name for name, target in targets.items() if id(target.module) in others]
-    if nested:
-        kind = others[id(targets[nested[0]].module)]
-        raise ValueError(
-            f"{len(nested)} of the target modules are adapted by another PEFT method already, such as '{nested[0]}' by "
-            f"{kind.__module__}.{kind.__name__}. Merge that adapter into the base first (merge_and_unload), or leave "
-            "its modules out of target_modules."
-        )
-
-
 def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
     """Find out whether every layer can be merged, while none is."""
     for layer in dowser_layers(model):
@@ -465,9 +328,3 @@ def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
             finally:
                 if layer.merged:
                     layer.unmerge()
-
-
-def _samples(model: nn.Module, targets: Mapping[str, Target], names: Iterable[str]) -> dict[str, str | None]:
-    """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
-    known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
-    return {name: known[name] if name in known else targets[name].sample() for name in names}

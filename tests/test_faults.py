@@ -162,10 +162,10 @@ def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: st
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("model", "check_whole"),
-        ("model", "resolve_targets"),
-        ("model", "probe_targets"),
-        ("model", "choose_masks"),
+        ("injection", "check_whole"),
+        ("injection", "resolve_targets"),
+        ("injection", "probe_targets"),
+        ("injection", "choose_masks"),
         ("selection", "select_jointly"),
     ],
 )

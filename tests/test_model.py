@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-import peft_dowser.model
+import peft_dowser.injection
 from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer, probe
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -162,7 +162,7 @@ def test_statistics_are_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = str(tmp_path / "stats.safetensors")
     probe(tiny_llama(), config()).save(path)
     expected = get_peft_model(tiny_llama(), config(update_ratio=0.3))
-    monkeypatch.setattr(peft_dowser.model, "probe_targets", lambda *args: pytest.fail("probed again"))
+    monkeypatch.setattr(peft_dowser.injection, "probe_targets", lambda *args: pytest.fail("probed again"))
     found = get_peft_model(tiny_llama(), config(update_ratio=0.3, statistics=path))
     for one, other in zip(dowser_layers(expected), dowser_layers(found), strict=True):
         assert torch.equal(one.dowser_index["default"].code, other.dowser_index["default"].code)
@@ -565,7 +565,7 @@ def test_every_way_of_loading_restores_the_logits_bit_for_bit(
     expected = logits(model)
     model.save_pretrained(tmp_path)
     if how != "second adapter":
-        monkeypatch.setattr(peft_dowser.model, "probe_targets", lambda *args: pytest.fail("probed on load"))
+        monkeypatch.setattr(peft_dowser.injection, "probe_targets", lambda *args: pytest.fail("probed on load"))
     assert torch.equal(logits(reloaded(tmp_path, how, dtype)), expected)
 
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import peft_dowser.model
+import peft_dowser.injection
 from peft_dowser import DowserLayer, ProbeStatistics, probe
 from peft_dowser.statistics import ProbeInfo
 
@@ -182,7 +182,7 @@ def test_a_file_gives_the_masks_of_a_probe(
     choice: dict, update_ratio: float, saved: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio)))
-    monkeypatch.setattr(peft_dowser.model, "probe_targets", lambda *args: pytest.fail("probed again"))
+    monkeypatch.setattr(peft_dowser.injection, "probe_targets", lambda *args: pytest.fail("probed again"))
     found = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio, statistics=saved)))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)

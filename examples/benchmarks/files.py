@@ -122,7 +122,7 @@ def measure_files(
 def unchecked() -> Iterator[None]:
     """Load without a look at the order of positions, at values, digests, and samples of the base."""
     with ExitStack() as patches:
-        for check in ("gate.check_values", "state.check_code", "codec._order_problem", "model.compare"):
+        for check in ("gate.check_values", "state.check_code", "codec._order_problem", "injection.compare"):
             patches.enter_context(patch(f"peft_dowser.{check}", lambda *arguments: None))
         yield
 
@@ -138,5 +138,5 @@ def peft_alone() -> Iterator[None]:
             (Index, "_decode", lambda index, code: None),
         ):
             patches.enter_context(patch.object(owner, name, instead))
-        patches.enter_context(patch("peft_dowser.model.compare"))
+        patches.enter_context(patch("peft_dowser.injection.compare"))
         yield

@@ -1,0 +1,212 @@
+"""`Injection`: the adapter that is just being added to a model, be it new, saved, or the copy of another one."""
+
+import copy
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from .config import PROBED_SCORES, DowserConfig
+from .gate import check_counts
+from .guard import Guard
+from .layer import DowserLayer, dowser_layers
+from .names import counts_in
+from .notices import report_bare_experts, report_selection, report_unmatched_ratios
+from .probe import check_materialized, probe_targets
+from .provenance import compare, warn_of_other_weights
+from .ranks import on_every_rank, rank, same_on_all_ranks
+from .selection import choose_masks
+from .spread import check_whole
+from .statistics import ProbeStatistics
+from .target import Target
+from .targets import fused_parameters, resolve_targets
+
+
+@dataclass
+class Injection:
+    """What is known of an adapter while it is added, and forgotten when it is there.
+
+    Attributes:
+        adapter_name: its name.
+        config: its own config.
+        guard: what the model was before.
+        twin: the adapter that it is a copy of, if it is one.
+        counts: trained weights by module, if it is a saved one.
+        masks: flat positions by module, once they are chosen for a new one.
+        targets: the weights that its config targets, by name, once they are found.
+        samples: of a saved one, `base_sample` by module, where they had to be read.
+    """
+
+    adapter_name: str
+    config: DowserConfig
+    guard: Guard
+    twin: str | None
+    counts: Mapping[str, int] | None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    samples: Mapping[str, str | None] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        adapter_name: str,
+        configs: Mapping[str, DowserConfig],
+        state_dict: Mapping[str, Tensor] | None,
+    ) -> "Injection":
+        """Begin to add an adapter.
+
+        Args:
+            model: the model that it is for, as it is without it.
+            adapter_name: its name.
+            configs: config by adapter name, with the one that was given for this adapter.
+            state_dict: tensors of a saved adapter, where PEFT was given some.
+        """
+        given = configs[adapter_name]
+        # TRL makes its reference model by adding an adapter with the very config of the first: a copy is meant.
+        twin = next((name for name, known in configs.items() if known is given and name != adapter_name), None)
+        # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
+        is_loaded = given.nnz_pattern is not None and twin is None
+        config = given if is_loaded else copy.deepcopy(given)
+        config._selected = None if twin is None else given.saved_nnz
+        config._written = config._forgetting = None
+        config._in_use = True
+        counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
+        return cls(adapter_name, config, Guard(model, adapter_name, config), twin, counts)
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the targets that are fused parameters."""
+        return [name for name, target in self.targets.items() if target.is_fused]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
+        self.config.check()
+        check_whole(model)
+        self.targets = resolve_targets(model, self.config)
+        _check_not_nested(model, self.targets)
+        by_default = self.config.target_modules is None
+        self._name_targets()
+        if self.twin is not None:
+            return
+        if self.counts is not None:
+            self._check_saved(model, self.counts)
+        else:
+            self._choose(model, by_default)
+
+    def _name_targets(self) -> None:
+        """Put into the config the targets that PEFT would not find by itself."""
+        config, fused = self.config, self.fused
+        has_ties = any(target.tied for target in self.targets.values())
+        if config.ensure_weight_tying and not (has_ties or config.modules_to_save):
+            warnings.warn(
+                "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
+            )
+        if config.target_modules is None or has_ties or config.last_layers is not None:
+            config.target_modules = set(self.targets) - set(fused)
+        if config.last_layers is not None:
+            config.target_parameters = fused or None
+
+    def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
+        """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
+        check_counts(counts, self.targets, self.adapter_name)
+        if self.config.manifest is not None:
+            self.samples = self._read_samples(model, counts)
+            shapes = {name: self.targets[name].shape for name in counts}
+            compare(self.config.manifest, counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+
+    def _choose(self, model: nn.Module, by_default: bool) -> None:
+        """Choose the masks, and say what was chosen; `by_default` is whether no target modules were given."""
+        started = time.perf_counter()
+        with _bare_base(model):
+            statistics = self._statistics(model)
+            self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
+        self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
+        report_unmatched_ratios(self.config, self.targets)
+        if by_default and not self.fused:
+            report_bare_experts(fused_parameters(model))
+        report_selection(self.masks, self.targets, time.perf_counter() - started)
+
+    def _statistics(self, model: nn.Module) -> ProbeStatistics | None:
+        if self.config.score not in PROBED_SCORES:
+            return None
+        path = self.config.statistics
+        if path is not None:  # rank 0 chooses
+            return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
+        return probe_targets(model, self.targets, self.config)
+
+    def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
+        check_materialized(model)
+        masks = choose_masks(self.targets, self.config, statistics)
+        if statistics is not None and self.config.statistics is not None:
+            warn_of_other_weights(statistics, self._read_samples(model, self.targets), self.config.statistics)
+        return masks
+
+    def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+        """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
+        known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
+        return {name: known[name] if name in known else self.targets[name].sample() for name in names}
+
+    def adapts(self, name: str, target: nn.Module | None) -> bool:
+        """Whether the adapter has values at a target: its name, and what stands there, None where nothing yet does."""
+        if self.twin is not None:
+            return isinstance(target, DowserLayer) and self.twin in target.dowser_values
+        return name in (self.masks if self.counts is None else self.counts)
+
+    def add_to(self, layer: DowserLayer, active: list[str]) -> None:
+        """Add the adapter to a layer that it `adapts`.
+
+        Args:
+            layer: layer of the target.
+            active: names of the adapters that are to be active.
+        """
+        name, config = self.adapter_name, self.config
+        if self.twin is not None:
+            layer.add_copy(name, of=self.twin)
+        elif self.counts is not None:
+            known = config.manifest["modules"][layer.module_name]["code_sha256"] if config.manifest else None
+            layer.add_placeholder(name, self.counts[layer.module_name], self.guard, known)
+        else:
+            layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
+        layer.set_adapter(active, inference_mode=config.inference_mode)
+
+
+@contextmanager
+def _bare_base(model: nn.Module) -> Iterator[None]:
+    """Run a model by its own weights, whatever PEFT methods have adapted it; refused where one is merged into them."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"Adapters {merged} are merged into the base model, so its own weights cannot be scored. Call "
+            "unmerge_adapter() before adding an adapter."
+        )
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuse layers that another PEFT method has adapted: what it adds would be left out without a word."""
+    others = {
+        id(layer.get_base_layer()): type(layer)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DowserLayer)
+    }
+    nested = [name for name, target in targets.items() if id(target.module) in others]
+    if nested:
+        kind = others[id(targets[nested[0]].module)]
+        raise ValueError(
+            f"{len(nested)} of the target modules are adapted by another PEFT method already, such as '{nested[0]}' by "
+            f"{kind.__module__}.{kind.__name__}. Merge that adapter into the base first (merge_and_unload), or leave "
+            "its modules out of target_modules."
+        )
