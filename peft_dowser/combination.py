@@ -7,7 +7,7 @@ import torch
 
 from .arithmetic import CombinationType, SignMethod, combine
 from .config import DowserConfig
-from .layer import DowserLayer, can_name_an_adapter
+from .layer import DowserLayer
 from .postmerge import Delta
 from .seeds import derived_seed
 
@@ -15,7 +15,7 @@ from .seeds import derived_seed
 def check_sources(
     configs: Mapping[str, DowserConfig], layers: Iterable[DowserLayer], adapters: Sequence[str], adapter_name: str
 ) -> None:
-    """Refuse adapters that cannot be combined, and names that a new adapter cannot have.
+    """Refuse adapters that cannot be combined, and the name of an adapter that is there.
 
     Args:
         configs: config by adapter name.
@@ -24,17 +24,12 @@ def check_sources(
         adapter_name: name of the result.
 
     Raises:
-        ValueError: an adapter is unknown, merged, or trains more than sparse deltas; or the name is taken or invalid.
+        ValueError: an adapter is unknown, merged, or trains more than sparse deltas; or the name is taken.
     """
     if unknown := sorted(set(adapters) - set(configs)):
         raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(configs)}.")
     if adapter_name in configs:
         raise ValueError(f"Adapter '{adapter_name}' exists already. Choose another adapter_name, or delete it first.")
-    if not can_name_an_adapter(adapter_name):
-        raise ValueError(
-            "adapter_name must be a name without dots that is no attribute of a torch module, as 'half' is, got "
-            f"{adapter_name!r}. Choose another one."
-        )
     if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise ValueError(
             f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before combining adapters."

@@ -175,6 +175,15 @@ class Injection:
         layer.set_adapter(active, inference_mode=config.inference_mode)
 
 
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuse a name that torch cannot give a module."""
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
+            "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
+        )
+
+
 @contextmanager
 def _bare_base(model: nn.Module) -> Iterator[None]:
     """Run a model by its own weights, whatever PEFT methods have adapted it; refused where one is merged into them."""

@@ -20,11 +20,6 @@ from .storage import offload_hook
 from .target import Target
 
 
-def can_name_an_adapter(name: str) -> bool:
-    """Whether torch can keep modules under this name: not empty, without a dot, no attribute of every module."""
-    return bool(name) and "." not in name and not hasattr(nn.ModuleDict(), name)
-
-
 class DowserLayer(BaseTunerLayer):
     """State of the Dowser adapters on one target.
 

@@ -23,8 +23,8 @@ from .embedding import Embedding
 from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
-from .injection import Injection
-from .layer import DowserLayer, Linear, can_name_an_adapter, dowser_layers
+from .injection import Injection, check_adapter_name
+from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import CODE, is_delta, named
 from .notices import report_scale, report_vanished
@@ -64,7 +64,7 @@ class DowserModel(BaseTuner):
         self.peft_config[adapter_name] = self._injection.config
         is_new = not adapted(model, adapter_name)
         try:
-            _check_name(adapter_name)
+            check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
         except BaseException:
@@ -204,6 +204,7 @@ class DowserModel(BaseTuner):
             ValueError: an argument is out of range, an adapter is merged or trains more than sparse deltas, or nothing
                 is left. The model is unchanged.
         """
+        check_adapter_name(adapter_name)
         layers = dowser_layers(self.model)
         check_sources(self.peft_config, layers, adapters, adapter_name)
         deltas = combined_deltas(layers, adapters, weights, combination_type, density, majority_sign_method, seed)
@@ -308,15 +309,6 @@ class DowserModel(BaseTuner):
         for _, layer in layers:
             layer.release(adapter_name)
         return remapped
-
-
-def _check_name(adapter_name: str) -> None:
-    """Refuse a name that torch cannot give a module."""
-    if not can_name_an_adapter(adapter_name):
-        raise ValueError(
-            f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
-            "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
-        )
 
 
 def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
