@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .files import write_tensors
 from .spread import is_spread
 
 # What SPIDER adds to a checkpoint: without it, a resumed run would take the half-trained weights for the base.
@@ -78,7 +79,7 @@ class SpiderCallback(TrainerCallback):
             tensors = {f"base.{name}": tensor for name, tensor in self.base.items()}
             tensors |= {f"gradient.{name}": tensor for name, tensor in self.gradients.items()}
             tensors |= {f"checksum.{name}": _checksum(weight) for name, weight in weights.items()}
-            save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SPIDER_FILE)
+            write_tensors({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / SPIDER_FILE)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
