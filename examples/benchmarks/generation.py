@@ -32,7 +32,7 @@ def measure_generation(method: str, update_ratio: float, hidden: int, dtype: str
     pairs = seconds_in_turn(
         lambda: base.generate(input_ids=prompt, **options),
         lambda: peft.generate(input_ids=prompt, **options),
-        repetitions=5,
+        repetitions=3,
     )
     return {
         "seconds_per_token": statistics.median(adapter for _, adapter in pairs) / tokens,
