@@ -167,19 +167,20 @@ class Passes:
     def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
         inputs, mask, written = self._collated(chosen)
         masks = _masks(mask, written)
-        fused, plain = self.fused, self.plain
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
-                name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in fused.items()
+                name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in self.fused.items()
             }
-        of_plain = {name: tap_of(target, masks, len(chosen), self.wants_gradient) for name, target in plain.items()}
+        of_plain = {
+            name: tap_of(target, masks, len(chosen), self.wants_gradient) for name, target in self.plain.items()
+        }
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
         generators = [
             torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
             for number in chosen
         ]
-        with tapped(plain, of_plain), tapped_experts(fused, of_experts):
+        with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
             for numbers in self._rounds():
                 with torch.no_grad():  # the taps turn it on
                     outputs = self._forward(inputs, mask, written)
@@ -201,7 +202,7 @@ class Passes:
         for name, tap in of_plain.items():
             self._keep(name, tap, chosen)
         for name, experts in of_experts.items():
-            matrices = fused[name].matrices()
+            matrices = self.fused[name].matrices()
             for expert, tap in experts.by_expert():
                 self._keep(matrices[expert].name, tap, chosen)
 

@@ -1,7 +1,7 @@
 """Small models and configs that many tests use."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dowser import DowserConfig, DowserLayer
@@ -44,3 +44,18 @@ def set_values(model: nn.Module, std: float = 0.05, seed: int = 0) -> None:
         if isinstance(layer, DowserLayer):
             for values in layer.dowser_values.values():
                 values.weight.data.copy_(std * torch.randn(values.weight.shape, generator=generator))
+
+
+def base_bits(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all base tensors, by their name in the base model."""
+    return {
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if ".dowser_" not in name
+    }
+
+
+def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different

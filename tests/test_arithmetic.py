@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_dowser import DowserConfig, DowserLayer
+from peft_dowser import DowserConfig
 from peft_dowser.arithmetic import (
     add,
     combine,
@@ -23,6 +23,7 @@ from peft_dowser.arithmetic import (
     negate,
     weighted_sum,
 )
+from peft_dowser.layer import dowser_layers
 from peft_dowser.postmerge import Delta
 
 NUMEL = 200
@@ -237,10 +238,6 @@ def test_deltas_on_several_devices_are_refused() -> None:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def dowser_layers(model: nn.Module) -> list[DowserLayer]:
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
 
 
 def two_adapters(dtype: torch.dtype = torch.float32) -> PeftModel:

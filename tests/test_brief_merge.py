@@ -8,12 +8,12 @@ from threading import Barrier
 
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from helpers import assert_same_bits, base_bits, config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from test_experts import tiny_moe
 from torch import Tensor, nn
 
-from peft_dowser import DowserLayer
+from peft_dowser.layer import dowser_layers
 
 THREADS = 4
 IDS = torch.tensor([[3, 5, 9, 4], [8, 1, 2, 7]])
@@ -30,10 +30,6 @@ def eager_switches():
 
 def generated(model: nn.Module) -> Tensor:
     return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
-
-
-def base_bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: weight.detach().clone() for name, weight in model.named_parameters() if ".dowser_" not in name}
 
 
 def dense() -> PeftModel:
@@ -61,14 +57,14 @@ def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(m
 
     with ThreadPoolExecutor(THREADS) as threads:
         assert all(threads.map(work, range(THREADS)))
-    assert not any(layer.merged for layer in model.modules() if isinstance(layer, DowserLayer))
-    assert all(torch.equal(weight, before[name]) for name, weight in base_bits(model).items())
+    assert not any(layer.merged for layer in dowser_layers(model))
+    assert_same_bits(base_bits(model), before)
 
 
 def test_the_last_one_to_end_unmerges() -> None:
     model = dense()
     set_values(model)
-    layer = next(module for module in model.modules() if isinstance(module, DowserLayer))
+    layer = dowser_layers(model)[0]
     seen = []
 
     def another(module, args, output) -> None:

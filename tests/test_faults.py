@@ -11,11 +11,12 @@ import peft.peft_model
 import pytest
 import torch
 from bad_files import CONFIG, FILE, Before, Small, X, load, saved
-from helpers import config, set_values, tiny_llama
+from helpers import assert_same_bits, base_bits, config, set_values, tiny_llama
 from peft import get_peft_model
 
 import peft_dowser
 from peft_dowser import DowserLayer, probe, verify
+from peft_dowser.layer import dowser_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 FAULTS = [KeyboardInterrupt, torch.OutOfMemoryError("no memory"), OSError(28, "No space left on device")]
@@ -232,10 +233,10 @@ def interrupt(line: int, call) -> bool:
 def test_wherever_a_merge_is_interrupted_the_output_is_right_and_it_can_be_taken_back(call: str) -> None:
     ids = torch.tensor([[1, 5, 9]])
     base = tiny_llama(layers=1)
-    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    before = base_bits(base)
     model = get_peft_model(base, config(score="random", target_modules=["q_proj"]))
     set_values(model)
-    (layer,) = (module for module in model.modules() if isinstance(module, DowserLayer))
+    (layer,) = dowser_layers(model)
     calls = {
         "merge": model.merge_adapter,
         "unmerge": model.unmerge_adapter,
@@ -252,19 +253,11 @@ def test_wherever_a_merge_is_interrupted_the_output_is_right_and_it_can_be_taken
         if layer.merged:
             model.unmerge_adapter()
         assert torch.equal(model(ids).logits, expected), line
-        assert all(torch.equal(weight, before[name.replace(".base_layer", "")]) for name, weight in weights(model)), (
-            line
-        )
+        assert_same_bits(base_bits(model), before)
         if finished:
             break
         line += 1
     assert line > 10
-
-
-def weights(model) -> list:
-    """The weights of the base, by their names in it."""
-    state = model.base_model.model.state_dict()
-    return [(name, weight) for name, weight in state.items() if ".dowser_" not in name]
 
 
 def test_verify_finds_a_save_that_was_cut_between_its_two_files(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from helpers import assert_same_bits, base_bits, config, set_values, tiny_llama
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import peft_dowser.injection
-from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer, probe
+from peft_dowser import DeltaFormatError, DowserConfig, probe
+from peft_dowser.layer import dowser_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -31,25 +32,6 @@ def adapted(dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
     model = get_peft_model(tiny_llama(dtype), config(**overrides))
     set_values(model)
     return model.eval()
-
-
-def base_bits(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all base tensors, by their name in the base model."""
-    return {
-        name.removeprefix("base_model.model.").replace(".base_layer", ""): tensor.clone()
-        for name, tensor in model.state_dict().items()
-        if ".dowser_" not in name
-    }
-
-
-def assert_same_bits(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    different = [name for name in left if not torch.equal(left[name], right[name])]
-    assert not different
-
-
-def dowser_layers(model: nn.Module) -> list[DowserLayer]:
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
 
 
 # A new adapter

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from peft_dowser import DowserLayer
+from peft_dowser.layer import dowser_layers
 from peft_dowser.quantized import QuantizedLinear
 from peft_dowser.storage import backend_of, unpack
 
@@ -80,10 +81,6 @@ def with_hqq(model: nn.Module) -> nn.Module:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def dowser_layers(model: nn.Module) -> list[DowserLayer]:
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
 
 
 def layers(model: nn.Module) -> list[QuantizedLinear]:

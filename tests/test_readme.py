@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from peft_dowser.layer import dowser_layers
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -45,12 +47,6 @@ def test_the_code_blocks_run_one_after_the_other(hub: Path) -> None:
     assert (hub / "qwen.safetensors").is_file()
     trained = sum(parameter.numel() for parameter in names["model"].parameters() if parameter.requires_grad)
     assert trained == sum(round(0.25 * layer.weight.numel()) for layer in dowser_layers(names["model"]))
-
-
-def dowser_layers(model: torch.nn.Module) -> list:
-    from peft_dowser import DowserLayer
-
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
 
 
 def test_the_two_lines_of_a_new_user_stand_in_it() -> None:
