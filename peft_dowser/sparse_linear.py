@@ -120,11 +120,13 @@ def sparse_linear(
     total = sum_of(weight, values, positions).to(x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype)
-    if not transposed:
-        return F.linear(x, total, bias)
-    flat = x.reshape(-1, x.shape[-1])
-    product = flat @ total if bias is None else torch.addmm(bias, flat, total)
-    return product.view(*x.shape[:-1], total.shape[1])
+    if transposed:
+        flat = x.reshape(-1, x.shape[-1])
+        product = flat @ total if bias is None else torch.addmm(bias, flat, total)
+    else:
+        product = F.linear(x, total, bias)
+    # No view: of an op's output torch forbids that, where the model then changes it in place.
+    return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], product.shape[-1]))
 
 
 @sparse_linear.register_fake

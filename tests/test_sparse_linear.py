@@ -219,6 +219,19 @@ def test_any_number_of_leading_dimensions(tokens: tuple[int, ...], transposed: b
     assert_gradients_of_the_twin(case, upstream(case))
 
 
+@pytest.mark.parametrize("tokens", [(), (3,), (2, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+@over_layouts
+def test_a_model_may_change_the_output_in_place(tokens: tuple[int, ...], bias: bool, transposed: bool) -> None:
+    case = make(torch.float64, tokens, transposed=transposed)
+    case = case._replace(bias=case.bias if bias else None)
+    output = sparse_linear(*case)
+    output.mul_(2).add_(1)
+    assert torch.equal(output, merged_output(case) * 2 + 1)
+    found = torch.autograd.grad(output, inputs(case), upstream(case))
+    assert_same_bits(found, gradients(case, 2 * upstream(case)))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @over_layouts
 def test_under_autocast_the_rounded_sum_is_cast(dtype: torch.dtype, transposed: bool) -> None:
