@@ -311,7 +311,10 @@ class Linear(nn.Module, DowserLayer):
         """Whether the base layer must run itself, because calling it does more than its weight and bias say."""
         base = self.get_base_layer()
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        return any(hooks) or hasattr(base, "_hf_hook")  # the latter is accelerate's
+        forward = base.__dict__.get("forward")  # one of its own, as accelerate gives it
+        replaced = forward is not None and getattr(forward, "__func__", None) is not type(base).forward
+        rounds_twice = type(base).__name__ == "FalconLinear" and base.bias is not None  # the product, then the sum
+        return any(hooks) or replaced or rounds_twice
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.

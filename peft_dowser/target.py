@@ -11,6 +11,11 @@ from .spread import gathered, shape_of
 from .storage import backend_of, device_of, onloaded
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether the class of a module computes torch's linear layer or transformers' Conv1D, and has no other forward."""
+    return type(module).forward in (nn.Linear.forward, Conv1D.forward)
+
+
 @dataclass(frozen=True)
 class Target:
     """One weight of the base model: a matrix, or the matrices of all experts in one fused parameter.

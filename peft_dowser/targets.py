@@ -15,12 +15,11 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from .config import DowserConfig
 from .spread import shape_of
 from .storage import backend_of
-from .target import Target
+from .target import Target, is_plain
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -193,8 +192,9 @@ def _language_model(model: PreTrainedModel) -> nn.Module:
 
 
 def _is_linear(module: nn.Module) -> bool:
+    """Whether calling this multiplies with its weight, adds its bias, and does nothing else; or it is quantized."""
     module = _unwrapped(module)
-    return isinstance(module, nn.Linear | Conv1D) or backend_of(module) is not None
+    return is_plain(module) or type(module).__name__ == "FalconLinear" or backend_of(module) is not None
 
 
 def _is_lookup(module: nn.Module) -> bool:
@@ -215,13 +215,20 @@ def _target(name: str, module: nn.Module) -> Target:
     if not _is_linear(module) and not _is_lookup(module):
         fused = [_short(f"{name}{key}") for key in fused_parameters(module) if key.count(".") == 1]
         raise TypeError(
-            f"Target module '{name}' is a {type(module).__name__}. Target modules must be torch.nn.Linear, "
-            "transformers' Conv1D, or a torch.nn.Embedding that only looks up rows; change target_modules or "
-            "exclude_modules."
+            f"Target module '{name}' is a {type(module).__name__}. Target modules must be torch.nn.Linear or "
+            "transformers' Conv1D, with no other forward than theirs, or a torch.nn.Embedding that only looks up rows; "
+            "change target_modules or exclude_modules."
             + (f" The fused weights of its experts are adapted by target_parameters={fused}." if fused else "")
         )
     if backend_of(module) is None:
         weight = cast(nn.Linear, module).weight
+        if not isinstance(weight, nn.Parameter):
+            raise TypeError(
+                f"Target module '{name}' computes its weight from other tensors, as weight normalization, pruning and "
+                "other parametrizations of torch do, so a merge could not write it. Make the weight a parameter first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
+                "torch.nn.utils.prune.remove), or leave the module out of target_modules."
+            )
         if not weight.is_floating_point() or weight.element_size() < 2:
             raise TypeError(
                 f"Target module '{name}' has a weight of {weight.dtype}, and PEFT knows no library that has quantized "
