@@ -43,7 +43,7 @@ def complete(
         adapter_name: name of the adapter.
 
     Raises:
-        ValueError: values of a module are empty or sharded.
+        ValueError: values of a module are empty or sharded, or something has written into the positions.
     """
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
     for layer in layers:
@@ -59,5 +59,6 @@ def complete(
                 "(accelerator.get_state_dict(model), or get_model_state_dict with full_state_dict=True), and call "
                 "save_pretrained(..., state_dict=...) with it on rank 0."
             )
+        index.check_untouched()
         selected[values_key] = values
         selected[start + named(CODE, adapter_name)] = index.code

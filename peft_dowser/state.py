@@ -84,6 +84,7 @@ class Index(nn.Module):
             code of a placeholder.
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
         written: dtype and `entries.checksum` of what that merge wrote; None while unmerged, or merged briefly.
+        writes: how often code and positions had been written in place when they last agreed.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
         guard: as in `Values`.
         checked: a code that was read already, and its positions; None unless a load is under way.
@@ -109,6 +110,7 @@ class Index(nn.Module):
         self.digest = None
         self.checked: tuple[Tensor, Tensor] | None = None
         self.written: tuple[torch.dtype, int] | None = None
+        self.writes = (0, 0)
         # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
         # parameter; `DowserModel` then adds the code to what is saved.
         self.register_buffer("code", code, persistent=not is_fsdp_enabled())
@@ -148,6 +150,7 @@ class Index(nn.Module):
                 self.positions = self.read(self.code)
         if self.positions is not None:
             self.digest = None  # another file may follow
+            self.writes = self._count_writes()
 
     def fill(self, code: Tensor, positions: Tensor) -> None:
         """Take other positions with their code; in the same memory where their number stays."""
@@ -155,6 +158,7 @@ class Index(nn.Module):
         if self.positions is not None and positions.shape == self.positions.shape:
             self.code.copy_(code)
             self.positions.copy_(positions)
+            self.writes = self._count_writes()
             return
         self.nnz, self.checked = positions.numel(), (code, positions)
         self.code = code.to(self.code.device)
@@ -175,9 +179,40 @@ class Index(nn.Module):
 
         Raises:
             DeltaFormatError: this is a placeholder, and no file was loaded into it, or one that does not fit.
+            ValueError: something has written into them.
         """
         if self.guard is not None:
             self.guard.settle()
         if self.positions is None:
             raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
+        if not torch.compiler.is_compiling():
+            self.check_untouched()
         return self.positions
+
+    def check_untouched(self) -> None:
+        """Refuse a code and positions that something has written into, so that they tell of other weights.
+
+        Raises:
+            ValueError: they do not agree.
+        """
+        writes = self._count_writes()
+        if writes == self.writes or not any(writes):  # there are none in a copy on another device
+            return
+        try:
+            agree = self.positions is None or torch.equal(decode(self.code, self.numel, self.nnz), self.positions)
+        except DeltaFormatError:
+            agree = False
+        if not agree:
+            raise ValueError(
+                "The positions of an adapter were written in place and are no longer those that it trains. Averages "
+                "of models must leave buffers as they are (AveragedModel(..., use_buffers=False)), and a state must "
+                "be loaded by load_state_dict(), not copied into the tensors of state_dict()."
+            )
+        self.writes = writes
+
+    def _count_writes(self) -> tuple[int, int]:
+        """As torch counts them, which it does not for tensors of inference mode."""
+        found = [
+            0 if tensor is None or tensor.is_inference() else tensor._version for tensor in (self.code, self.positions)
+        ]
+        return found[0], found[1]

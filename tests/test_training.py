@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 from peft_dowser import DowserLayer
 
@@ -268,3 +270,34 @@ def test_bfloat16_values_are_announced(caplog: pytest.LogCaptureFixture) -> None
     get_peft_model(tiny_llama(torch.bfloat16), config())
     get_peft_model(tiny_llama(), config(), autocast_adapter_dtype=False)
     assert "trains in" not in caplog.text
+
+
+def test_an_average_of_models_is_the_model_with_averaged_values() -> None:
+    model = get_peft_model(tiny_llama(), config(score="random"))
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.5))
+    for seed in (1, 2):
+        set_values(model, seed=seed)
+        average.update_parameters(model)
+    first, second = (get_peft_model(tiny_llama(), config(score="random")) for _ in range(2))
+    set_values(first, seed=1)
+    set_values(second, seed=2)
+    for mine, other in zip(values_of(first).values(), values_of(second).values(), strict=True):
+        mine.data.lerp_(other, 0.5)
+    torch.testing.assert_close(average(input_ids=BATCH).logits, first(input_ids=BATCH).logits)
+
+
+def test_positions_that_something_has_written_into_are_refused(tmp_path: Path) -> None:
+    model, other = (get_peft_model(tiny_llama(), config(score="random", seed=seed)) for seed in (0, 1))
+    average = AveragedModel(model, avg_fn=get_ema_avg_fn(0.9), use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(model)  # integers, rounded down each time
+    same, loaded = copy.deepcopy(model), copy.deepcopy(model)
+    for target, source in ((same, model), (loaded, other)):
+        for key, tensor in target.state_dict().items():
+            tensor.copy_(source.state_dict()[key])
+    assert torch.equal(same(input_ids=BATCH).logits, model(input_ids=BATCH).logits)
+    for wrong in (average.module, loaded):
+        with pytest.raises(ValueError, match="positions of an adapter were written in place"):
+            wrong(input_ids=BATCH)
+        with pytest.raises(ValueError, match="positions of an adapter were written in place"):
+            wrong.save_pretrained(tmp_path)
