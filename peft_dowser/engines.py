@@ -10,6 +10,8 @@ from .spread import is_sharded
 
 # Where DistributedDataParallel looks for the names of what it shall not synchronize.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
+# What torch.compile puts into the names of all that is inside a compiled module.
+_COMPILED = "_orig_mod."
 
 
 def leave_positions_to_us(model: nn.Module) -> None:
@@ -34,7 +36,8 @@ def complete(
     """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
 
     PEFT looks for tensors under the names of the modules; FSDP1 and activation checkpointing add parts to those, which
-    the names of the tensors lack. The index code may be no part of a state dict, see `state.Index`.
+    the names of the tensors lack; torch.compile adds one to both, which a file must not have. The index code may be no
+    part of a state dict, see `state.Index`.
 
     Args:
         selected: the adapter's tensors, their keys with the adapter's name; changed in place.
@@ -45,6 +48,9 @@ def complete(
     Raises:
         ValueError: values of a module are empty or sharded, or something has written into the positions.
     """
+    state_dict, named_as_usual = _as_usual(state_dict), _as_usual(selected)
+    selected.clear()
+    selected.update(named_as_usual)
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
     for layer in layers:
         module, index = layer.module_name, layer.index(adapter_name)
@@ -62,3 +68,8 @@ def complete(
         index.check_untouched()
         selected[values_key] = values
         selected[start + named(CODE, adapter_name)] = index.code
+
+
+def _as_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors under the names that they have where nothing is compiled."""
+    return {name.replace(_COMPILED, ""): tensor for name, tensor in tensors.items()}
