@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 from torch import nn
 
 from .layer import DowserLayer, dowser_layers
+from .spread import is_spread
 
 # Held while weights are written; not while tokens are generated.
 _writing = threading.RLock()
@@ -20,12 +21,12 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
     """Merge the active adapters for a while, bit for bit without a trace.
 
     The first of several threads to come merges, the last one to go unmerges. Nothing happens to a model whose adapters
-    are merged or disabled already.
+    are merged or disabled already, or whose weights are spread over ranks.
 
     Args:
         model: model with `DowserLayer`s; those whose merge does not write in place stay unmerged.
     """
-    layers = [layer for layer in dowser_layers(model) if layer.merges_in_place]
+    layers = [] if is_spread(model) else [layer for layer in dowser_layers(model) if layer.merges_in_place]
     with _writing:
         calls = _calls.setdefault(model, set())
         is_ours = bool(calls) or not any(layer.merged or layer.disable_adapters for layer in layers)

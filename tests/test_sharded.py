@@ -1,9 +1,10 @@
-"""FSDP1, FSDP2 (plain and through accelerate) and DDP on two ranks: probes, trains and saves as one process does."""
+"""FSDP1, FSDP2 (plain and by accelerate) and DDP on two ranks: probes, trains, generates, saves as one process does."""
 
 import os
 import traceback
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,14 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullStateDictConfig, FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    FullStateDictConfig,
+    FullyShardedDataParallel,
+    StateDictType,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -142,10 +150,22 @@ def base_on(rank: int, engine: str) -> nn.Module:
     return base
 
 
+def generated(model: PeftModel, parallel: nn.Module) -> torch.Tensor:
+    """What a model generates, in the way of trainers that generate with an engine."""
+    gathered: AbstractContextManager = nullcontext()
+    if isinstance(parallel, FSDPModule):
+        register_fsdp_forward_method(parallel, "generate")
+    elif isinstance(parallel, FullyShardedDataParallel):
+        gathered = FullyShardedDataParallel.summon_full_params(parallel, recurse=False)
+    with gathered:
+        return model.generate(input_ids=batch_of(0), max_new_tokens=5, do_sample=False)
+
+
 def one_engine(rank: int, engine: str, folder: Path) -> dict:
     model = get_peft_model(base_on(rank, engine), config(seed=rank))
     parallel, state = ENGINES[engine](model)
     losses = train(parallel, range(STEPS), rank, 2)
+    tokens = generated(model, parallel)
     refusal = ""
     if engine.startswith("fsdp2"):
         assert any(isinstance(p, DTensor) for p in model.parameters() if p.requires_grad)
@@ -159,7 +179,7 @@ def one_engine(rank: int, engine: str, folder: Path) -> dict:
     dist.barrier()
     again = PeftModel.from_pretrained(tiny_llama(), folder / engine, is_trainable=True)
     resumed = train(ENGINES[engine](again)[0], range(STEPS, STEPS + 2), rank, 2)
-    return {"losses": losses, "refusal": refusal, "resumed": resumed}
+    return {"losses": losses, "tokens": tokens, "refusal": refusal, "resumed": resumed}
 
 
 def codes(model: nn.Module) -> list[torch.Tensor]:
@@ -300,7 +320,7 @@ def alone() -> tuple[PeftModel, list[float]]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_trains_saves_and_resumes_as_one_process_does(
+def test_trains_generates_saves_and_resumes_as_one_process_does(
     engine: str, results: list[dict], alone: tuple[PeftModel, list[float]], folder: Path
 ) -> None:
     model, losses = alone
@@ -308,6 +328,7 @@ def test_trains_saves_and_resumes_as_one_process_does(
         assert isinstance(found[engine], dict), found[engine]
         close(found[engine]["losses"], losses[:STEPS])
         close(found[engine]["resumed"], losses[STEPS:])
+        assert torch.equal(found[engine]["tokens"], generated(model, model))
     loaded = PeftModel.from_pretrained(tiny_llama(), folder / engine)
     expected, found = model.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys()
