@@ -61,6 +61,7 @@ class DowserConfig(PeftConfig):
         seed: seed of prompts, projections and random scores. The global generators are neither used nor changed.
         init_weights: False starts from random values instead of zeros, for tests.
         save_dtype: dtype of the values in the saved file: "float32", "bfloat16" or "float16"; None keeps theirs.
+            Checkpoints are saved files too: a training that resumes from one goes on with the rounded values.
         nnz_pattern: written by `save_pretrained`: trained weights by module. A config that has it belongs to a saved
             adapter, and loading it never probes. Leave it None.
         manifest: written by `save_pretrained`: format version, digests, and samples of the base, see FORMAT.md. Leave
