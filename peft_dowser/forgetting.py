@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .config import DowserConfig
 from .prompts import Prompt
 from .ranks import by_all_ranks
+from .spread import is_spread
 from .upstream import Text, adapters_disabled, base_of, loss_on, measuring, read_prompts, written_prompts
 
 if TYPE_CHECKING:
@@ -139,6 +140,11 @@ class ForgettingCallback(TrainerCallback):
         self.training, self.current = False, None
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
+        if self.texts is None and isinstance(model, PeftModel) and is_spread(model):
+            raise ValueError(
+                "ForgettingCallback cannot let the base inside a sharded PeftModel write prompts: only a forward of "
+                "the whole gathers its weights. Pass texts=[...]."
+            )
         if self.max_forgetting is not None and args.eval_strategy == "no":
             raise ValueError(
                 f"max_forgetting={self.max_forgetting} could never stop this training: forgetting is measured at "

@@ -30,9 +30,10 @@ from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from trainings import HOOK
+from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_dowser import DowserLayer, ProbeStatistics, SpiderCallback, probe
+from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, SpiderCallback, probe
 from peft_dowser.statistics import ModuleStatistics
 
 STEPS = 3
@@ -259,6 +260,22 @@ def refused(rank: int) -> list[str]:
     return messages
 
 
+def forgetting(rank: int) -> tuple[str, list[dict]]:
+    """What ForgettingCallback says without texts, and what it logs with them."""
+    model = with_fsdp2(get_peft_model(tiny_llama(), config(score="random")))[0]
+    with pytest.raises(ValueError) as raised:
+        ForgettingCallback().on_train_begin(*HOOK, model=model)
+    return str(raised.value), measured(model)
+
+
+def measured(model: nn.Module) -> list[dict]:
+    """The log of a measurement on a text."""
+    state = TrainerState()
+    args = TrainingArguments(report_to=[], use_cpu=True)
+    ForgettingCallback([[1, 5, 9, 7]]).on_train_begin(args, state, TrainerControl(), model=model)
+    return state.log_history
+
+
 def spider_refuses(rank: int) -> dict[str, bool]:
     """Whether SPIDER refuses dense weights, with the forward of a measurement before."""
     found = {}
@@ -279,6 +296,7 @@ def all_engines(rank: int, folder: str) -> dict:
         "checkpoint": partial(resumed_from_a_checkpoint, rank),
         "refused": partial(refused, rank),
         "spider": partial(spider_refuses, rank),
+        "forgetting": partial(forgetting, rank),
     }
     for engine in ENGINES:
         work[engine] = partial(one_engine, rank, engine, Path(folder))
@@ -367,6 +385,14 @@ def test_bases_that_are_sharded_in_other_ways_are_not_probed(results: list[dict]
 def test_spider_wants_whole_weights(results: list[dict]) -> None:
     refused = {"ddp": False, "fsdp1": True, "fsdp2": True, "fsdp2 in one unit": True}
     assert [found["spider"] for found in results] == [refused, refused]
+
+
+def test_forgetting_of_a_sharded_model_is_measured_on_texts(results: list[dict]) -> None:
+    expected = measured(get_peft_model(tiny_llama(), config(score="random")))
+    for found in results:
+        message, log = found["forgetting"]
+        assert "sharded PeftModel write prompts" in message
+        close([entry["upstream_loss"] for entry in log], [entry["upstream_loss"] for entry in expected])
 
 
 def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
