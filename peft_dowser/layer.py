@@ -17,7 +17,7 @@ from .postmerge import Delta
 from .sparse_linear import add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
 from .storage import offload_hook
-from .target import Target
+from .target import Target, is_falcons
 
 
 class DowserLayer(BaseTunerLayer):
@@ -313,7 +313,7 @@ class Linear(nn.Module, DowserLayer):
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
         forward = base.__dict__.get("forward")  # one of its own, as accelerate gives it
         replaced = forward is not None and getattr(forward, "__func__", None) is not type(base).forward
-        rounds_twice = type(base).__name__ == "FalconLinear" and base.bias is not None  # the product, then the sum
+        rounds_twice = is_falcons(base) and base.bias is not None
         return any(hooks) or replaced or rounds_twice
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:

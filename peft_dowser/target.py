@@ -16,6 +16,11 @@ def is_plain(module: nn.Module) -> bool:
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
 
 
+def is_falcons(module: nn.Module) -> bool:
+    """Whether this is the linear layer of Falcon, which rounds the product before it adds the bias."""
+    return type(module).__name__ == "FalconLinear"
+
+
 @dataclass(frozen=True)
 class Target:
     """One weight of the base model: a matrix, or the matrices of all experts in one fused parameter.

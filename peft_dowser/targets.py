@@ -12,14 +12,14 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
 from .config import DowserConfig
 from .spread import shape_of
 from .storage import backend_of
-from .target import Target, is_plain
+from .target import Target, is_falcons, is_plain
 
 # Linears of a language model that route tokens to experts; they are never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -194,7 +194,14 @@ def _language_model(model: PreTrainedModel) -> nn.Module:
 def _is_linear(module: nn.Module) -> bool:
     """Whether calling this multiplies with its weight, adds its bias, and does nothing else; or it is quantized."""
     module = _unwrapped(module)
-    return is_plain(module) or type(module).__name__ == "FalconLinear" or backend_of(module) is not None
+    if isinstance(module, nn.Linear) and _is_narrow(module.weight):
+        return True  # by whatever library; `_target` says so
+    return is_plain(module) or is_falcons(module) or backend_of(module) is not None
+
+
+def _is_narrow(weight: Tensor) -> bool:
+    """Whether no delta can be added to a weight: it holds integers, or floats of eight bits."""
+    return not weight.is_floating_point() or weight.element_size() < 2
 
 
 def _is_lookup(module: nn.Module) -> bool:
@@ -229,7 +236,7 @@ def _target(name: str, module: nn.Module) -> Target:
                 "(torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.remove_weight_norm, "
                 "torch.nn.utils.prune.remove), or leave the module out of target_modules."
             )
-        if not weight.is_floating_point() or weight.element_size() < 2:
+        if _is_narrow(weight):
             raise TypeError(
                 f"Target module '{name}' has a weight of {weight.dtype}, and PEFT knows no library that has quantized "
                 "it so. Load the base in floating point, or quantize it with bitsandbytes, torchao or HQQ."

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import config, set_values
+from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
@@ -52,6 +52,15 @@ def test_a_class_with_a_forward_of_its_own_is_refused() -> None:
     base[0] = Scaled(8, 16)
     with pytest.raises(TypeError, match=r"'0' is a Scaled.*with no other forward than theirs"):
         adapted(base)
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+def test_a_layer_of_an_unknown_quantization_is_named(targets: list[str] | None) -> None:
+    base = tiny_llama()
+    for layer in base.model.layers:
+        layer.self_attn.q_proj = Scaled(32, 32).to(torch.float8_e4m3fn)
+    with pytest.raises(TypeError, match=r"q_proj' has a weight of torch\.float8_e4m3fn, and PEFT knows no library"):
+        get_peft_model(base, config(score="random", target_modules=targets))
 
 
 def test_a_forward_that_was_set_on_a_layer_runs() -> None:
