@@ -296,9 +296,9 @@ def _ties(model: nn.Module, target: Target) -> set[str]:
     weight = getattr(target.module, target.parameter, None)
     if weight is None or not weight.is_meta or not isinstance(model, PreTrainedModel):
         return set()
-    if not model.config.get_text_config(decoder=True).tie_word_embeddings:
-        return set()
-    pairs = [{one, other} for one, other in model.all_tied_weights_keys.items()]
+    # Of the pairs that the weights were loaded with, those that the config still ties.
+    still = model.get_expanded_tied_weights_keys(all_submodels=True)
+    pairs = [{one, other} for one, other in model.all_tied_weights_keys.items() if one in still]
     return set().union(*(pair for pair in pairs if target.tensor_name in pair))
 
 

@@ -24,6 +24,8 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -45,6 +47,14 @@ def llava() -> LlavaForConditionalGeneration:
     vision = CLIPVisionConfig(**TINY, image_size=28, patch_size=14, projection_dim=32)
     text = LlamaConfig(**TINY, vocab_size=64)
     return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
+
+
+def qwen2_vl() -> Qwen2VLForConditionalGeneration:
+    """Its config says whether embeddings are tied, that of its text model does not."""
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+    text = {**TINY, "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope}
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}
+    return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=5))
 
 
 def gpt2() -> GPT2LMHeadModel:
@@ -113,7 +123,7 @@ def printed(capsys: pytest.CaptureFixture) -> str:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("make", [tiny_llama, llava, gpt2])
+@pytest.mark.parametrize("make", [tiny_llama, llava, qwen2_vl, gpt2])
 def test_the_command_writes_the_bits_of_a_merge_in_memory(
     make: Callable, dtype: torch.dtype, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
