@@ -96,7 +96,7 @@ def probe_targets(
     )
     samples = for_all(lambda: {name: target.sample() for name, target in targets.items()})
     if statistics is not None:
-        check_continues(statistics, info, samples)
+        check_continues(statistics, info, samples, gradient=config.score == "gradient")
     share = Share(able.index(rank()), len(able), spread) if rank() in able else None
     probed = partial(_probed, model, targets, config, inputs, first, share)
     mine, found = probed() if spread else on_every_rank(probed)
