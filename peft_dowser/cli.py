@@ -91,7 +91,7 @@ def _plan(options: argparse.Namespace) -> None:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))
         print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
     print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
-    print(f"step      {found.step_flops / 1e12:.1f} TFLOP")
+    print(f"step      {found.step_flops / 1e12:.1f} TFLOP; both count the adapted matrices only")
     print(f"adapter   {found.file / 1e9:.3f} GB on disk (bfloat16 values)")
 
 

@@ -1,7 +1,7 @@
 """What a fine-tuning will take, computed from the config of a model: no weight is loaded, and none allocated.
 
 State is counted tensor by tensor, and activations are what autograd keeps when the model's forward runs on fake
-tensors, so both are exact; what a step needs beyond them is bounded by one layer.
+tensors, so both are exact; what a step needs beyond them is bounded by one layer, or by the loss.
 """
 
 import copy
@@ -46,11 +46,11 @@ class Plan:
         optimizer: bytes of the optimizer's state.
         positions: bytes of the decoded positions and of the index codes.
         activations: bytes that autograd keeps from forward to backward.
-        temporary: bytes of W + D of the largest matrix, of the product that its gradient is taken from, and, with
-            gradient checkpointing, of one layer's activations.
+        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
+            of this is taken from and, with gradient checkpointing, its activations.
         statistics: bytes of a probe's result, in memory and on disk.
-        probe_flops: arithmetic of a probe: generation, one forward and R backwards.
-        step_flops: arithmetic of a training step, without attention.
+        probe_flops: arithmetic of a probe in the adapted matrices: generation, one forward and R backwards.
+        step_flops: arithmetic of a training step in the adapted matrices.
         file: bytes of a saved adapter with bfloat16 values, without its config.
     """
 
@@ -145,7 +145,7 @@ def plan(
         optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
         positions=positions + codes,
         activations=activations,
-        temporary=2 * largest * _DTYPE_BYTES[dtype] + recomputed,
+        temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),
         statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
         # Generation is a forward too; each of the R backwards computes gradients of activations only.
         probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
@@ -199,6 +199,12 @@ def kept_bytes(
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         model(**inputs)
     return sum(count for _, count in kept.values())
+
+
+def _loss_bytes(model: PreTrainedModel, batch: int, tokens: int, size: int) -> int:
+    """Bytes where the backward begins, beyond what autograd keeps: the logits, and two gradients of them in float32."""
+    head = model.get_output_embeddings() if model.can_generate() else None
+    return 0 if head is None else batch * tokens * len(head.weight) * (size + 2 * 4)
 
 
 def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
