@@ -35,7 +35,7 @@ def merge(
     Args:
         adapter: folder or Hub id of a saved Dowser adapter.
         output: folder for the merged model; new or empty. It gets the tensors of the base checkpoint, under their
-            names and in their dtypes, with its configuration, tokenizer and processor.
+            names and in their dtypes, with its configuration, tokenizer, processor and code.
         base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
         max_shard_size: size of a file of weights, in bytes or as "5GB"; a larger tensor gets a file of its own. The
             changed weights of one file are in memory together.
@@ -225,12 +225,13 @@ def _publish(work: Path, folder: Path) -> None:
 def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
     """How a checkpoint differs from the sum, one message per tensor."""
     base = total.base
-    bar = tqdm(base.tensors.items(), desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled())
-    for name, key in bar:
+    # A tied tensor that only the merged model stores counts too: with other content it is tied no more.
+    names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
+    for name in tqdm(names, desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled()):
         if name not in merged:
             yield f"'{merged.name}' lacks the tensor '{name}'."
             continue
-        expected, found = total.read(key), merged.read(name)
+        expected, found = total.read(base.key(name)), merged.read(name)
         if (found.dtype, found.shape) != (expected.dtype, expected.shape):
             yield (
                 f"'{merged.name}': tensor '{name}' is {found.dtype} of shape {tuple(found.shape)}, expected "

@@ -242,7 +242,8 @@ def test_a_module_that_the_file_lacks_is_named(tmp_path: Path) -> None:
 
 def test_what_goes_with_the_weights_is_copied(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
-    for name in ("tokenizer.json", "merges.txt", "chat_template.jinja", "adapter_config.json", "notes.md"):
+    tokenizers = ("tokenizer.json", "merges.txt", "source.spm", "bpe.codes", "tokenization_own.py")
+    for name in (*tokenizers, "chat_template.jinja", "adapter_config.json", "notes.md"):
         (Path(base) / name).write_text(name)
     (Path(base) / "additional_chat_templates").mkdir()
     (Path(base) / "additional_chat_templates/tools.jinja").write_text("tools")
@@ -250,11 +251,14 @@ def test_what_goes_with_the_weights_is_copied(tmp_path: Path) -> None:
     assert sorted(str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*")) == [
         "additional_chat_templates",
         "additional_chat_templates/tools.jinja",
+        "bpe.codes",
         "chat_template.jinja",
         "config.json",
         "generation_config.json",
         "merges.txt",
         "model.safetensors",
+        "source.spm",
+        "tokenization_own.py",
         "tokenizer.json",
     ]
     assert (tmp_path / "merged/config.json").read_bytes() == (Path(base) / "config.json").read_bytes()
@@ -548,6 +552,17 @@ def test_a_model_that_is_not_the_sum_is_found(change: Callable, message: str, tm
     edit(tmp_path / "merged/model.safetensors", change)
     (problem,) = verify(adapter, merged=tmp_path / "merged")
     assert message in problem
+
+
+def test_a_tied_tensor_that_is_stored_by_itself_is_compared_too(tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path, gpt2, shards="1GB")
+    merge(adapter, tmp_path / "merged")
+    head = stored(base)["transformer.wte.weight"]
+    edit(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head})
+    assert verify(adapter, merged=tmp_path / "merged") == []
+    edit(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head + 1})
+    (problem,) = verify(adapter, merged=tmp_path / "merged")
+    assert problem.endswith("2048 of 2048 entries of tensor 'lm_head.weight' are not base + delta.")
 
 
 def test_the_base_itself_is_not_the_sum(tmp_path: Path) -> None:
