@@ -62,6 +62,8 @@ def merge(
             where = f"Adapter '{saved.name}'"
             warnings.warn(other_base(foreign, len(saved.counts), where), UserWarning, stacklevel=2)
         total = _Sum(saved, checkpoint, targets)
+        if cast := total.cast_on_load():
+            warnings.warn(cast, UserWarning, stacklevel=2)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
             _write(Path(work), total, limit)
@@ -132,6 +134,19 @@ class _Sum:
         if key in self._others:
             tensor = self.adapter.other(self._others[key]).to(tensor.dtype)
         return self._added(tensor, *self._places[key]) if key in self._places else tensor
+
+    def cast_on_load(self) -> str | None:
+        """What to say where weights are stored, and so summed, in another dtype than they are loaded in; or None."""
+        stored = {self.base.stored(key).dtype for key in self._places}
+        loaded = self.base.model.config.dtype
+        if loaded is None or stored == {loaded}:
+            return None
+        names = ", ".join(sorted(str(dtype) for dtype in stored))
+        return (
+            f"'{self.base.name}' holds its weights in {names}, and its config says {loaded}, in which they are loaded. "
+            "The merged model keeps the dtype of the files, so its sums are rounded otherwise than those of the "
+            "adapter on a base that is loaded so. For the bits of these, merge in memory, with merge_and_unload()."
+        )
 
     def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
         pieces = self.base.pieces.get(module)

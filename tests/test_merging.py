@@ -192,6 +192,19 @@ def untied_gpt2() -> GPT2LMHeadModel:
     return model
 
 
+@pytest.mark.parametrize(("dtype", "named"), [(torch.bfloat16, "float32"), (torch.float32, "bfloat16")])
+def test_a_base_that_is_loaded_in_another_dtype_is_announced(dtype: torch.dtype, named: str, tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path, dtype=dtype)
+    path = Path(base) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": named}))
+    with pytest.warns(UserWarning, match=rf"in {dtype}, and its config says torch\.{named}, in which they are loaded"):
+        merge(adapter, tmp_path / "merged")
+    assert {tensor.dtype for tensor in stored(tmp_path / "merged").values()} == {dtype}
+    model = seeded(tiny_llama).to(dtype)
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    assert_same_bits(stored(tmp_path / "merged"), merged.state_dict())
+
+
 def test_embeddings_and_an_untied_head_are_merged(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path, untied_gpt2, torch.bfloat16, target_modules=["lm_head", "wte", "c_fc"])
     merge(adapter, tmp_path / "merged")
