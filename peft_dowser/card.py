@@ -41,7 +41,8 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
 def _hide_base_above(folder: Path, base: str) -> None:
     """Hide a local base in the card that PEFT writes for adapters with names of their own, one folder above theirs."""
     path = folder.parent / "README.md"
-    if path.is_file() and "base_model: " in path.read_text():
+    # Any project may have a README there, in any encoding: what PEFT has not written is left alone, unread.
+    if path.is_file() and b"library_name: peft" in path.read_bytes():
         card = ModelCard.load(path)
         if card.data.get("base_model") == base:
             _hide_local_base(card)
@@ -53,7 +54,7 @@ def _hide_local_base(card: ModelCard) -> None:
     base = str(card.data.get("base_model") or "")
     if _is_local(base):
         card.data.pop("base_model")
-        card.data["tags"] = [tag for tag in card.data["tags"] if base not in tag]
+        card.data["tags"] = [tag for tag in card.data.get("tags") or [] if base not in tag]
 
 
 def _loading(task_type: str | None) -> str:
