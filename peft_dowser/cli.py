@@ -7,12 +7,18 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
+
+# TypeError: a target module that is no linear. RuntimeError: a prompt that does not fit into memory, or weights that do
+# not fit the config. ImportError: a library that the model or a command needs. StrictDataclassError: a config.
+_MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError)
+
 
 def run(options: argparse.Namespace) -> int:
     """Run a command; 0 on success, 2 on an error of the user's, which is printed as one line."""
     try:
         return _COMMANDS[options.command](options) or 0
-    except (OSError, ValueError, TypeError) as error:  # TypeError: a target module that is no linear
+    except _MISTAKES as error:
         print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -107,7 +113,7 @@ def _verify(options: argparse.Namespace) -> int:
 
     try:
         problems = verify(options.adapter, base=options.base, merged=options.merged)
-    except (OSError, ValueError) as error:
+    except _MISTAKES as error:
         if not options.json:
             raise
         problems = [str(error)]
@@ -188,11 +194,9 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from .report import report
+
     _check_output(Path(options.output))
-    try:
-        from .report import report
-    except ImportError as error:  # matplotlib is missing
-        raise ValueError(error) from error
     report(options.adapter, options.output, statistics=options.statistics)
     print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
 

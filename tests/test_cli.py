@@ -273,6 +273,29 @@ def test_a_probe_that_cannot_be_is_refused_in_one_line(
     assert not Path("probe.safetensors").exists()
 
 
+@pytest.mark.parametrize("command", [["probe", "-o", "probe.safetensors"], ["plan"]])
+def test_a_config_that_is_no_model_is_refused_in_one_line(
+    command: list[str], base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    known = json.loads((base / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(known | {"num_attention_heads": 5}))
+    line = line_of([*command, str(tmp_path)], capsys)
+    assert "The hidden size (32) is not a multiple of the number of attention heads (5)." in line
+
+
+def test_a_probe_without_memory_or_a_library_is_refused_in_one_line(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for error in (RuntimeError("One prompt does not fit into memory."), ImportError("Needs bitsandbytes.")):
+
+        def fail(*args, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(importlib.import_module("peft_dowser.probe"), "probe", fail)
+        line = line_of(["probe", str(base), "-o", str(tmp_path / "probe.safetensors")], capsys)
+        assert line == f"peft-dowser: {error}"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
