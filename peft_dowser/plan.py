@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
 
 from .checkpoints import model_class
 from .codec import code_length, position_dtype
@@ -91,7 +93,7 @@ def plan(
 
     Args:
         model: folder or Hub id of a model, of which only the config is read; or the config.
-        config: the adapter's config; masks are counted with `scope="matrix"`.
+        config: the adapter's config; masks are counted with `scope="matrix"`, and what it trains as a whole is not.
         optimizer: one of `OPTIMIZERS`: torch's AdamW, bitsandbytes' AdamW8bit, Adafactor or plain SGD.
         dtype: of the base model and its activations: "float32", "bfloat16" or "float16".
         values_dtype: of the trained values, their gradients and the optimizer's state.
@@ -111,10 +113,9 @@ def plan(
         known, name = AutoConfig.from_pretrained(model), str(model)
     known.use_cache = False
     with FakeTensorMode():
-        build = model_class(known, name)._from_config
-        skeleton = build(known, dtype=getattr(torch, dtype))
+        skeleton = _skeleton(known, name, getattr(torch, dtype))
         if dtype != "bfloat16" and fused_parameters(skeleton):  # grouped products of fake tensors are in bfloat16 only
-            skeleton = build(known, dtype=torch.bfloat16)
+            skeleton = _skeleton(known, name, torch.bfloat16)
         targets = resolve_targets(skeleton, config)
         matrices = [matrix for target in targets.values() for matrix in target.matrices()]
         features = [matrix.features for matrix in matrices]
@@ -160,6 +161,14 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
     count = trained_count(update_ratio, numel)
     state = 2 * count * size + _optimizer_bytes(optimizer, count, size)
     return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
+
+
+def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, not initialized: some vision towers would read a weight for that, which a fake tensor has not."""
+    with no_init_weights():
+        model = model_class(config, name)._from_config(config, dtype=dtype)
+    model.tie_weights()  # a part of the initialization
+    return model
 
 
 def kept_bytes(
@@ -213,7 +222,7 @@ def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
     if quantization == "none":
         return total
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     numel = sum(linear.weight.numel() for linear in linears)
     return total + round(numel * (_QUANTIZED_BYTES[quantization] - size))
 

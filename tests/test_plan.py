@@ -10,7 +10,13 @@ import torch
 from helpers import config, tiny_llama
 from peft import get_peft_model
 from torch import nn
-from transformers import LlamaForCausalLM, Qwen3MoeConfig
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GPT2Config,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+)
 
 from peft_dowser import DowserConfig, DowserLayer, probe
 from peft_dowser.commandline import main
@@ -142,6 +148,30 @@ def test_planned_statistics_are_those_of_a_probe() -> None:
     energy = sum(size_of([module.energy]) for module in modules)
     factors = sum(size_of([module.sensitivity, module.activity]) for module in modules)
     assert found.statistics == factors + energy
+
+
+@pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("8bit", 1), ("4bit", 0.5625)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_linears_are_quantized_of_either_kind_and_the_head_is_not(
+    quantization: str, bytes_per_weight: float, tied: bool
+) -> None:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "n_positions": 16}
+    gpt2 = GPT2Config(architectures=["GPT2LMHeadModel"], **sizes, tie_word_embeddings=tied)
+    matrices = 2 * (32 * 96 + 32 * 32 + 2 * 32 * 128)
+    others = (1 if tied else 2) * 64 * 32 + 16 * 32 + 2 * (96 + 32 + 128 + 32 + 4 * 32) + 2 * 32
+    found = plan(gpt2, config(), quantization=quantization, tokens=16)
+    assert (found.adapted, found.parameters) == (matrices, matrices + others)
+    assert found.weights == 2 * others + bytes_per_weight * matrices
+
+
+def test_an_image_part_that_reads_its_weights_to_initialize_them_is_planned() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "tie_word_embeddings": True}
+    vision = {**sizes, "image_size": 28, "patch_size": 14}
+    gemma = Gemma3Config(architectures=["Gemma3ForConditionalGeneration"], text_config=text, vision_config=vision)
+    found = plan(gemma, config(), tokens=12)
+    assert found.adapted == 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    assert found.parameters == Gemma3ForConditionalGeneration(gemma).num_parameters()
 
 
 def test_seven_billion_parameters_train_on_24_gigabytes() -> None:
