@@ -287,6 +287,15 @@ def test_tensors_that_the_model_does_not_know_are_kept(tmp_path: Path) -> None:
     assert found["scalar"] == 3
 
 
+def test_of_two_tensors_for_one_name_the_one_that_is_loaded_is_merged(tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path, shards="1GB")
+    twice = stored(base)[f"{UP}.weight"].clone()
+    edit(Path(base) / "model.safetensors", lambda tensors: tensors | {f"{UP}.weight".removeprefix("model."): twice})
+    merge(adapter, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
+    assert_same_bits(merged.state_dict(), merged_in_memory(base, adapter, tmp_path / "memory"))
+
+
 # Side effects
 
 
