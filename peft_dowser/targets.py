@@ -21,7 +21,7 @@ from .spread import shape_of
 from .storage import backend_of
 from .target import Target, is_falcons, is_plain
 
-# Linears of a language model that route tokens to experts; they are never adapted by default.
+# Linears of a language model, or modules around them, that route tokens to experts; never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Modules of torch that read the weights of their linears: the second one wherever it has a faster way in eval mode.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -139,7 +139,7 @@ def _default_targets(model: nn.Module) -> set[str]:
         if name.startswith(prefix)
         and not (vision and name.startswith(vision))
         and _LAYER_INDEX.search(name)
-        and name.rpartition(".")[2] not in _ROUTERS
+        and _ROUTERS.isdisjoint(name.split("."))
         and _is_linear(model.get_submodule(name))
     }
     if not names:

@@ -123,6 +123,12 @@ def test_statistics_are_those_of_each_prompt_alone_whatever_the_batch_size(famil
                 torch.testing.assert_close(module.activity[number], hidden, rtol=1e-4, atol=1e-7)
 
 
+def test_routers_are_no_targets_by_default() -> None:
+    names = list(resolve_targets(switch(), config()))
+    assert "encoder.block.1.layer.1.mlp.experts.expert_0.wi" in names
+    assert not [name for name in names if "router" in name]
+
+
 def test_it_is_said_once_that_prompts_do_not_share_batches(caplog: pytest.LogCaptureFixture) -> None:
     probe(xlnet().eval(), config(probe_batch_size=4), prompts=prompts_of("xlnet", [5] * 4))
     (said,) = [record.getMessage() for record in caplog.records if "one prompt at a time" in record.getMessage()]
