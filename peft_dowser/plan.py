@@ -183,6 +183,9 @@ def kept_bytes(
         tokens: tokens of an example.
         size: bytes of an entry of what the model keeps in its own dtype.
         checkpointing: with gradient checkpointing.
+
+    Raises:
+        ValueError: the model reads something else.
     """
     model.train().requires_grad_(False)
     for name in trained:
@@ -206,7 +209,13 @@ def kept_bytes(
     ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
     inputs = {"input_ids": ids, "labels": ids} if model.can_generate() else {"input_ids": ids}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model(**inputs)
+        try:
+            model(**inputs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The forward of {type(model).__name__} does not run with {tokens} token ids alone ({error}), so what "
+                "it keeps cannot be planned."
+            ) from error
     return sum(count for _, count in kept.values())
 
 

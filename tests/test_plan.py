@@ -16,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaForCausalLM,
     Qwen3MoeConfig,
+    WhisperConfig,
 )
 
 from peft_dowser import DowserConfig, DowserLayer, probe
@@ -162,6 +163,14 @@ def test_linears_are_quantized_of_either_kind_and_the_head_is_not(
     found = plan(gpt2, config(), quantization=quantization, tokens=16)
     assert (found.adapted, found.parameters) == (matrices, matrices + others)
     assert found.weights == 2 * others + bytes_per_weight * matrices
+
+
+def test_a_model_that_does_not_read_tokens_alone_is_refused() -> None:
+    sizes = {"d_model": 16, "num_mel_bins": 8, "vocab_size": 64, "pad_token_id": 0}
+    layers = {f"{part}_{key}": 1 for part in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    whisper = WhisperConfig(architectures=["WhisperForConditionalGeneration"], **sizes, **layers)
+    with pytest.raises(ValueError, match="forward of WhisperForConditionalGeneration does not run with 12 token ids"):
+        plan(whisper, config(), tokens=12)
 
 
 def test_an_image_part_that_reads_its_weights_to_initialize_them_is_planned() -> None:
