@@ -126,7 +126,9 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
             raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
         opened.update(dict.fromkeys(file.keys(), file))
     names, pieces = _names(opened, model)
-    tensors = {given: key for key, given in reversed(names.items())}  # of two for one name transformers loads the first
+    tensors: dict[str, str] = {}
+    for key, given in names.items():
+        tensors.setdefault(given, key)  # of two for one name transformers loads the first
     tied = model.all_tied_weights_keys
     return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
 

@@ -47,7 +47,8 @@ class Plan:
         gradients: bytes of their gradients.
         optimizer: bytes of the optimizer's state.
         positions: bytes of the decoded positions and of the index codes.
-        activations: bytes that autograd keeps from forward to backward.
+        activations: bytes that autograd keeps from forward to backward; with grouped-query attention those of a batch
+            with padding, as without any it keeps less.
         temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
             of this is taken from and, with gradient checkpointing, its activations.
         statistics: bytes of a probe's result, in memory and on disk.
