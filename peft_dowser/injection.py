@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import PROBED_SCORES, DowserConfig
@@ -86,6 +87,7 @@ class Injection:
     def prepare(self, model: nn.Module) -> None:
         """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
         self.config.check()
+        _check_unmerged(model)
         check_whole(model)
         self.targets = resolve_targets(model, self.config)
         _check_not_nested(model, self.targets)
@@ -106,7 +108,8 @@ class Injection:
             warnings.warn(
                 "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
             )
-        if config.target_modules is None or has_ties or config.last_layers is not None:
+        by_kind = config.target_modules is None or str(config.target_modules).lower() == "all-linear"
+        if by_kind or has_ties or config.last_layers is not None:
             config.target_modules = set(self.targets) - set(fused)
         if config.last_layers is not None:
             config.target_parameters = fused or None
@@ -184,16 +187,20 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-@contextmanager
-def _bare_base(model: nn.Module) -> Iterator[None]:
-    """Run a model by its own weights, whatever PEFT methods have adapted it; refused where one is merged into them."""
+def _check_unmerged(model: nn.Module) -> None:
+    """Refuse a base whose weights are not its own: PEFT would unmerge it half-way, and keep merged rows of tokens."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    if merged:
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise ValueError(
-            f"Adapters {merged} are merged into the base model, so its own weights cannot be scored. Call "
+            f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
             "unmerge_adapter() before adding an adapter."
         )
+
+
+@contextmanager
+def _bare_base(model: nn.Module) -> Iterator[None]:
+    """Run a model by its own weights, whatever PEFT methods have adapted it, or train modules of it as a whole."""
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:

@@ -53,7 +53,10 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Hand the names to every adapted layer for a while."""
 
     def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return args, kwargs | {"adapter_names": list(names)}
+        own = list(names)
+        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's fail at an adapter that they do not have
+            own = [name if name in module._adapters else BASE for name in names]
+        return args, kwargs | {"adapter_names": own}
 
     with ExitStack() as hooks:
         for module in model.modules():

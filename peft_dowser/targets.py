@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -49,8 +50,9 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         if config.layers_to_transform is not None:
             names = _in_layers(names, config.layers_to_transform)
         config = copy.copy(config)
-        config.target_modules = names
+        config.target_modules = asked = names
     else:
+        asked = config.target_modules  # "all-linear" means less where modules of another adapter train as a whole
         config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
     names = _matching(model, config)
     if not names and config.layers_to_transform is not None:
@@ -58,7 +60,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         anywhere.layers_to_transform = anywhere.layers_pattern = None
         _in_layers(set(_matching(model, anywhere)), config.layers_to_transform)  # names the layers that are not there
     if names or not parameters or config.target_modules:
-        _check_matched(config.target_modules or set(), names, model)
+        _check_matched(asked or set(), names, model)
     if config.last_layers is not None:
         kept = set(_in_last_layers([*names, *parameters], config.last_layers))
         names = [name for name in names if name in kept]
@@ -97,7 +99,7 @@ def _adaptable_names(model: nn.Module) -> list[str]:
         if not name or (inside and name.startswith(inside)):
             continue
         names.append(name)
-        if isinstance(module, BaseTunerLayer) or "base_layer" in module._modules:
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) or "base_layer" in module._modules:
             inside = (*inside, name + ".")
     return names
 
