@@ -1,6 +1,6 @@
 """The gate: a saved adapter is checked against the model as a whole, before a single tensor of it is loaded."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TypeGuard, cast
 
 from torch import Tensor, nn
@@ -52,8 +52,10 @@ def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, sta
         state_dict: its tensors, as the model calls them.
 
     Raises:
+        ValueError: the adapter is merged.
         DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
+    check_unmerged([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     check_keys([name + part for name, _ in layers for part in (values, code)], state_dict, where)
@@ -69,6 +71,14 @@ def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, sta
 
     for (name, layer), positions in zip(layers, side_by_side(read, layers), strict=True):
         layer.index(adapter_name).checked = (state_dict[name + code], positions)
+
+
+def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
+    """Refuse to replace an adapter that is merged: its positions say where to put back what the merge overwrote."""
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
+        )
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:

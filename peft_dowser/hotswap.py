@@ -8,7 +8,7 @@ from torch import nn
 
 from .adapters import SavedAdapter, open_adapter
 from .config import DowserConfig
-from .gate import adapted
+from .gate import adapted, check_unmerged
 from .layer import DowserLayer
 from .names import few
 from .postmerge import Delta
@@ -53,10 +53,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
 def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:
     if not layers:
         raise ValueError(f"The model has no Dowser adapter '{adapter_name}' to replace. Load one with load_adapter().")
-    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
-        raise ValueError(
-            f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
-        )
+    check_unmerged(layers.values(), adapter_name)
     known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
     for name, config in ((adapter_name, known), (saved.name, saved.config)):
         if also := config.also_trains:
