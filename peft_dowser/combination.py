@@ -73,7 +73,9 @@ def combined_deltas(
     return deltas
 
 
-def combined_config(first: DowserConfig, deltas: Mapping[str, Delta], layers: Iterable[DowserLayer]) -> DowserConfig:
+def combined_config(
+    configs: Sequence[DowserConfig], deltas: Mapping[str, Delta], layers: Iterable[DowserLayer]
+) -> DowserConfig:
     """The config of a combined adapter: that of its first adapter, with the targets and counts that it really has.
 
     Its `nnz_pattern` makes it the config of a saved adapter: its mask comes from data, never from a probe.
@@ -82,7 +84,7 @@ def combined_config(first: DowserConfig, deltas: Mapping[str, Delta], layers: It
     targets = [layer.target for layer in layers if layer.module_name in counts]
     fused = [target.name for target in targets if target.is_fused]
     return dataclasses.replace(
-        first,
+        configs[0],
         update_ratio=sum(counts.values()) / sum(target.numel for target in targets),
         ratio_pattern={},
         target_modules=set(counts) - set(fused),
@@ -91,6 +93,7 @@ def combined_config(first: DowserConfig, deltas: Mapping[str, Delta], layers: It
         layers_to_transform=None,
         layers_pattern=None,
         last_layers=None,
+        ensure_weight_tying=any(config.ensure_weight_tying for config in configs),
         statistics=None,
         nnz_pattern=counts,
         manifest=None,

@@ -30,6 +30,7 @@ class DowserLayer(BaseTunerLayer):
         base_shape: shape of the target as it is stored.
         base_sample: entries of it before any merge, see `manifest.base_sample`; None of a quantized one.
         scaling: by adapter, the factor of its values, see `set_scale`.
+        merged_adapters: those that are merged into the model, in order, also where they have no values in this layer.
         merges_in_place: whether a merge writes a few entries of a weight that is there, and so costs next to nothing.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
@@ -105,7 +106,7 @@ class DowserLayer(BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return []
-        return [name for name in self.active_adapters if name in self.dowser_values]
+        return [name for name in dict.fromkeys(self.active_adapters) if name in self.dowser_values]
 
     def delta(self, adapter_name: str) -> Delta:
         """The delta of an adapter, times its scale; empty where it has no values here. Must not be written."""
@@ -240,20 +241,22 @@ class DowserLayer(BaseTunerLayer):
             yield
         except BaseException:
             if adapter_name in self.merged_adapters:
-                self._restore()
+                self.unmerge_last()
             raise
 
     def _unmerged(self, adapter_names: list[str] | None) -> list[str]:
-        return [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dowser_values]
+        names = dict.fromkeys(check_adapters_to_merge(self, adapter_names))
+        return [name for name in names if name in self.dowser_values]
 
     def unmerge(self) -> None:
         """Put the overwritten entries back, the last merged adapter first: the base is bit-identical again."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        self.merged_adapters = [name for name in self.merged_adapters if name in self.dowser_values]
         while self.merged_adapters:
             self._check_unchanged(self.merged_adapters[-1])
-            self._restore()
+            self.unmerge_last()
 
     def _check_unchanged(self, adapter_name: str) -> None:
         """Warn where the last merged adapter's entries are not those that its merge wrote."""
@@ -269,7 +272,7 @@ class DowserLayer(BaseTunerLayer):
                 stacklevel=3,
             )
 
-    def _restore(self) -> None:
+    def unmerge_last(self) -> None:
         """Put back what the last merged adapter has overwritten."""
         name = self.merged_adapters[-1]
         weight, index = self.weight.data, self.index(name)

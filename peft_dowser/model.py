@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import _get_submodules
+from peft.utils.other import _get_submodules, _set_adapter
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -30,9 +30,10 @@ from .names import CODE, is_delta, named
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
+from .rehearsal import merge_everywhere, prepare_merge, unmerge_everywhere
 from .storage import backend_of
 from .tied import Tied
-from .whole import check_whole_tensors
+from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
 
 logger = logging.getLogger(__name__)
 
@@ -208,7 +209,7 @@ class DowserModel(BaseTuner):
         layers = dowser_layers(self.model)
         check_sources(self.peft_config, layers, adapters, adapter_name)
         deltas = combined_deltas(layers, adapters, weights, combination_type, density, majority_sign_method, seed)
-        self.peft_config[adapter_name] = combined_config(self.peft_config[adapters[0]], deltas, layers)
+        self.peft_config[adapter_name] = combined_config([self.peft_config[name] for name in adapters], deltas, layers)
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
             if layer.module_name in deltas:
@@ -227,10 +228,25 @@ class DowserModel(BaseTuner):
             layer.set_scale(adapter_name, scale)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        if safe_merge:
-            _rehearse_merge(self.model, adapter_names)
+        prepare_merge(self.model, self.peft_config, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        merge_everywhere(self.model)
         report_vanished([layer.vanished for layer in dowser_layers(self.model)])
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode)
+        unmerge_everywhere(self.model)  # PEFT leaves the tokens of an adapter merged
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        others = [name for name in self.active_adapters if name != adapter_name]
+        remaining = others or sorted(set(self.peft_config) - {adapter_name})[:1]
+        was_active = adapter_name in self.active_adapters
+        super().delete_adapter(adapter_name)
+        if was_active and remaining:  # PEFT lets every layer choose another one among those that it has itself
+            for layer in dowser_layers(self.model):
+                layer.set_adapter(remaining)
+            _set_adapter(self.model, remaining)
+            self.active_adapter = remaining
 
     def _unload_and_optionally_merge(
         self,
@@ -239,16 +255,12 @@ class DowserModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
-        layers = dowser_layers(self.model)
-        if not merge:
-            for layer in layers:
-                if layer.merged:
-                    layer.unmerge()
-        elif safe_merge:
-            _rehearse_merge(self.model, adapter_names)
+        if merge:
+            prepare_merge(self.model, self.peft_config, adapter_names, safe_merge)
+        else:
+            unmerge_everywhere(self.model)
         # Only the counts are kept: each layer's state is freed as soon as it is merged.
-        vanished = [layer.vanished for layer in layers]
-        del layers
+        vanished = [layer.vanished for layer in dowser_layers(self.model)]
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             report_vanished(vanished)
@@ -283,7 +295,9 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         layers = [layer for _, layer in adapted(model, adapter_name)]
         report_scale(layers, adapter_name)
+        check_unmerged_embeddings(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = own_biases(selected, config, [layer.module_name for layer in layers])
         complete(selected, state_dict, layers, adapter_name)
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
@@ -300,6 +314,7 @@ class DowserModel(BaseTuner):
         code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
+        remapped = with_names_in(model, remapped)
         whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
         guard = next((layer.index(adapter_name).guard for _, layer in layers), None)
@@ -309,14 +324,3 @@ class DowserModel(BaseTuner):
         for _, layer in layers:
             layer.release(adapter_name)
         return remapped
-
-
-def _rehearse_merge(model: nn.Module, adapter_names: list[str] | None) -> None:
-    """Find out whether every layer can be merged, while none is."""
-    for layer in dowser_layers(model):
-        if not layer.merged:
-            try:
-                layer.merge(safe_merge=True, adapter_names=adapter_names)
-            finally:
-                if layer.merged:
-                    layer.unmerge()

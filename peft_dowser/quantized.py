@@ -5,7 +5,6 @@ import warnings
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
@@ -47,14 +46,15 @@ class QuantizedLinear(Linear):
             ValueError: `safe_merge` found an infinite or undefined sum, or PEFT cannot quantize such a layer again;
                 nothing has changed.
         """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.dowser_values]
+        names = self._unmerged(adapter_names)
         if not names:
             return
         original = self._original[0] if self._original else self.get_base_layer()
         backend = self._merging_backend(original)
         before = backend.get_base_weight(original).detach()
         total = before.clone()
-        for name in (*self.merged_adapters, *names):
+        merged = [name for name in self.merged_adapters if name in self.dowser_values]
+        for name in (*merged, *names):
             add_delta_(total, self.index(name).decoded(), self.scaled_values(name).detach())
         if safe_merge and not bool(torch.isfinite(total).all()):
             raise ValueError(
@@ -87,7 +87,8 @@ class QuantizedLinear(Linear):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.base_layer = self._original[0]
+        if self._original:
+            self.base_layer = self._original[0]
         self._original = ()
         self.merged_adapters.clear()
         self.vanished.clear()

@@ -4,16 +4,18 @@ PEFT loads every tensor whose name the model has, the base's own weights too. An
 modules that its config says it trains, and the embeddings, which PEFT saves where tokens were added.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .codec import DeltaFormatError
 from .config import DowserConfig
 from .gate import adapted
-from .names import PREFIX, few
+from .layer import DowserLayer
+from .names import PREFIX, base_name, few
+from .tied import Tied
 
 
 def check_whole_tensors(
@@ -36,6 +38,31 @@ def check_whole_tensors(
     layers = [f"{name}.base_layer" for name, _ in adapted(model, adapter_name)]
     if problem := foreign_tensors(config, keys, layers, whole_in_model(model, adapter_name)):
         raise DeltaFormatError(f"{where}: {problem}")
+
+
+def own_biases(selected: Mapping[str, Tensor], config: DowserConfig, modules: Collection[str]) -> dict[str, Tensor]:
+    """What PEFT selects for a save, less the biases of layers of other adapters where only those of its own train.
+
+    Args:
+        selected: tensors by their name in the model.
+        config: configuration of the adapter.
+        modules: names of its modules in the base.
+    """
+    own = {f"{module}.base_layer.bias" for module in modules}
+    return {
+        key: tensor
+        for key, tensor in selected.items()
+        if config.bias != "dowser_only" or not key.endswith(".bias") or key.removeprefix(PREFIX) in own
+    }
+
+
+def with_names_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A saved adapter with its biases under the names that they have in a model.
+
+    PEFT would leave them out where adapters wrap a module in one of the two models, the saved one or this, only.
+    """
+    names = {base_name(name): name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    return {names.get(base_name(key), key): tensor for key, tensor in tensors.items()}
 
 
 def foreign_tensors(
@@ -101,15 +128,34 @@ def _in_modules_to_save(base: nn.Module, config: DowserConfig) -> Iterator[str]:
             yield from (f"{name}.{key}" for key in module.state_dict())
 
 
+def check_unmerged_embeddings(model: nn.Module) -> None:
+    """Refuse to save an adapter while PEFT would take merged weights for those of the base.
+
+    Raises:
+        ValueError: adapters are merged into the embeddings or the output head.
+    """
+    layers = [module.layer if isinstance(module, Tied) else module for _, module in _embedding_modules(model)]
+    layers = [layer for layer in layers if isinstance(layer, DowserLayer)]
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters if name in layer.dowser_values}):
+        raise ValueError(
+            f"Adapters {merged} are merged into the embeddings, which PEFT saves beside an adapter that targets them, "
+            "so loading would add its delta twice. Call unmerge_adapter() before saving."
+        )
+
+
 def _embeddings(model: nn.Module) -> Iterator[str]:
-    """Names of the tensors of the embeddings, and of the output head, which PEFT counts among them."""
+    """Names of the tensors of the embeddings."""
+    for name, module in _embedding_modules(model):
+        yield from (f"{name}.{key}" for key in module.state_dict())
+
+
+def _embedding_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The embeddings and the output head, which PEFT counts among them, with their names in the model."""
     base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
-        return
+        return []
     try:
         found = [base.get_input_embeddings(), base.get_output_embeddings()]
     except NotImplementedError:
-        return
-    for name, module in model.named_modules():
-        if any(module is embedding for embedding in found):
-            yield from (f"{name}.{key}" for key in module.state_dict())
+        return []
+    return [(name, module) for name, module in model.named_modules() if any(module is one for one in found)]
