@@ -167,6 +167,23 @@ def test_merging_rounds_and_unmerging_restores_every_bit(folder: str, kind: str)
         assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings(MERGING, "ignore:Already following adapters were merged")
+def test_what_is_merged_is_what_runs_also_in_layers_without_it(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config(target_modules=["q_proj"]), adapter_name="a")
+    model.add_adapter("b", config(target_modules=["up_proj"]))
+    set_values(model)
+    merged = logits(copy.deepcopy(model).merge_and_unload(adapter_names=["a"]))
+    model.set_adapter("b")
+    before = logits(model)
+    model.merge_adapter(["a"])
+    assert torch.equal(logits(model), merged)
+    model.merge_adapter(["b"])
+    assert all(set(layer.merged_adapters) == {"a", "b"} for layer in layers(model))
+    model.unmerge_adapter()
+    assert torch.equal(logits(model), before)
+
+
 @pytest.mark.filterwarnings(MERGING, "ignore:Already following adapters were merged")
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_adapters_are_added_to_the_original_before_it_is_quantized_once(folder: str, kind: str) -> None:
