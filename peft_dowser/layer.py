@@ -31,12 +31,14 @@ class DowserLayer(BaseTunerLayer):
         base_sample: entries of it before any merge, see `manifest.base_sample`; None of a quantized one.
         scaling: by adapter, the factor of its values, see `set_scale`.
         merged_adapters: those that are merged into the model, in order, also where they have no values in this layer.
+        is_tied: whether other modules use the weight and the deltas too, see `tied.Tied`.
         merges_in_place: whether a merge writes a few entries of a weight that is there, and so costs next to nothing.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
     """
 
     adapter_layer_names = ("dowser_values",)
     other_param_names = ("dowser_index", "scaling")
+    is_tied = False
 
     def __init__(self, name: str, sample: str | None = None) -> None:
         """Begin without adapters.
@@ -307,7 +309,7 @@ class Linear(nn.Module, DowserLayer):
         DowserLayer.__init__(self, name, sample)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
+        return not self.is_tied  # PEFT writes no factors for the other modules
 
     @property
     def is_additive(self) -> bool:

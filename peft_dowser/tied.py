@@ -27,6 +27,7 @@ class Tied(nn.Module):
         super().__init__()
         self.base_layer = own.base_layer
         own.dowser_values, own.dowser_index, own.scaling = layer.dowser_values, layer.dowser_index, layer.scaling
+        layer.is_tied = True
         # In a tuple, which hides them from torch: their tensors belong to the adapted layer.
         self._layers = (layer, own)
 

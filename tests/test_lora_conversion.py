@@ -65,6 +65,14 @@ def test_an_unknown_adapter_is_refused() -> None:
         convert_to_lora(adapted(tiny_llama()), rank=4, adapter_name="absent")
 
 
+def test_linears_that_share_a_weight_are_refused() -> None:
+    base = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    base[2].weight = base[0].weight
+    model = adapted(base, target_modules=["0"], score="random", ensure_weight_tying=True, task_type=None)
+    with pytest.raises(TypeError, match=r"do not support LoRA conversion.*dowser.*Linear"):
+        convert_to_lora(model, rank=4)
+
+
 def test_an_embedding_is_refused() -> None:
     model = adapted(tiny_llama(), target_modules=["embed_tokens", "q_proj"], score="random")
     assert not model.supports_lora_conversion()
