@@ -87,7 +87,7 @@ class Injection:
     def prepare(self, model: nn.Module) -> None:
         """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
         self.config.check()
-        _check_unmerged(model)
+        _check_unmerged(model, is_chosen=self.twin is None and self.counts is None)
         check_whole(model)
         self.targets = resolve_targets(model, self.config)
         _check_not_nested(model, self.targets)
@@ -187,9 +187,16 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-def _check_unmerged(model: nn.Module) -> None:
-    """Refuse a base whose weights are not its own: PEFT would unmerge it half-way, and keep merged rows of tokens."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
+    """Refuse a base whose weights are not its own, where they are scored, or kept as rows of tokens.
+
+    Beside a saved adapter, or the copy of one, PEFT unmerges what is ours.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and (is_chosen or not isinstance(module, DowserLayer))
+    ]
     if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
         raise ValueError(
             f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "

@@ -133,8 +133,8 @@ def test_a_merged_adapter_is_not_replaced(tmp_path: Path, load: Callable[[PeftMo
     assert torch.equal(logits(model), alone(model, "b"))
 
 
-def test_no_adapter_is_loaded_beside_a_merged_one(tmp_path: Path) -> None:
-    """PEFT would unmerge it half-way, and take rows of tokens that an adapter has changed for those of the base."""
+def test_no_adapter_is_loaded_beside_merged_tokens(tmp_path: Path) -> None:
+    """PEFT would take rows that an adapter has changed for those of the base."""
     model = two(a={"trainable_token_indices": [5, 9]})
     model.save_pretrained(tmp_path, selected_adapters=["a"])
     model.merge_adapter()
