@@ -54,6 +54,6 @@ def _unmerge(layers: Sequence[DowserLayer]) -> None:
         for layer in layers:
             if layer.merged:
                 layer.unmerge()
-    except BaseException:
+    except (KeyboardInterrupt, SystemExit):  # what a signal raises; an error would come again, and again
         _unmerge([layer for layer in layers if layer.merged])
         raise

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from test_experts import tiny_moe
 from torch import Tensor, nn
 
-from peft_dowser.layer import dowser_layers
+from peft_dowser.layer import DowserLayer, dowser_layers
 
 THREADS = 4
 IDS = torch.tensor([[3, 5, 9, 4], [8, 1, 2, 7]])
@@ -86,3 +86,19 @@ def test_a_model_that_has_generated_can_be_copied_and_pickled() -> None:
     expected = generated(model)
     assert torch.equal(generated(copy.deepcopy(model)), expected)
     assert torch.equal(generated(pickle.loads(pickle.dumps(model))), expected)
+
+
+def failing(layer: DowserLayer) -> None:
+    raise RuntimeError("out of reach")
+
+
+def test_an_error_of_an_unmerge_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dense()
+    set_values(model)
+    before = base_bits(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(DowserLayer, "unmerge", failing)
+        with pytest.raises(RuntimeError, match="out of reach"):
+            generated(model)
+    model.unmerge_adapter()
+    assert_same_bits(base_bits(model), before)
