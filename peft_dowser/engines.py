@@ -31,8 +31,8 @@ def leave_positions_to_us(model: nn.Module) -> None:
 
 
 def complete(
-    selected: dict[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
-) -> None:
+    selected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
+) -> dict[str, Tensor]:
     """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
 
     PEFT looks for tensors under the names of the modules; FSDP1 and activation checkpointing add parts to those, which
@@ -40,17 +40,18 @@ def complete(
     part of a state dict, see `state.Index`.
 
     Args:
-        selected: the adapter's tensors, their keys with the adapter's name; changed in place.
+        selected: the adapter's tensors, their keys with the adapter's name.
         state_dict: the state that they are selected from.
         layers: those that carry the adapter, in the model that the state dict comes from.
         adapter_name: name of the adapter.
 
+    Returns:
+        All tensors of the adapter.
+
     Raises:
         ValueError: values of a module are empty or sharded, or something has written into the positions.
     """
-    state_dict, named_as_usual = _as_usual(state_dict), _as_usual(selected)
-    selected.clear()
-    selected.update(named_as_usual)
+    completed, state_dict = _as_usual(selected), _as_usual(state_dict)
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
     for layer in layers:
         module, index = layer.module_name, layer.index(adapter_name)
@@ -66,8 +67,9 @@ def complete(
                 "save_pretrained(..., state_dict=...) with it on rank 0."
             )
         index.check_untouched()
-        selected[values_key] = values
-        selected[start + named(CODE, adapter_name)] = index.code
+        completed[values_key] = values
+        completed[start + named(CODE, adapter_name)] = index.code
+    return completed
 
 
 def _as_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from .names import CODE, is_delta, named
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
-from .rehearsal import merge_everywhere, prepare_merge, unmerge_everywhere
+from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
 from .storage import backend_of
 from .tied import Tied
 from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
@@ -230,7 +230,7 @@ class DowserModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         prepare_merge(self.model, self.peft_config, adapter_names, safe_merge)
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-        merge_everywhere(self.model)
+        note_merged_everywhere(self.model)
         report_vanished([layer.vanished for layer in dowser_layers(self.model)])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
@@ -297,8 +297,8 @@ class DowserModel(BaseTuner):
         report_scale(layers, adapter_name)
         check_unmerged_embeddings(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        selected = complete(selected, state_dict, layers, adapter_name)
         selected = own_biases(selected, config, [layer.module_name for layer in layers])
-        complete(selected, state_dict, layers, adapter_name)
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}

@@ -36,7 +36,7 @@ def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[
                 layer.unmerge_last()
 
 
-def merge_everywhere(model: nn.Module) -> None:
+def note_merged_everywhere(model: nn.Module) -> None:
     """Note what is merged in some layers in those too where it has no values: no other active adapter runs there."""
     layers = dowser_layers(model)
     merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -214,6 +215,17 @@ def test_what_is_compiled_is_saved_under_the_usual_names(layers: bool, tmp_path:
     model.save_pretrained(tmp_path, state_dict=state)
     loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
     assert torch.equal(loaded(input_ids=BATCH).logits, expected)
+
+
+def test_biases_of_what_is_compiled_are_saved_too(tmp_path: Path) -> None:
+    options = {"target_modules": ["0.0"], "bias": "dowser_only", "score": "random", "task_type": None}
+    model = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 8)), nn.Linear(8, 3)), config(**options))
+    inner = model.base_model.model
+    inner[0][0].bias.data.fill_(2.0)
+    inner[0] = torch.compile(inner[0], backend="eager")
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert torch.equal(found["base_model.model.0.0.base_layer.bias"], torch.full((8,), 2.0))
 
 
 def test_exported_it_gives_the_same_bits() -> None:
