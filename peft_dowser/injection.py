@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -108,7 +109,7 @@ class Injection:
             warnings.warn(
                 "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
             )
-        by_kind = config.target_modules is None or str(config.target_modules).lower() == "all-linear"
+        by_kind = config.target_modules is None or str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         if by_kind or has_ties or config.last_layers is not None:
             config.target_modules = set(self.targets) - set(fused)
         if config.last_layers is not None:

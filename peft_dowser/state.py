@@ -211,8 +211,9 @@ class Index(nn.Module):
         self.writes = writes
 
     def _count_writes(self) -> tuple[int, int]:
-        """As torch counts them, which it does not for tensors of inference mode."""
-        found = [
-            0 if tensor is None or tensor.is_inference() else tensor._version for tensor in (self.code, self.positions)
-        ]
-        return found[0], found[1]
+        return _writes_into(self.code), _writes_into(self.positions)
+
+
+def _writes_into(tensor: Tensor | None) -> int:
+    """As torch counts them, which it does not for tensors of inference mode."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version

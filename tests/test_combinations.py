@@ -11,7 +11,8 @@ from peft import PeftModel, get_peft_model
 from test_tied import tied_llama
 from torch import Tensor, nn
 
-from peft_dowser import DowserLayer, hotswap
+from peft_dowser import hotswap
+from peft_dowser.layer import dowser_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already", "ignore:All adapters", "ignore:Adapter")
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -28,10 +29,6 @@ def two(dtype: torch.dtype = torch.float32, a: dict | None = None, b: dict | Non
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
-
-
-def layers(model: nn.Module) -> list[DowserLayer]:
-    return [module for module in model.modules() if isinstance(module, DowserLayer)]
 
 
 def alone(model: PeftModel, name: str) -> Tensor:
@@ -79,7 +76,7 @@ def test_every_layer_has_the_same_adapter_after_the_active_one_is_deleted(module
     expected = alone(model, "b")
     model.delete_adapter("a")
     assert model.active_adapters == ["b"] and model.active_adapter == "b"
-    assert all(layer.active_adapters == ["b"] for layer in layers(model))
+    assert all(layer.active_adapters == ["b"] for layer in dowser_layers(model))
     assert torch.equal(logits(model), expected)
     assert all(".b." in name for name, parameter in model.named_parameters() if parameter.requires_grad)
     with model.disable_adapter():
@@ -92,16 +89,16 @@ def test_every_layer_has_the_same_adapter_after_the_active_one_is_deleted(module
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_a_safe_merge_that_fails_leaves_what_was_merged_before(merge: str) -> None:
     model = two(torch.float16)
-    layers(model)[5].values("b").data[3] = 1e30
+    dowser_layers(model)[5].values("b").data[3] = 1e30
     model.merge_adapter(["a"])
     before, modules = base_bits(model), [type(module) for module in model.modules()]
     with pytest.raises(ValueError, match="Adapter 'b': merging would write 1 values that are not finite"):
         getattr(model, merge)(adapter_names=["b"], safe_merge=True)
     assert_same_bits(base_bits(model), before)
     assert [type(module) for module in model.modules()] == modules
-    assert all(layer.merged_adapters == ["a"] for layer in layers(model))
+    assert all(layer.merged_adapters == ["a"] for layer in dowser_layers(model))
     model.unmerge_adapter()
-    assert_same_bits({name: t for name, t in base_bits(model).items()}, base_bits(tiny_llama(torch.float16)))
+    assert_same_bits(base_bits(model), base_bits(tiny_llama(torch.float16)))
 
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
@@ -109,7 +106,7 @@ def test_unknown_adapters_are_not_merged(merge: str) -> None:
     model = two()
     with pytest.raises(ValueError, match=r"Cannot merge unknown adapters \['c'\]; the model has \['a', 'b'\]"):
         getattr(model, merge)(adapter_names=["a", "c"])
-    assert len(layers(model)) == 14 and not any(layer.merged for layer in layers(model))
+    assert len(dowser_layers(model)) == 14 and not any(layer.merged for layer in dowser_layers(model))
     with pytest.raises(TypeError, match="should be a list of strings"):
         getattr(model, merge)(adapter_names="a")
 
@@ -142,7 +139,7 @@ def test_no_adapter_is_loaded_beside_merged_tokens(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Adapters \['a'\] are merged into the base model.*Call unmerge_adapter"):
         model.load_adapter(tmp_path / "a", "c")
     assert_same_bits(base_bits(model), before)
-    assert set(model.peft_config) == {"a", "b"} and all("a" in layer.merged_adapters for layer in layers(model))
+    assert set(model.peft_config) == {"a", "b"} and all("a" in layer.merged_adapters for layer in dowser_layers(model))
 
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -187,11 +184,10 @@ def saved_head(model: PeftModel) -> None:
 
 def test_a_probe_does_not_see_what_another_adapter_trains_as_a_whole() -> None:
     model = get_peft_model(tiny_llama(), config(modules_to_save=["lm_head"]), adapter_name="a")
-    saved_head(model)
     model.base_model.model.lm_head.modules_to_save["a"].weight.data.normal_()
     model.add_adapter("b", config())
     bare = get_peft_model(tiny_llama(), config(), adapter_name="b")
-    for layer, other in zip(layers(model), layers(bare), strict=True):
+    for layer, other in zip(dowser_layers(model), dowser_layers(bare), strict=True):
         assert torch.equal(layer.index("b").decoded(), other.index("b").decoded())
     assert not model.base_model.model.lm_head.disable_adapters
 
@@ -200,7 +196,7 @@ def test_a_probe_does_not_see_what_another_adapter_trains_as_a_whole() -> None:
 def test_modules_that_another_adapter_trains_as_a_whole_are_no_targets(targets: str | None, tmp_path: Path) -> None:
     whole = {"modules_to_save": ["lm_head", "o_proj"], "target_modules": ["up_proj"]}
     model = two(a=whole, b={"target_modules": targets})
-    names = {layer.module_name for layer in layers(model)}
+    names = {layer.module_name for layer in dowser_layers(model)}
     assert len(names) == 12 and not any("o_proj" in name or "head" in name for name in names)
     model.set_adapter("b")
     expected = logits(model)
