@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .sparse_linear import DELTA_BLOCK, entries_plus
+from .sparse_linear import delta_blocks, entries_plus
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -58,7 +58,7 @@ def write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
     """Write entries into a weight in place."""
     bits = _BITS[weight.element_size()]  # `scatter_` of integers takes half as long as `index_copy_`
     flat = weight.view(-1).view(bits)
-    for at, entry in zip(positions.split(DELTA_BLOCK), entries.view(bits).split(DELTA_BLOCK), strict=True):
+    for at, entry in zip(delta_blocks(positions), delta_blocks(entries.view(bits)), strict=True):
         flat.scatter_(0, at.long(), entry)
 
 

@@ -1,23 +1,29 @@
 """The sparse linear op: y = x (W + D)^T + b, with D given by a few values at sorted flat positions of W.
 
 The sum is formed in the dtype of W exactly as a merge writes it, used, and dropped: nothing of the size of W lives from
-forward to backward, and the output is bit for bit that of the merged layer. The ops are `torch.library` custom ops, so
-`torch.compile` sees them as one node each.
+forward to backward, and the output is bit for bit that of the merged layer. Nothing asks a GPU for a number, which
+would make the host wait. In eager mode one `torch.autograd.Function` runs; `torch.compile` gets custom ops of
+`torch.library`, which it sees as one node each, and which take twice the host's time.
 """
 
 import math
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-# Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache.
-DELTA_BLOCK = 1 << 18
-# Bytes of the dense weight gradient formed at a time.
+# Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache of a CPU. On a GPU
+# each block costs the launch of its kernels.
+_DELTA_BLOCK = 1 << 18
+_DELTA_BLOCK_ON_GPU = 1 << 22
+# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole: it is as large as the W + D
+# before it, and where the positions of a block begin is a number that the host would have to wait for.
 _PRODUCT_BLOCK = 64 << 20
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against
 # 68 ms at 0.1, 129 ms at 0.5 (2048 x 2048, 512 tokens, one core); of bfloat16, with instructions for it, 9 ms against
@@ -40,25 +46,25 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     flat = weight.view(-1)
-    wide = sum_dtype(weight, values)
-    if weight.dtype == wide:
-        flat.index_add_(0, positions, values.to(wide))
-        return
     # Written as integers of the same size: `scatter_` of those takes half as long as `index_copy_`.
-    bits = flat.view(torch.int16 if weight.element_size() == 2 else torch.int32)
-    for at, delta in zip(positions.split(DELTA_BLOCK), values.split(DELTA_BLOCK), strict=True):
+    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+    for at, delta in zip(delta_blocks(positions), delta_blocks(values), strict=True):
         at = at.long()
         bits.scatter_(0, at, entries_plus(flat.index_select(0, at), delta).view(bits.dtype))
 
 
 def entries_plus(entries: Tensor, values: Tensor) -> Tensor:
-    """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`."""
-    return (entries.to(sum_dtype(entries, values)) + values).to(entries.dtype)
+    """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`.
+
+    Note: computed in the wider dtype of both, at least float32, and rounded once to that of `entries`, in one kernel.
+        It is an addition everywhere; the atomic one of `index_add_` takes subnormal numbers for 0 on a GPU.
+    """
+    return torch.add(entries, values, out=torch.empty_like(entries))
 
 
-def sum_dtype(weight: Tensor, values: Tensor) -> torch.dtype:
-    """The dtype in which a delta is added to a weight: that of the wider one, at least float32."""
-    return torch.promote_types(torch.promote_types(weight.dtype, torch.float32), values.dtype)
+def delta_blocks(entries: Tensor) -> Sequence[Tensor]:
+    """Entries of a delta, or their positions, as many as are worked on at a time."""
+    return entries.split(_DELTA_BLOCK if entries.device.type == "cpu" else _DELTA_BLOCK_ON_GPU)
 
 
 def in_autocast(x: Tensor) -> Tensor:
@@ -92,7 +98,6 @@ def sum_of(weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]
     return total
 
 
-@torch.library.custom_op("dowser::linear", mutates_args=())
 def sparse_linear(
     x: Tensor,
     weight: Tensor,
@@ -117,6 +122,14 @@ def sparse_linear(
     Returns:
         Output, shape `(..., out)`, dtype of `x`: the bits that the merged layer gives.
     """
+    if torch.compiler.is_compiling():
+        return linear_op(x, weight, bias, values, positions, transposed)
+    return _SparseLinear.apply(x, weight, bias, transposed, *values, *positions)
+
+
+def _output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, values: list[Tensor], positions: list[Tensor], transposed: bool
+) -> Tensor:
     total = sum_of(weight, values, positions).to(x.dtype)
     if bias is not None:
         bias = bias.to(x.dtype)
@@ -129,29 +142,13 @@ def sparse_linear(
     return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], product.shape[-1]))
 
 
-@sparse_linear.register_fake
-def _(x, weight, bias, values, positions, transposed):
-    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
-
-
-@torch.library.custom_op("dowser::linear_input_grad", mutates_args=())
 def _input_grad(
-    grad: Tensor,
-    weight: Tensor,
-    values: list[Tensor],
-    positions: list[Tensor],
-    transposed: bool,
+    grad: Tensor, weight: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> Tensor:
     total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
 
 
-@_input_grad.register_fake
-def _(grad, weight, values, positions, transposed):
-    return grad.new_empty(*grad.shape[:-1], weight.shape[0 if transposed else 1])
-
-
-@torch.library.custom_op("dowser::linear_values_grad", mutates_args=())
 def _values_grad(
     grad: Tensor, x: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> list[Tensor]:
@@ -160,35 +157,82 @@ def _values_grad(
     return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
 
 
-@_values_grad.register_fake
+def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], transposed: bool) -> None:
+    """Keep for the backward; `deltas` are the values of all adapters, then their positions."""
+    ctx.save_for_backward(x, weight, *deltas)
+    ctx.transposed = transposed
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _gradients(
+    ctx: Any, grad: Tensor, wants: Sequence[bool], input_grad: Callable[..., Tensor], values_grad: Callable[..., Any]
+) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
+    """The gradients of x, bias and values, as far as `wants` says so of each of the three."""
+    x, weight, *deltas = ctx.saved_tensors
+    values, positions = _halves(deltas)
+    wants_x, wants_bias, wants_values = wants
+    grad_x = input_grad(grad, weight, values, positions, ctx.transposed) if wants_x else None
+    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if wants_bias else None
+    if not wants_values:
+        return grad_x, grad_bias, [None] * len(values)
+    return grad_x, grad_bias, values_grad(grad, x, values, positions, ctx.transposed)
+
+
+def _halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return list(deltas[: len(deltas) // 2]), list(deltas[len(deltas) // 2 :])
+
+
+class _SparseLinear(torch.autograd.Function):
+    """The layer in eager mode."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, transposed, *deltas):
+        _keep(ctx, x, weight, bias, deltas, transposed)
+        return _output(x, weight, bias, *_halves(deltas), transposed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        wants_x, _, wants_bias, _, *wants_values = ctx.needs_input_grad
+        wants = wants_x, wants_bias, any(wants_values)
+        grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, _input_grad, _values_grad)
+        return grad_x, None, grad_bias, None, *grad_values, *[None] * len(grad_values)
+
+
+# The layer under `torch.compile`.
+linear_op = torch.library.custom_op("dowser::linear", _output, mutates_args=())
+input_grad_op = torch.library.custom_op("dowser::linear_input_grad", _input_grad, mutates_args=())
+values_grad_op = torch.library.custom_op("dowser::linear_values_grad", _values_grad, mutates_args=())
+
+
+@linear_op.register_fake
+def _(x, weight, bias, values, positions, transposed):
+    return x.new_empty(*x.shape[:-1], weight.shape[1 if transposed else 0])
+
+
+@input_grad_op.register_fake
+def _(grad, weight, values, positions, transposed):
+    return grad.new_empty(*grad.shape[:-1], weight.shape[0 if transposed else 1])
+
+
+@values_grad_op.register_fake
 def _(grad, x, values, positions, transposed):
     return [torch.empty_like(delta) for delta in values]
 
 
 def _setup_context(ctx, inputs, output):
     x, weight, bias, values, positions, transposed = inputs
-    ctx.save_for_backward(x, weight, *values, *positions)
-    ctx.adapters = len(values)
-    ctx.transposed = transposed
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    _keep(ctx, x, weight, bias, (*values, *positions), transposed)
 
 
 def _backward(ctx, grad):
-    x, weight, *rest = ctx.saved_tensors
-    values, positions = rest[: ctx.adapters], rest[ctx.adapters :]
     wants_x, _, wants_bias, wants_values, *_ = ctx.needs_input_grad
-    grad_x = grad_bias = None
-    grad_values: list[Tensor | None] = [None] * ctx.adapters
-    if wants_x:
-        grad_x = _input_grad(grad, weight, values, positions, ctx.transposed)
-    if wants_bias:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
-    if any(wants_values):
-        grad_values = _values_grad(grad, x, values, positions, ctx.transposed)
-    return grad_x, None, grad_bias, grad_values, [None] * ctx.adapters, None
+    wants = wants_x, wants_bias, any(wants_values)
+    grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, input_grad_op, values_grad_op)
+    return grad_x, None, grad_bias, grad_values, [None] * len(grad_values), None
 
 
-sparse_linear.register_autograd(_backward, setup_context=_setup_context)
+linear_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
@@ -241,7 +285,8 @@ def _token_blocks(values: Tensor) -> Iterator[Tensor]:
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     height, width = rows.shape[1], columns.shape[1]
-    block = min(height, max(1, _PRODUCT_BLOCK // (width * rows.element_size())))
+    on_cpu = rows.device.type == "cpu"
+    block = min(height, max(1, _PRODUCT_BLOCK // (width * rows.element_size()))) if on_cpu else height
     firsts = torch.arange(0, height, block, device=positions.device, dtype=positions.dtype)
     ends = torch.searchsorted(positions, firsts[1:] * width).tolist() if block < height else []
     found = rows.new_empty(positions.numel())
@@ -249,6 +294,6 @@ def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     for number, (begin, end) in enumerate(zip([0, *ends], [*ends, positions.numel()], strict=True)):
         row_block = rows[:, number * block : (number + 1) * block]
         part = torch.mm(row_block.T, columns, out=product[: row_block.shape[1]])
-        at = positions[begin:end] - number * block * width
+        at = positions[begin:end] - number * block * width if number else positions[begin:end]
         torch.index_select(part.view(-1), 0, at, out=found[begin:end])
     return found

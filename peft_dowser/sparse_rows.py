@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .sparse_linear import sum_dtype
+from .sparse_linear import entries_plus
 
 
 def summed_rows(weight: Tensor, rows: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
@@ -25,10 +25,23 @@ def summed_rows(weight: Tensor, rows: Tensor, values: Sequence[Tensor], position
     total = weight.detach().index_select(0, rows)
     for delta, at in zip(values, positions, strict=True):
         chosen, places = _entries_in(at, rows, weight.shape[1])
-        wide = sum_dtype(total, delta)
-        added = total.to(wide).view(-1).index_add(0, places, delta.index_select(0, chosen).to(wide))
-        total = added.to(total.dtype).view(total.shape)
+        flat = total.view(-1)
+        sums = _Sum.apply(flat.index_select(0, places), delta.index_select(0, chosen))
+        total = flat.index_copy(0, places, sums).view(total.shape)
     return total
+
+
+class _Sum(torch.autograd.Function):
+    """`entries_plus`, differentiable with respect to both."""
+
+    @staticmethod
+    def forward(ctx, entries, values):
+        ctx.dtype = values.dtype
+        return entries_plus(entries, values)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, grad.to(ctx.dtype)
 
 
 def _entries_in(positions: Tensor, rows: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import CountedOps
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -160,7 +161,7 @@ def poison_buffer() -> None:
 def test_a_delta_is_written_at_its_positions_and_nowhere_else(
     dtype: torch.dtype, position_dtype: torch.dtype, nnz: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(floor, "DELTA_BLOCK", block)
+    monkeypatch.setattr(floor, "_DELTA_BLOCK", block)
     case = make(dtype, nnz=(nnz,), shape=(6, 8), position_dtype=position_dtype)
     (values,), (positions,) = case.values, case.positions
     integer, signalling_nan = INTEGER[dtype]
@@ -172,6 +173,51 @@ def test_a_delta_is_written_at_its_positions_and_nowhere_else(
     expected[16 + positions.long()] = bits(dense_sum(case)).view(-1)[positions.long()]
     add_delta_(weight, positions, values.detach())
     assert torch.equal(bits(memory), expected)
+
+
+@over_dtypes
+@pytest.mark.parametrize("value_dtype", DTYPES)
+@pytest.mark.parametrize("size", ["any", "subnormal", "close"])
+def test_the_sum_has_the_bits_of_one_addition(dtype: torch.dtype, value_dtype: torch.dtype, size: str) -> None:
+    """Over random bits, which hold subnormal numbers, infinities and NaN, and over sums near half a unit."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(of: torch.dtype) -> Tensor:
+        integer = INTEGER[of][0]
+        limits = torch.iinfo(integer)
+        return torch.randint(limits.min, limits.max, (100_000,), generator=generator, dtype=integer).view(of)
+
+    entries, values = random(dtype), random(value_dtype)
+    if size == "subnormal":
+        tiny = torch.finfo(dtype).tiny
+        entries = (torch.rand(entries.shape, generator=generator, dtype=torch.float64) * tiny).to(dtype)
+        values = (torch.rand(entries.shape, generator=generator, dtype=torch.float64) * tiny).to(value_dtype)
+    elif size == "close":
+        values = (entries.double() * 0.01 * torch.rand(entries.shape, generator=generator)).to(value_dtype)
+    wide = torch.promote_types(torch.promote_types(dtype, torch.float32), value_dtype)
+    expected = (entries.to(wide) + values.to(wide)).to(dtype)
+    found = entries.clone()
+    add_delta_(found, torch.arange(100_000, dtype=torch.int32), values)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(bits(found)[~found.isnan()], bits(expected)[~found.isnan()])
+
+
+@over_dtypes
+def test_no_sum_is_an_atomic_addition(dtype: torch.dtype) -> None:
+    """On a GPU that takes subnormal numbers for 0, so that sums are not those of a merge."""
+    case = make(dtype)
+    with CountedOps() as ops:
+        sparse_linear(*case).backward(upstream(case))
+    assert ops.counts["aten::scatter_"] == 2
+    assert not {"aten::index_add_", "aten::scatter_add_", "aten::index_put_"} & set(ops.counts)
+
+
+@pytest.mark.parametrize(("device", "blocks"), [("cpu", 20), ("meta", 2)])
+def test_a_gpu_adds_larger_blocks_than_a_cpu(device: str, blocks: int) -> None:
+    weight = torch.zeros(5_000_000, dtype=torch.bfloat16, device=device)
+    with CountedOps() as ops:
+        add_delta_(weight, torch.arange(len(weight), device=device), torch.zeros(len(weight), device=device))
+    assert ops.counts["aten::scatter_"] == ops.counts["aten::add"] == blocks
 
 
 @pytest.mark.parametrize(("dtype", "ulp"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
@@ -561,7 +607,7 @@ def test_training_works_after_inference_mode_made_the_buffer(dtype: torch.dtype,
 @over_layouts
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_op_passes_torchs_own_checks(transposed: bool, dtype: torch.dtype) -> None:
-    torch.library.opcheck(sparse_linear, make(dtype, (2, 3), (4, 30), transposed, shape=(6, 7)))
+    torch.library.opcheck(floor.linear_op, make(dtype, (2, 3), (4, 30), transposed, shape=(6, 7)))
 
 
 @over_layouts
@@ -569,8 +615,30 @@ def test_the_op_passes_torchs_own_checks(transposed: bool, dtype: torch.dtype) -
 def test_the_ops_of_the_backward_pass_torchs_own_checks(transposed: bool, dtype: torch.dtype) -> None:
     case = make(dtype, (2, 3), (4, 30), transposed, shape=(6, 7))
     values, grad = [v.detach() for v in case.values], upstream(case)
-    torch.library.opcheck(floor._input_grad, (grad, case.weight, values, case.positions, transposed))
-    torch.library.opcheck(floor._values_grad, (grad, case.x.detach(), values, case.positions, transposed))
+    torch.library.opcheck(floor.input_grad_op, (grad, case.weight, values, case.positions, transposed))
+    torch.library.opcheck(floor.values_grad_op, (grad, case.x.detach(), values, case.positions, transposed))
+
+
+@over_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_is_asked_for_no_number(transposed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors without data stand for those of a GPU: to wait for one of their entries is an error."""
+    monkeypatch.setattr(floor, "_PRODUCT_BLOCK", 1)
+    case = make(dtype, (3, 5), (30, 500), transposed)
+    x, weight, bias = (tensor.detach().to("meta") for tensor in case[:3])
+    values = [tensor.detach().to("meta").requires_grad_() for tensor in case.values]
+    positions = [tensor.to("meta") for tensor in case.positions]
+    output = sparse_linear(x.requires_grad_(), weight, bias, values, positions, transposed)
+    output.backward(upstream(case).to("meta"))
+    assert [tensor.grad.shape for tensor in (x, *values)] == [x.shape, (30,), (500,)]
+
+
+def test_eager_mode_runs_no_op_of_the_library() -> None:
+    case = make()
+    with CountedOps() as ops:
+        sparse_linear(*case).backward(upstream(case))
+    assert ops.counts["aten::mm"]
+    assert not [name for name in ops.counts if name.startswith("dowser::")]
 
 
 @over_layouts
