@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 # each block costs the launch of its kernels.
 _DELTA_BLOCK = 1 << 18
 _DELTA_BLOCK_ON_GPU = 1 << 22
-# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole: it is as large as the W + D
-# before it, and where the positions of a block begin is a number that the host would have to wait for.
+# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole: it is as large as W + D was,
+# and where the positions of a block begin is a number that the host would have to wait for.
 _PRODUCT_BLOCK = 64 << 20
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against
 # 68 ms at 0.1, 129 ms at 0.5 (2048 x 2048, 512 tokens, one core); of bfloat16, with instructions for it, 9 ms against
