@@ -29,13 +29,17 @@ class Embedding(Linear):
             Embeddings, shape `(*x.shape, width)`.
         """
         base = cast(nn.Embedding, self.get_base_layer())
-        nothing = torch.zeros((), dtype=base.weight.dtype, device=x.device)
-        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
         values = [self.scaled_values(name) for name in active]
-        rows, places = x.long().unique(return_inverse=True)
-        total = summed_rows(weight, rows, values, [self.index(name).decoded() for name in active])
-        found = _only(base, rows, total)(places)
-        return self.base_layer(x, *args, **kwargs) + found if self.is_additive else found
+        positions = [self.index(name).decoded() for name in active]
+        here = x.to(positions[0].device)  # where accelerate moves it for the base layer
+        nothing = torch.zeros((), dtype=base.weight.dtype, device=here.device)
+        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
+        rows, places = here.long().unique(return_inverse=True)
+        found = _only(base, rows, summed_rows(weight, rows, values, positions))(places)
+        if not self.is_additive:
+            return found
+        output = self.base_layer(x, *args, **kwargs)
+        return output + found.to(output.device)
 
 
 def _only(base: nn.Embedding, rows: Tensor, weight: Tensor) -> nn.Embedding:

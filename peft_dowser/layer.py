@@ -16,7 +16,7 @@ from .mixed_rows import by_adapter
 from .postmerge import Delta
 from .sparse_linear import add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
-from .storage import offload_hook
+from .storage import forward_of, offload_hook
 from .target import Target, is_falcons
 
 
@@ -316,8 +316,7 @@ class Linear(nn.Module, DowserLayer):
         """Whether the base layer must run itself, because calling it does more than its weight and bias say."""
         base = self.get_base_layer()
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        forward = base.__dict__.get("forward")  # one of its own, as accelerate gives it
-        replaced = forward is not None and getattr(forward, "__func__", None) is not type(base).forward
+        replaced = getattr(forward_of(base), "__func__", None) is not type(base).forward
         rounds_twice = is_falcons(base) and base.bias is not None
         return any(hooks) or replaced or rounds_twice
 
@@ -347,14 +346,13 @@ class Linear(nn.Module, DowserLayer):
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the adapters' D; y = base_layer(x) + x D^T where the layer `is_additive`."""
         base, transposed = self.get_base_layer(), self.target.transposed
-        x = in_autocast(x)
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
-        if self.is_additive:
-            nothing = x.new_zeros(()).expand(self.base_shape)
-            added = sparse_linear(x, nothing, None, values, positions, transposed)
-            return self.base_layer(x, *args, **kwargs) + added
-        return sparse_linear(x, base.weight, base.bias, values, positions, transposed)
+        here = in_autocast(x.to(positions[0].device))  # where accelerate moves it for the base layer
+        if not self.is_additive:
+            return sparse_linear(here, base.weight, base.bias, values, positions, transposed)
+        output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.base_shape)
+        return output + sparse_linear(here, nothing, None, values, positions, transposed).to(output.device)
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()

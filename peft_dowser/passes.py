@@ -229,7 +229,8 @@ class Passes:
         if "use_cache" in accepted:
             options["use_cache"] = False
         if "logits_to_keep" in accepted and not self.wants_gradient and not self._probes_head():
-            options["logits_to_keep"] = last_positions(written).unique()
+            # A number: of a base over several devices, a tensor would lie on another one than the hidden states.
+            options["logits_to_keep"] = written.shape[1] - int(last_positions(written).min())
         return self.model(**(inputs | options))
 
     def _probes_head(self) -> bool:
@@ -249,10 +250,8 @@ class Passes:
             output = outputs.hidden_states[-1] if output is None else output
         if self.kind is Kind.ENCODER:
             return output
-        last = last_positions(written)
-        if output.shape[1] != written.shape[1]:
-            last = torch.searchsorted(last.unique(), last)
-        return output[torch.arange(len(last), device=output.device), last.to(output.device)]
+        last = last_positions(written).to(output.device) - (written.shape[1] - output.shape[1])
+        return output[torch.arange(len(last), device=output.device), last]
 
     def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
         """Move the statistics of a batch into the rows of its prompts."""

@@ -61,7 +61,11 @@ def _product(
     return Product(x, function, transposed, weight.shape[2 if transposed else 1], expert, experts, ends)
 
 
-@torch.library.custom_op("dowser::experts", mutates_args=())
+# Where the rows of each expert are is a number that the host waits for, which a CUDA graph does not allow.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+
+
+@torch.library.custom_op("dowser::experts", mutates_args=(), tags=_TAGS)
 def _sparse_experts(
     x: Tensor,
     weight: Tensor,
@@ -88,7 +92,7 @@ def _(x, weight, values, positions, experts, ends, function, transposed):
     return x.new_empty(_product(x, weight, experts, ends, function, transposed).shape)
 
 
-@torch.library.custom_op("dowser::experts_grads", mutates_args=())
+@torch.library.custom_op("dowser::experts_grads", mutates_args=(), tags=_TAGS)
 def _grads(
     grad: Tensor,
     x: Tensor,

@@ -22,8 +22,8 @@ from torch.autograd.function import once_differentiable
 # each block costs the launch of its kernels.
 _DELTA_BLOCK = 1 << 18
 _DELTA_BLOCK_ON_GPU = 1 << 22
-# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole: it is as large as W + D was,
-# and where the positions of a block begin is a number that the host would have to wait for.
+# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole, which takes as much memory
+# as W + D has taken, because where the positions of a block begin is a number that the host would have to wait for.
 _PRODUCT_BLOCK = 64 << 20
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against
 # 68 ms at 0.1, 129 ms at 0.5 (2048 x 2048, 512 tokens, one core); of bfloat16, with instructions for it, 9 ms against
@@ -70,7 +70,7 @@ def delta_blocks(entries: Tensor) -> Sequence[Tensor]:
 def in_autocast(x: Tensor) -> Tensor:
     """A tensor in the dtype in which autocast computes a product: as it is where that is off, or in float64."""
     device = x.device.type
-    casts = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 

@@ -1,8 +1,9 @@
 """How a base layer keeps its weight: as it is, quantized, or away from the device until a forward asks for it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -69,6 +70,17 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
         if isinstance(one, AlignDevicesHook) and one.offload:
             return one
     return None
+
+
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module; beneath a hook of accelerate that only moves its inputs to the device of its weights.
+
+    Every linear of a base that lies on several devices has such a hook.
+    """
+    hook, forward = getattr(module, "_hf_hook", None), module.forward
+    moves = isinstance(hook, AlignDevicesHook) and not hook.offload and not hook.io_same_device
+    replaced_by_accelerate = isinstance(forward, partial) and forward.func.__module__ == AlignDevicesHook.__module__
+    return cast(Any, module)._old_forward if moves and replaced_by_accelerate else forward
 
 
 @contextmanager
