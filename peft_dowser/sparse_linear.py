@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 # each block costs the launch of its kernels.
 _DELTA_BLOCK = 1 << 18
 _DELTA_BLOCK_ON_GPU = 1 << 22
-# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole, which takes as much memory
+# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole, in as much memory
 # as W + D has taken, because where the positions of a block begin is a number that the host would have to wait for.
 _PRODUCT_BLOCK = 64 << 20
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against

@@ -224,7 +224,8 @@ def test_a_prompt_that_does_not_fit_is_an_error(
         probe(model, config(probe_batch_size=4), prompts=prompts)
 
 
-VIEWS = (torch.ops.aten.t.default, torch.ops.aten.detach.default, torch.ops.aten.view.default)
+aten = torch.ops.aten
+VIEWS = (aten.t.default, aten.detach.default, aten.view.default, aten.expand.default)
 
 
 class LargestTensor(TorchDispatchMode):
