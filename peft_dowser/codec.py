@@ -173,7 +173,7 @@ def _set_bits(packed: Tensor, expected: int, dtype: torch.dtype) -> Tensor:
         found = ((packed[:, None] >> bit) & 1).view(-1).nonzero().view(-1).to(dtype)
         _check_number(found.numel(), expected)
         return found
-    found = torch.empty(expected, dtype=dtype)
+    found = torch.empty(expected, dtype=dtype, device="cpu")
     entries, data, number = found.numpy(), packed.numpy(), 0
     for start in range(0, data.size, _BLOCK):
         # numpy finds them without a branch per bit: eight times faster than torch

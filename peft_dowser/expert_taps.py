@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .fused import Product, standing_in, weight_of, wrapped_forward
-from .taps import Tap, plus
+from .taps import Tap, plus, sums_by_group
 from .target import Target
 
 # Digits, base 256, of a token's number: each is exact in every float dtype.
@@ -85,7 +85,7 @@ class ExpertsTap:
 
         result.register_hook(backward)
         real = (share > 0).float()
-        self.rows = plus(self.rows, real.new_zeros(self.experts).index_add_(0, expert, real))
+        self.rows = plus(self.rows, torch.bincount(expert[share > 0], minlength=self.experts))
         self.activity = plus(self.activity, self._sums(hidden.abs(), share, slot, len(mask)))
         self.energy = plus(self.energy, self._sums(hidden.float().square(), real, expert, 1))
         return result
@@ -113,7 +113,7 @@ class ExpertsTap:
     def _sums(self, values: Tensor, share: Tensor, slot: Tensor, prompts: int) -> Tensor:
         """Weighted sums of rows by slot, `(prompts * experts, features)`. Padding counts for nothing."""
         weighted = torch.where((share > 0)[:, None], values.float() * share[:, None], 0)
-        return weighted.new_zeros(prompts * self.experts, values.shape[1]).index_add_(0, slot, weighted)
+        return sums_by_group(weighted, slot, prompts * self.experts)
 
 
 @contextmanager

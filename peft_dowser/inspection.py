@@ -107,7 +107,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
     for module, target in targets.items():
         positions, values = adapter.delta(module, target.numel)
         entries = _entries(base, target.tensor_name, positions).to(torch.bfloat16)
-        found[module] = merged_entries(entries, torch.arange(len(entries)), values).vanished(values)
+        found[module] = merged_entries(entries, torch.arange(len(entries), device="cpu"), values).vanished(values)
     return found
 
 

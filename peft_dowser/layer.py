@@ -14,7 +14,7 @@ from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
 from .postmerge import Delta
-from .sparse_linear import add_delta_, in_autocast, sparse_linear
+from .sparse_linear import Weight, add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
 from .storage import forward_of, offload_hook
 from .target import Target, is_falcons
@@ -348,11 +348,18 @@ class Linear(nn.Module, DowserLayer):
         base, transposed = self.get_base_layer(), self.target.transposed
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
-        here = in_autocast(x.to(positions[0].device))  # where accelerate moves it for the base layer
+        here = self._in_its_dtype(x.to(positions[0].device))  # where accelerate moves it for the base layer
         if not self.is_additive:
-            return sparse_linear(here, base.weight, base.bias, values, positions, transposed)
+            return sparse_linear(here, self._weight(), base.bias, values, positions, transposed)
         output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.base_shape)
         return output + sparse_linear(here, nothing, None, values, positions, transposed).to(output.device)
+
+    def _in_its_dtype(self, x: Tensor) -> Tensor:
+        """An input in the dtype in which the base layer computes its product."""
+        return in_autocast(x)
+
+    def _weight(self) -> Weight:
+        return self.get_base_layer().weight
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()

@@ -152,7 +152,7 @@ class _Sum:
         pieces = self.base.pieces.get(module)
         numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
         positions, values = self._delta(module, numel)
-        ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64)
+        ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
         own = slice(*torch.searchsorted(positions, ends.to(positions.dtype)).tolist())
         positions, values = positions[own] - start, values[own]
         entries = merged_entries(weight, positions, values)

@@ -151,7 +151,7 @@ def plan(
         statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
         # Generation is a forward too; each of the R backwards computes gradients of activations only.
         probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
-        step_flops=2.0 * used * batch * tokens * (4 if gradient_checkpointing else 3),
+        step_flops=2.0 * used * batch * tokens * _products(quantization, gradient_checkpointing),
         file=codes + 2 * nnz,
     )
 
@@ -218,6 +218,17 @@ def kept_bytes(
                 "it keeps cannot be planned."
             ) from error
     return sum(count for _, count in kept.values())
+
+
+def _products(quantization: str, checkpointing: bool) -> int:
+    """Products of full size of an adapted matrix in a step.
+
+    One in each forward, one for the gradient of the input and one for that of the values. The base of 8 bits runs
+    itself, so that D is multiplied on its own, in each forward and for the gradient of the input.
+    """
+    forwards = 2 if checkpointing else 1
+    own = forwards + 1 if quantization == "8bit" else 0
+    return forwards + 2 + own
 
 
 def _loss_bytes(model: PreTrainedModel, batch: int, tokens: int, size: int) -> int:

@@ -164,7 +164,7 @@ def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     for axes, (title, numbers) in zip(panels, maps.items(), strict=True):
-        sums, counts = torch.zeros(2, len(kinds), len(layers), dtype=torch.float64)
+        sums, counts = torch.zeros(2, len(kinds), len(layers), dtype=torch.float64, device="cpu")
         for name, (kind, layer) in places.items():
             at = kinds.index(kind), layers.index(layer)
             sums[at] += numbers[name]
@@ -229,8 +229,8 @@ def _blocks(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
     down, across = min(height, _BLOCKS), min(width, _BLOCKS)
     cells = (rows * down // height) * across + columns * across // width
     counts = torch.bincount(cells, minlength=down * across).view(down, across)
-    heights = torch.bincount(torch.arange(height) * down // height)
-    widths = torch.bincount(torch.arange(width) * across // width)
+    heights = torch.bincount(torch.arange(height, device="cpu") * down // height)
+    widths = torch.bincount(torch.arange(width, device="cpu") * across // width)
     return counts / (heights[:, None] * widths)
 
 

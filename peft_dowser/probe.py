@@ -20,6 +20,7 @@ from .modes import in_eval_mode
 from .passes import Passes, Share
 from .prompts import Prompt, prompt_length, synthetic_prompts
 from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
+from .seeds import generators_restored
 from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
 from .storage import differentiable, offload_hook
@@ -117,19 +118,26 @@ def _inputs(
     prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None,
     first: int,
 ) -> list[Prompt]:
-    """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`."""
+    """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`; on the CPU.
+
+    From a GPU they would be sent with its name, for which every rank would take memory there.
+    """
     if prompts is not None:
         inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
         if not inputs:
             raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
-        return inputs
+        return _on_cpu(inputs)
     if config.num_probes <= first:
         raise ValueError(
             f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
             "num_probes to continue them."
         )
     with left_as_it_was(model):
-        return synthetic_prompts(model, config, first)
+        return _on_cpu(synthetic_prompts(model, config, first))
+
+
+def _on_cpu(prompts: list[Prompt]) -> list[Prompt]:
+    return [{key: value.cpu() for key, value in prompt.items()} for prompt in prompts]
 
 
 def _probed(
@@ -198,7 +206,7 @@ def _on_meta(model: nn.Module) -> list[str]:
 def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
     if isinstance(prompt, Mapping):
         return dict(prompt)
-    ids = torch.as_tensor(prompt)
+    ids = torch.as_tensor(prompt, device="cpu")
     if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
         raise ValueError(
             f"prompts[{number}] must be a row of token ids or a mapping of model inputs, got {ids.dtype} of shape "
@@ -215,14 +223,12 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     owner: Any = model
     generation_config = getattr(model, "generation_config", None)
-    devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
-    cuda = [device for device in devices if device.type == "cuda"]
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(generators_restored())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
         stack.enter_context(differentiable(model))
-        for device_type in {device.type for device in devices}:
+        for device_type in _autocast_devices():
             stack.enter_context(torch.autocast(device_type, enabled=False))
         try:
             model.requires_grad_(False)
@@ -236,6 +242,12 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
                 model.get_parameter(name).requires_grad_(True)
             if generation_config is not None:
                 owner.generation_config = generation_config
+
+
+def _autocast_devices() -> set[str]:
+    """Where autocast may be on; not the devices of the parameters, which those of an offloaded base do not tell."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
 
 
 def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from .config import DowserConfig
-from .seeds import derived_seed
+from .seeds import derived_seed, seed_generators
 from .spread import shape_of
 from .storage import device_of
 
@@ -190,7 +190,7 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
         ids[row, width - len(beginning) :] = beginning
         mask[row, width - len(beginning) :] = 1
     new = length - len(start)
-    torch.manual_seed(derived_seed(config.seed, "sampling", first))
+    seed_generators(derived_seed(config.seed, "sampling", first))
     with torch.no_grad():
         generate: Any = model.generate
         written = generate(

@@ -1,4 +1,4 @@
-"""A quantized linear layer with sparse deltas: the base runs as it is, and only a merge quantizes again."""
+"""A quantized linear layer with sparse deltas: only a merge quantizes again."""
 
 import copy
 import warnings
@@ -6,23 +6,30 @@ from typing import Any, cast
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
-from torch import nn
+from torch import Tensor, nn
 
 from .layer import Linear
-from .sparse_linear import add_delta_
+from .sparse_linear import Weight, add_delta_, in_autocast
 from .storage import backend_of, unpack
+
+# Libraries, as PEFT calls them, that dequantize a weight to multiply with it. The others compute with the integers, and
+# some round the input too, so that a delta of zero would change the output.
+_DEQUANTIZING = ("bnb 4bit", "hqq")
 
 
 class QuantizedLinear(Linear):
     """A linear layer that bitsandbytes, torchao, HQQ or another library of PEFT's has quantized.
 
-    y = base_layer(x) + x D^T. A merge computes W + D in floating point and quantizes the whole matrix again, so it
-    rounds every weight of the matrix; unmerging puts the quantized original back, bit for bit.
+    Where the library multiplies with the dequantized weight, y = x (W + D)^T + b, with W dequantized for every use, as
+    the library does. Elsewhere, and under `torch.compile`, y = base_layer(x) + x D^T.
+
+    A merge computes W + D in floating point and quantizes the whole matrix again, so it rounds every weight of the
+    matrix; unmerging puts the quantized original back, bit for bit.
     """
 
     @property
     def is_additive(self) -> bool:
-        return True
+        return super().is_additive or not self._dequantizes or torch.compiler.is_compiling()
 
     @property
     def merges_in_place(self) -> bool:
@@ -32,8 +39,21 @@ class QuantizedLinear(Linear):
         unpack(base_layer)
         super().__init__(base_layer, name)
         self._requantize = requantize
+        self._dequantizes = cast(QuantizationBackend, backend_of(base_layer)).backend_name in _DEQUANTIZING
         # What a merge replaces, in a tuple that hides it from torch: it is no part of the model meanwhile.
         self._original: tuple[nn.Module, ...] = ()
+
+    def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        output = super()._adapted(x, active, *args, **kwargs)
+        return output if self.is_additive else output.to(x.dtype)  # as these libraries return it
+
+    def _in_its_dtype(self, x: Tensor) -> Tensor:
+        return in_autocast(x.to(getattr(self.get_base_layer(), "compute_dtype", None) or x.dtype))
+
+    def _weight(self) -> Weight:
+        base = self.get_base_layer()
+        backend = cast(QuantizationBackend, backend_of(base, self._requantize))
+        return lambda: backend.get_base_weight(base).detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace the base layer by one that holds W + D, quantized again.

@@ -5,6 +5,9 @@ from torch import Tensor
 
 from .statistics import ModuleStatistics
 
+# Entries of A^T B computed at a time, which bounds its memory in float64.
+_BLOCK = 1 << 20
+
 
 def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     """Score weights by how much the output depends on them (Eq. 5): S = |W| o (A^T B) / N.
@@ -20,10 +23,16 @@ def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
         ValueError: the statistics belong to a weight of another shape.
 
     Note: allocates the scores and, on CPU, a float32 copy of a weight of another dtype; nothing else of their size.
+        A^T B is summed in float64, so that a mask depends neither on TF32 nor on the order of a device's sums.
     """
     sensitivity, activity = statistics.sensitivity, statistics.activity
     _check_shape(weight, (sensitivity.shape[1], activity.shape[1]))
-    score = sensitivity.to(weight.device).T @ activity.to(weight.device)
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which MPS has not
+    rows, columns = sensitivity.to(weight.device, wide).T, activity.to(weight.device, wide)
+    score = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    height = max(1, _BLOCK // max(1, weight.shape[1]))
+    for part, row_block in zip(score.split(height), rows.split(height), strict=True):
+        part.copy_(row_block @ columns)
     return score.mul_(weight).abs_().div_(sensitivity.shape[0])
 
 

@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,8 @@ _SAMPLED_DENSITY = {torch.float32: 0.2, torch.bfloat16: 0.06, torch.float16: mat
 # Tokens of a sampled product at a time: the factors then stay in the cache (12 ms instead of 20 ms, 1024 x 2816).
 _TOKEN_BLOCK = 64
 _thread = threading.local()
+# A weight, or what computes it anew in every forward and backward, as from a quantized one.
+Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
 
 def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
@@ -90,9 +92,9 @@ def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     return buffer[: count * like.element_size()].view(like.dtype).view(shape)
 
 
-def sum_of(weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
-    """W + D_1 + D_2 + ..., each delta added in turn by `add_delta_`; a `dense_temporary`."""
-    total = dense_temporary(weight.shape, weight).copy_(weight)
+def sum_of(weight: Weight, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
+    """W + D_1 + D_2 + ..., each delta added in turn by `add_delta_`; a temporary."""
+    total = dense_temporary(weight.shape, weight).copy_(weight) if isinstance(weight, Tensor) else weight()
     for delta, at in zip(values, positions, strict=True):
         add_delta_(total, at, delta)
     return total
@@ -100,7 +102,7 @@ def sum_of(weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]
 
 def sparse_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     values: list[Tensor],
     positions: list[Tensor],
@@ -113,7 +115,8 @@ def sparse_linear(
 
     Args:
         x: input, shape `(..., in)`. Where its dtype differs from that of `weight` (autocast), W + D is cast to it.
-        weight: frozen base weight, shape `(out, in)`, or `(in, out)` if `transposed`; contiguous.
+        weight: frozen base weight, shape `(out, in)`, or `(in, out)` if `transposed`; contiguous. Or a function that
+            returns such a tensor, to which D is added; not under `torch.compile`.
         bias: bias, shape `(out,)`, or None.
         values: one delta per active adapter, shape `(nnz_a,)` each, any float dtype.
         positions: their flat positions in `weight` as stored, strictly increasing, int32 or int64.
@@ -123,12 +126,12 @@ def sparse_linear(
         Output, shape `(..., out)`, dtype of `x`: the bits that the merged layer gives.
     """
     if torch.compiler.is_compiling():
-        return linear_op(x, weight, bias, values, positions, transposed)
+        return linear_op(x, cast(Tensor, weight), bias, values, positions, transposed)
     return _SparseLinear.apply(x, weight, bias, transposed, *values, *positions)
 
 
 def _output(
-    x: Tensor, weight: Tensor, bias: Tensor | None, values: list[Tensor], positions: list[Tensor], transposed: bool
+    x: Tensor, weight: Weight, bias: Tensor | None, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> Tensor:
     total = sum_of(weight, values, positions).to(x.dtype)
     if bias is not None:
@@ -143,7 +146,7 @@ def _output(
 
 
 def _input_grad(
-    grad: Tensor, weight: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
+    grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> Tensor:
     total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
@@ -157,9 +160,11 @@ def _values_grad(
     return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
 
 
-def _keep(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: Sequence[Tensor], transposed: bool) -> None:
+def _keep(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, deltas: Sequence[Tensor], transposed: bool) -> None:
     """Keep for the backward; `deltas` are the values of all adapters, then their positions."""
-    ctx.save_for_backward(x, weight, *deltas)
+    is_there = isinstance(weight, Tensor)
+    ctx.save_for_backward(x, weight if is_there else None, *deltas)
+    ctx.compute_weight = None if is_there else weight
     ctx.transposed = transposed
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -171,7 +176,7 @@ def _gradients(
     x, weight, *deltas = ctx.saved_tensors
     values, positions = _halves(deltas)
     wants_x, wants_bias, wants_values = wants
-    grad_x = input_grad(grad, weight, values, positions, ctx.transposed) if wants_x else None
+    grad_x = input_grad(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
     grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if wants_bias else None
     if not wants_values:
         return grad_x, grad_bias, [None] * len(values)
@@ -200,9 +205,22 @@ class _SparseLinear(torch.autograd.Function):
 
 
 # The layer under `torch.compile`.
-linear_op = torch.library.custom_op("dowser::linear", _output, mutates_args=())
-input_grad_op = torch.library.custom_op("dowser::linear_input_grad", _input_grad, mutates_args=())
-values_grad_op = torch.library.custom_op("dowser::linear_values_grad", _values_grad, mutates_args=())
+_DELTAS = "Tensor[] values, Tensor[] positions, bool transposed"
+linear_op = torch.library.custom_op(
+    "dowser::linear", _output, mutates_args=(), schema=f"(Tensor x, Tensor weight, Tensor? bias, {_DELTAS}) -> Tensor"
+)
+input_grad_op = torch.library.custom_op(
+    "dowser::linear_input_grad",
+    _input_grad,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor weight, {_DELTAS}) -> Tensor",
+)
+values_grad_op = torch.library.custom_op(
+    "dowser::linear_values_grad",
+    _values_grad,
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor x, {_DELTAS}) -> Tensor[]",
+)
 
 
 @linear_op.register_fake
@@ -258,7 +276,7 @@ def _expect_csr() -> None:
     """Let torch say once, unheard, that CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
+        torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False, device="cpu")
 
 
 def _sampled_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:

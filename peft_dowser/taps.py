@@ -140,8 +140,7 @@ class LookupTap(Tap):
         return activity, torch.bincount(ids[weights > 0], minlength=self.entries).float()
 
     def _product(self, grad: Tensor, hidden: Tensor) -> Tensor:
-        rows = grad.reshape(-1, grad.shape[-1]).float()
-        return rows.new_zeros(self.entries, rows.shape[1]).index_add_(0, hidden.reshape(-1).long(), rows).T
+        return sums_by_group(grad.reshape(-1, grad.shape[-1]).float(), hidden.reshape(-1).long(), self.entries).T
 
 
 def tap_of(target: Target, masks: Sequence[Tensor], batch: int, wants_gradient: bool) -> Tap:
@@ -167,6 +166,20 @@ def tapped(targets: Mapping[str, Target], taps: Mapping[str, Tap]) -> Iterator[N
 def plus(total: Tensor | None, addend: Tensor) -> Tensor:
     """A running sum, added to in place; None is zero."""
     return addend if total is None else total.add_(addend)
+
+
+def sums_by_group(rows: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sums of the rows of every group, `(count, features)`, each in the order of the rows, on every device.
+
+    Args:
+        rows: shape `(rows, features)`, float32.
+        groups: the group of each row, in [0, count), shape `(rows,)`, int64.
+        count: number of groups.
+
+    Note: `index_add_` adds on a GPU in another order in every run, and so gives other last bits.
+    """
+    lengths = torch.bincount(groups, minlength=count)
+    return torch.segment_reduce(rows[groups.argsort(stable=True)], "sum", lengths=lengths, axis=0)
 
 
 def _weighted_sum(values: Tensor, weights: Tensor) -> Tensor:

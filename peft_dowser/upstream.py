@@ -16,6 +16,7 @@ from .config import DowserConfig
 from .modes import in_eval_mode
 from .probe import left_as_it_was
 from .prompts import Prompt, special_ids, synthetic_prompts
+from .seeds import generators_restored
 
 # A text, its token ids, or the keyword arguments of a forward.
 Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
@@ -26,8 +27,7 @@ IGNORED = -100
 @contextmanager
 def measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; modes and torch's generators are restored."""
-    cuda = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda), torch.no_grad(), in_eval_mode(model):
+    with generators_restored(), torch.no_grad(), in_eval_mode(model):
         yield
 
 
@@ -67,12 +67,12 @@ def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int) 
 
 def _prompt(text: Text, number: int, processing_class: Any, max_length: int) -> Prompt:
     if isinstance(text, Mapping):
-        ids = text.get("input_ids", torch.empty(0))
+        ids = text.get("input_ids", torch.empty(0, device="cpu"))
         prompt = dict(text)
     else:
         if isinstance(text, str):
             text = _tokenizer(processing_class)(text, verbose=False)["input_ids"]
-        ids = torch.as_tensor(text)[None]
+        ids = torch.as_tensor(text, device="cpu")[None]
         prompt = {"input_ids": ids.long()[:, :max_length]}
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2 or ids.is_floating_point():
         raise ValueError(

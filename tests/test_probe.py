@@ -1,6 +1,9 @@
 """Probing: the factors against a brute-force Jacobian, and the model left as it was."""
 
+import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -225,7 +228,7 @@ def test_a_prompt_that_does_not_fit_is_an_error(
 
 
 aten = torch.ops.aten
-VIEWS = (aten.t.default, aten.detach.default, aten.view.default, aten.expand.default)
+VIEWS = (aten.t.default, aten.detach.default, aten.view.default, aten.expand.default, aten.transpose.int)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -361,3 +364,26 @@ def test_other_settings_do_not_continue_a_probe(changed: dict, message: str) -> 
     earlier = probe(model, config(target_modules=["up_proj"]))
     with pytest.raises(ValueError, match=message):
         probe(model, config(**({"num_probes": 8, "target_modules": ["up_proj"]} | changed)), statistics=earlier)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a GPU every rank would unpack them onto the same one."""
+    moved: list[Tensor] = []
+    cpu = Tensor.cpu
+
+    def noted(tensor: Tensor) -> Tensor:
+        moved.append(tensor)
+        return cpu(tensor)
+
+    def from_rank(source: int, work: Callable[[], Any]) -> Any:
+        if isinstance(result := work(), list):
+            sent.extend(tensor for prompt in result for tensor in prompt.values())
+        return result
+
+    sent: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "cpu", noted)
+    monkeypatch.setattr(sys.modules["peft_dowser.probe"], "from_rank", from_rank)
+    probe(tiny_llama(), config(), prompts=[{"input_ids": torch.tensor([[3, 4]])}] if given else None)
+    assert len(sent) == (1 if given else 4)
+    assert all(any(tensor is other for other in moved) for tensor in sent)

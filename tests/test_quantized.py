@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from helpers import CountedOps, config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TorchAoConfig
 
 from peft_dowser import DowserLayer
@@ -113,6 +114,64 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_product(folder
     torch.testing.assert_close(layer(x), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
+
+
+DEQUANTIZING = [kind for kind in KINDS if kind.values[0] in ("4-bit", "hqq")]
+
+
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", DEQUANTIZING)
+def test_one_product_with_w_plus_d_in_the_dtype_in_which_the_base_computes(
+    folder: str, kind: str, compute_dtype: torch.dtype
+) -> None:
+    """With the bits of a dense layer of the dequantized weight plus the delta, and the gradients of its twin."""
+    model = get_peft_model(load(folder, kind), config(score="random"))
+    set_values(model)
+    layer = layers(model)[0]
+    layer.base_layer.compute_dtype = compute_dtype
+    values, at = layer.values("default"), layer.index("default").decoded().long()
+    dense = backend_of(layer.base_layer).get_base_weight(layer.base_layer).detach().clone()  # type: ignore[union-attr]
+    dense.view(-1)[at] += values.detach()
+    dense = dense.to(compute_dtype).requires_grad_()
+    x, grad = torch.randn(5, layer.in_features), torch.randn(5, layer.out_features)
+    expected = nn.functional.linear(x.to(compute_dtype), dense).float()
+    expected.backward(grad)
+    kept: list[Tensor] = []
+    x.requires_grad_()
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor), CountedOps() as ops:
+        output = layer(x)
+    assert ops.counts["aten::mm"] == 1
+    assert torch.equal(output, expected)
+    assert max(tensor.numel() for tensor in kept) < dense.numel() / 4
+    with CountedOps() as ops:
+        output.backward(grad)
+    assert ops.counts["aten::mm"] + ops.counts["aten::sparse_sampled_addmm"] == 2
+    of_dense = dense.grad.view(-1)[at]  # type: ignore[union-attr]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[compute_dtype]
+    torch.testing.assert_close(values.grad, of_dense.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(x.grad, (grad.to(compute_dtype) @ dense).float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_library_that_computes_with_integers_runs_itself(folder: str, kind: str) -> None:
+    model = get_peft_model(load(folder, kind), config(score="random"))
+    assert {layer.is_additive for layer in layers(model)} == {kind in ("8-bit", "torchao")}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointed_it_has_the_same_gradients(folder: str, kind: str, reentrant: bool) -> None:
+    model = get_peft_model(load(folder, kind), config(score="random")).train()
+    set_values(model)
+    model.enable_input_require_grads()
+    found = []
+    for checkpoints in (False, True):
+        if checkpoints:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([layer.values("default").grad.clone() for layer in layers(model)])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ import torch
 from helpers import config
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_dowser import scores
 from peft_dowser.selection import score_matrix
@@ -136,7 +137,31 @@ def test_weights_and_statistics_are_only_read(name: str, dtype: torch.dtype) -> 
     assert all(torch.equal(tensor, getattr(statistics(), field)) for field, tensor in vars(given).items())
 
 
-def test_dowser_allocates_nothing_of_the_size_of_the_scores_but_the_scores(tmp_path: Path) -> None:
+def test_the_sums_of_dowser_are_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of float32 may be computed in TF32 on a GPU; whole blocks or single rows, the scores are the same."""
+    products: list[torch.dtype] = []
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                products.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    weight, given = weight_of(torch.float32), statistics()
+    exact = given.sensitivity.double().T @ given.activity.double()
+    expected = (exact.float() * weight).abs() / N
+    for block in (1, 3 * IN, 1 << 20):
+        monkeypatch.setattr(scores, "_BLOCK", block)
+        with Products():
+            assert torch.equal(scores.dowser(weight, given), expected)
+    assert len(products) == OUT + -(-OUT // 3) + 1
+    assert set(products) == {torch.float64}
+
+
+def test_dowser_allocates_nothing_of_the_size_of_the_scores_but_the_scores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "_BLOCK", 1 << 12)
     weight, given = torch.ones(300, 400), statistics(300, 400)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
         found = scores.dowser(weight, given)
