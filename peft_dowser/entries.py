@@ -32,7 +32,7 @@ class MergedEntries:
         Raises:
             ValueError: there are some; the message names adapter and module.
         """
-        if bool(torch.isfinite(self.sums.sum(dtype=torch.float64))):
+        if bool(torch.isfinite(self.sums.sum(dtype=torch.promote_types(self.sums.dtype, torch.float32)))):
             return  # much the faster test, and false only where a sum of finite numbers overflows
         if bad := int((~torch.isfinite(self.sums)).count_nonzero()):
             raise ValueError(

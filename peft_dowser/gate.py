@@ -69,7 +69,10 @@ def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, sta
         except DeltaFormatError as error:
             raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
 
-    for (name, layer), positions in zip(layers, side_by_side(read, layers), strict=True):
+    # On a GPU all threads would share it, and each would take memory of its own there.
+    on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
+    found = side_by_side(read, layers) if on_cpu else list(map(read, layers))
+    for (name, layer), positions in zip(layers, found, strict=True):
         layer.index(adapter_name).checked = (state_dict[name + code], positions)
 
 

@@ -74,8 +74,10 @@ class DowserLayer(BaseTunerLayer):
 
     def scaled_values(self, adapter_name: str) -> Tensor:
         """The values as they are added to the weight: times the adapter's scale. Refuses those of a placeholder."""
-        values = cast(Values, self.dowser_values[adapter_name]).loaded()
-        scale = self.scaling[adapter_name]
+        own = cast(Values, self.dowser_values[adapter_name])
+        values, scale = own.loaded(), self.scaling[adapter_name]
+        if not torch.compiler.is_compiling():
+            own.report_narrow(adapter_name)
         return values if scale == 1 else values * scale
 
     def set_scale(self, adapter: str, scale: float) -> None:

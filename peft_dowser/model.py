@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -31,6 +31,7 @@ from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
+from .state import Values
 from .storage import backend_of
 from .tied import Tied
 from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
@@ -274,6 +275,8 @@ class DowserModel(BaseTuner):
         for layer in layers:
             if not layer.target.is_quantized:
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
+        for layer in layers:
+            cast(Values, layer.dowser_values[adapter_name]).may_be_narrow = True
         values = [layer.values(adapter_name) for layer in layers]
         narrow = {value.dtype for value in values if value.requires_grad and value.element_size() < 4}
         if narrow:

@@ -6,6 +6,7 @@ one backward serves all of them.
 """
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -26,6 +27,8 @@ from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_cont
 from .storage import differentiable, offload_hook
 from .target import Target
 from .targets import resolve_targets
+
+logger = logging.getLogger(__name__)
 
 
 def probe(
@@ -81,7 +84,8 @@ def probe_targets(
         )
     spread = is_spread(model)
     check_gathers(model)
-    able = _able_ranks(model, spread)
+    able, ranks = _able_ranks(model, spread)
+    _report_idle(able, ranks, next(iter(targets.values())).device)
     for_all = by_all_ranks if spread else partial(from_rank, able[0])
     config = copy.copy(config)
     config.seed = from_rank(0, lambda: config.seed)
@@ -105,11 +109,30 @@ def probe_targets(
     return ProbeStatistics(_gathered(names, [first + number for number in mine], found, statistics), info, samples)
 
 
-def _able_ranks(model: nn.Module, spread: bool) -> list[int]:
-    """The ranks that can probe: rank 0 alone where it alone loads the base, and will spread it."""
-    able = [number for number, missing in enumerate(gather(bool(_on_meta(model)))) if not missing]
+def _report_idle(able: list[int], ranks: int, device: torch.device) -> None:
+    """Say which GPUs or ranks do nothing while the probe runs."""
+    if rank() != able[0]:
+        return
+    if device.type == "cpu" and torch.accelerator.is_available():
+        logger.warning(
+            "The probe runs on the CPU, where the base is, while a GPU is idle. Move the base there before, or load it "
+            "with device_map: the probe then takes seconds instead of minutes."
+        )
+    if len(able) < ranks:
+        logger.warning(
+            "%d of %d ranks have the weights and probe, while the others wait, no longer than the time-out of the "
+            "process group. For a large base probe first: probe(model, config).save(path), then DowserConfig(statistics=path).",
+            len(able),
+            ranks,
+        )
+
+
+def _able_ranks(model: nn.Module, spread: bool) -> tuple[list[int], int]:
+    """The ranks that can probe: rank 0 alone where it alone loads the base, and will spread it; how many there are."""
+    missing = gather(bool(_on_meta(model)))
+    able = [number for number, lacks in enumerate(missing) if not lacks]
     on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)
-    return able
+    return able, len(missing)
 
 
 def _inputs(

@@ -1,6 +1,8 @@
 """What an adapter keeps for one target: its values and their positions, and how a saved file fills them in."""
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,9 @@ _NOT_LOADED = (
 )
 
 
+logger = logging.getLogger(__name__)
+
+
 class Guard(AbstractContextManager[None], Protocol):
     """Watches over a model into which a saved adapter is loaded, see `guard.Guard`."""
 
@@ -28,6 +33,7 @@ class Values(nn.Module):
     Attributes:
         weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
+        may_be_narrow: whether the user was told already that they train in less than float32.
         guard: what has to agree before they are used; None where they come from no file, or it has agreed.
     """
 
@@ -36,6 +42,7 @@ class Values(nn.Module):
     def __init__(self, values: Tensor, guard: Guard | None) -> None:
         super().__init__()
         self.guard = guard
+        self.may_be_narrow = False
         self.awaited = False
         self.weight = nn.Parameter(values)
         self.awaited = guard is not None
@@ -73,6 +80,26 @@ class Values(nn.Module):
         if self.awaited:
             raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
         return self.weight
+
+    def report_narrow(self, adapter_name: str) -> None:
+        """Say, once for an adapter, that something rounds its values while it trains."""
+        weight = self.weight
+        trains = weight.requires_grad and torch.is_grad_enabled()
+        if trains and weight.element_size() < 4 and not self.may_be_narrow:
+            _report_narrow(adapter_name, str(weight.dtype).removeprefix("torch."))
+
+
+@cache
+def _report_narrow(adapter_name: str, dtype: str) -> None:
+    logger.warning(
+        "Adapter '%s' computes with values in %s, by the mixed precision of FSDP2 or DeepSpeed, or by a cast: what "
+        "trains is not what float32 values in a file merge to. Set mixed_precision to 'no' and load the base in %s, as in "
+        "examples/accelerate, or save what ran with save_dtype='%s'.",
+        adapter_name,
+        dtype,
+        dtype,
+        dtype,
+    )
 
 
 class Index(nn.Module):

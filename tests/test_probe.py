@@ -387,3 +387,13 @@ def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: p
     probe(tiny_llama(), config(), prompts=[{"input_ids": torch.tensor([[3, 4]])}] if given else None)
     assert len(sent) == (1 if given else 4)
     assert all(any(tensor is other for other in moved) for tensor in sent)
+
+
+@pytest.mark.parametrize("has_gpu", [False, True])
+def test_a_gpu_that_is_idle_is_mentioned(
+    has_gpu: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr("peft_dowser.seeds._accelerator", lambda: None)
+    probe(tiny_llama(), config(), prompts=[[3, 4]])
+    assert ("The probe runs on the CPU, where the base is, while a GPU is idle" in caplog.text) == has_gpu

@@ -1,5 +1,6 @@
 """FSDP1, FSDP2 (plain and by accelerate) and DDP on two ranks: probes, trains, generates, saves as one process does."""
 
+import logging
 import os
 import traceback
 import weakref
@@ -8,12 +9,13 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from groups import on_ranks
-from helpers import config, tiny_llama
+from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -22,6 +24,7 @@ from torch.distributed.fsdp import (
     FSDPModule,
     FullStateDictConfig,
     FullyShardedDataParallel,
+    MixedPrecisionPolicy,
     StateDictType,
     fully_shard,
     register_fsdp_forward_method,
@@ -414,3 +417,38 @@ def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None
 
 def close(found: list[float], expected: list[float]) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
+
+
+def rounds(rank: int) -> dict[str, Any]:
+    """Whether the logits are those of one process, and what is said, with and without mixed precision."""
+    found = {}
+    expected = get_peft_model(tiny_llama(torch.bfloat16), config(score="magnitude"))
+    set_values(expected)
+    for name, policy in (
+        ("bf16", MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
+        ("no", MixedPrecisionPolicy()),
+    ):
+        said: list[str] = []
+        handler = logging.Handler()
+        handler.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
+        logging.getLogger("peft_dowser").addHandler(handler)
+        model = get_peft_model(tiny_llama(torch.bfloat16), config(score="magnitude"))
+        set_values(model)
+        for module in model.modules():
+            if isinstance(module, LlamaDecoderLayer):
+                fully_shard(module, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+        fully_shard(model, mesh=init_device_mesh("cpu", (2,)), mp_policy=policy)
+        same = torch.equal(model(input_ids=batch_of(0)).logits, expected(input_ids=batch_of(0)).logits)
+        logging.getLogger("peft_dowser").removeHandler(handler)
+        found[name] = same, said
+    return found
+
+
+def test_mixed_precision_of_fsdp2_rounds_the_values_and_says_so(tmp_path: Path) -> None:
+    """With a base in bfloat16 and no mixed precision, values stay in float32, and the bits are those of one process."""
+    for found in on_ranks(rounds, tmp_path):
+        same, said = found["bf16"]
+        assert not same
+        assert len(said) == 1
+        assert "computes with values in bfloat16" in said[0]
+        assert found["no"] == (True, [])

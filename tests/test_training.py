@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from peft_dowser import DowserLayer
+from peft_dowser import DowserLayer, state
 
 BATCH = torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(0))
 
@@ -290,11 +291,40 @@ def test_the_8_bit_optimizer_trains_the_values() -> None:
     assert {state["state1"].dtype for state in optimizer.state.values()} == {torch.uint8}
 
 
+def cast_to_bfloat16(model: nn.Module) -> None:
+    model.to(torch.bfloat16)  # as DeepSpeed does
+
+
+def under_autocast(model: nn.Module) -> None:
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(("change", "said"), [(cast_to_bfloat16, 1), (under_autocast, 0)])
+def test_values_that_something_rounds_are_announced_once(
+    change: Callable[[nn.Module], None], said: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    state._report_narrow.cache_clear()
+    model = get_peft_model(tiny_llama(torch.bfloat16), config())
+    change(model)
+    with torch.no_grad():
+        model(input_ids=BATCH)
+    assert not caplog.records
+    for _ in range(2):
+        model(input_ids=BATCH, labels=BATCH).loss.backward()
+    assert len(caplog.records) == said
+    if said:
+        assert "Adapter 'default' computes with values in bfloat16" in caplog.text
+        assert "save_dtype='bfloat16'" in caplog.text
+
+
 def test_bfloat16_values_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     model = get_peft_model(tiny_llama(torch.bfloat16), config(), autocast_adapter_dtype=False)
     assert {values.dtype for values in values_of(model).values()} == {torch.bfloat16}
     assert "Adapter 'default' trains in torch.bfloat16" in caplog.text
     caplog.clear()
+    state._report_narrow.cache_clear()
+    model(input_ids=BATCH, labels=BATCH).loss.backward()
+    assert not caplog.records
     get_peft_model(tiny_llama(torch.bfloat16), config())
     get_peft_model(tiny_llama(), config(), autocast_adapter_dtype=False)
     assert "trains in" not in caplog.text

@@ -7,6 +7,7 @@ The adapter is made before the trainer shards the model; every rank probes a par
 """
 
 import argparse
+import os
 
 import transformers
 from datasets import load_dataset
@@ -32,12 +33,14 @@ def main() -> None:
         learning_rate=options.learning_rate,
         max_steps=options.max_steps,
         use_cpu=options.use_cpu,
-        bf16=not options.use_cpu,
+        bf16=False,  # mixed precision of FSDP2 would round the float32 values; the base is in the dtype of its files
         report_to=[],
     )
     # Not left to the trainer, which under ZeRO-3 would load the base in parts.
     (architecture,) = AutoConfig.from_pretrained(options.model).architectures
     base = getattr(transformers, architecture).from_pretrained(options.model)
+    if not any(os.environ.get(name) == "true" for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")):
+        base.to(arguments.device)  # where the probe is fast; a sharded base stays on the CPU until it is sharded
     model = get_peft_model(base, DowserConfig(update_ratio=options.update_ratio, task_type="CAUSAL_LM"))
     trainer = SFTTrainer(
         model=model,
