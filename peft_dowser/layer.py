@@ -16,7 +16,7 @@ from .mixed_rows import by_adapter
 from .postmerge import Delta
 from .sparse_linear import Weight, add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
-from .storage import forward_of, offload_hook
+from .storage import has_own_forward, offload_hook
 from .target import Target, is_falcons
 
 
@@ -318,9 +318,8 @@ class Linear(nn.Module, DowserLayer):
         """Whether the base layer must run itself, because calling it does more than its weight and bias say."""
         base = self.get_base_layer()
         hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-        replaced = getattr(forward_of(base), "__func__", None) is not type(base).forward
         rounds_twice = is_falcons(base) and base.bias is not None
-        return any(hooks) or replaced or rounds_twice
+        return any(hooks) or has_own_forward(base) or rounds_twice
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.

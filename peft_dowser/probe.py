@@ -121,14 +121,15 @@ def _report_idle(able: list[int], ranks: int, device: torch.device) -> None:
     if len(able) < ranks:
         logger.warning(
             "%d of %d ranks have the weights and probe, while the others wait, no longer than the time-out of the "
-            "process group. For a large base probe first: probe(model, config).save(path), then DowserConfig(statistics=path).",
+            "process group. For a large base probe first: probe(model, config).save(path), then "
+            "DowserConfig(statistics=path).",
             len(able),
             ranks,
         )
 
 
 def _able_ranks(model: nn.Module, spread: bool) -> tuple[list[int], int]:
-    """The ranks that can probe: rank 0 alone where it alone loads the base, and will spread it; how many there are."""
+    """The ranks that can probe, and how many there are: rank 0 alone can where it alone loads the base."""
     missing = gather(bool(_on_meta(model)))
     able = [number for number, lacks in enumerate(missing) if not lacks]
     on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)

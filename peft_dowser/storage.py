@@ -1,9 +1,9 @@
 """How a base layer keeps its weight: as it is, quantized, or away from the device until a forward asks for it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
@@ -72,15 +72,17 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
     return None
 
 
-def forward_of(module: nn.Module) -> Callable[..., Any]:
-    """The forward of a module; beneath a hook of accelerate that only moves its inputs to the device of its weights.
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module has another forward than its class, which may do more than its weight says.
 
-    Every linear of a base that lies on several devices has such a hook.
+    That of accelerate which only moves inputs to the device of the weights does not count: every linear of a base that
+    lies on several devices has it.
     """
-    hook, forward = getattr(module, "_hf_hook", None), module.forward
+    hook, forward = getattr(module, "_hf_hook", None), module.__dict__.get("forward")
     moves = isinstance(hook, AlignDevicesHook) and not hook.offload and not hook.io_same_device
-    replaced_by_accelerate = isinstance(forward, partial) and forward.func.__module__ == AlignDevicesHook.__module__
-    return cast(Any, module)._old_forward if moves and replaced_by_accelerate else forward
+    if moves and isinstance(forward, partial) and forward.func.__module__ == AlignDevicesHook.__module__:
+        forward = module.__dict__["_old_forward"]
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward
 
 
 @contextmanager
