@@ -84,13 +84,15 @@ def _plan(options: argparse.Namespace) -> None:
         batch=options.batch,
         tokens=options.tokens,
         gradient_checkpointing=options.gradient_checkpointing,
+        ddp=options.ddp,
     )
     if options.json:
         print(json.dumps(vars(found) | {"total": found.total}, indent=2))
         return
     print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
     print("memory of a training step, GB")
-    for part in ("weights", "values", "gradients", "optimizer", "positions", "activations", "temporary", "total"):
+    parts = ("weights", "values", "gradients", "optimizer", "buckets", "positions", "activations", "temporary", "total")
+    for part in parts:
         print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
     print("\nstate per base weight, bytes      float32   bfloat16 values")
     for name in OPTIMIZERS:

@@ -80,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--batch", type=int, default=1, help="examples in a step (default: 1)")
     plan.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
     plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
+    plan.add_argument("--ddp", action="store_true", help="train with DDP, which copies the gradients")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")

@@ -46,6 +46,9 @@ class Plan:
         values: bytes of the trained values.
         gradients: bytes of their gradients.
         optimizer: bytes of the optimizer's state.
+        buckets: bytes of the gradients' copies from which DDP sends them; 0 without, or with `gradient_as_bucket_view`.
+        update: bytes that the optimizer's step takes beyond its state: torch's AdamW a copy of the values, unless it is
+            `fused`, as in the Trainer.
         positions: bytes of the decoded positions and of the index codes.
         activations: bytes that autograd keeps from forward to backward; with grouped-query attention those of a batch
             with padding, as without any it keeps less.
@@ -64,6 +67,8 @@ class Plan:
     values: int
     gradients: int
     optimizer: int
+    buckets: int
+    update: int
     positions: int
     activations: int
     temporary: int
@@ -75,8 +80,8 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes of a training step at its peak."""
-        parts = (self.weights, self.values, self.gradients, self.optimizer, self.positions)
-        return sum(parts) + self.activations + self.temporary
+        parts = (self.weights, self.values, self.gradients, self.optimizer, self.buckets, self.positions)
+        return sum(parts) + max(self.activations + self.temporary, self.update)
 
 
 def plan(
@@ -89,6 +94,7 @@ def plan(
     batch: int = 1,
     tokens: int = 512,
     gradient_checkpointing: bool = False,
+    ddp: bool = False,
 ) -> Plan:
     """Compute what a fine-tuning will take.
 
@@ -102,6 +108,7 @@ def plan(
         batch: examples in a step.
         tokens: tokens of an example.
         gradient_checkpointing: keep only the inputs of each layer, and run its forward again in the backward.
+        ddp: train with DDP on several GPUs.
 
     Raises:
         ValueError: a name or number is none that can be planned, or the config does not fit the model.
@@ -145,6 +152,8 @@ def plan(
         values=nnz * size,
         gradients=nnz * size,
         optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
+        buckets=nnz * size if ddp else 0,
+        update=nnz * size if optimizer == "adamw" else 0,
         positions=positions + codes,
         activations=activations,
         temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),

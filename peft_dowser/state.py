@@ -93,8 +93,8 @@ class Values(nn.Module):
 def _report_narrow(adapter_name: str, dtype: str) -> None:
     logger.warning(
         "Adapter '%s' computes with values in %s, by the mixed precision of FSDP2 or DeepSpeed, or by a cast: what "
-        "trains is not what float32 values in a file merge to. Set mixed_precision to 'no' and load the base in %s, as in "
-        "examples/accelerate, or save what ran with save_dtype='%s'.",
+        "trains is not what float32 values in a file merge to. Set mixed_precision to 'no' and load the base in %s, as "
+        "in examples/accelerate, or save what ran with save_dtype='%s'.",
         adapter_name,
         dtype,
         dtype,

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from peft_dowser import probe
+from peft_dowser import probe, sparse_linear
 from peft_dowser.layer import Linear, dowser_layers
 
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -35,6 +35,17 @@ def dispatched(model: nn.Module) -> nn.Module:
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(input_ids=IDS).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_asks_a_gpu_for_no_number(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is on a device without data, where every question for a number is an error."""
+    monkeypatch.setattr(sparse_linear, "_PRODUCT_BLOCK", 1)
+    model = get_peft_model(tiny_llama(dtype), config(score="random")).to("meta").train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(input_ids=IDS.to("meta"), labels=IDS.to("meta")).loss.backward()
+    assert all(layer.values("default").grad is not None for layer in dowser_layers(model))
+    optimizer.step()
 
 
 TARGETS: list[tuple[Callable[[torch.dtype], nn.Module], list[str] | None]] = [

@@ -3,6 +3,8 @@
 import gc
 import json
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 from helpers import config, tiny_llama
 from peft import get_peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -141,6 +145,53 @@ def test_a_step_takes_what_is_planned(vocabulary: int, dtype: str, tmp_path: Pat
     measured = peak_of(lambda: step(model, optimizer), tmp_path / "trace.json")
     planned = found.gradients + found.activations + found.temporary
     assert 0.75 * planned < measured < 1.02 * planned
+
+
+def test_torchs_adamw_takes_a_copy_of_the_values_unless_it_is_fused(tmp_path: Path) -> None:
+    values = [nn.Parameter(torch.randn(20_000)) for _ in range(3)]
+    for parameter in values:
+        parameter.grad = torch.ones_like(parameter)
+    found = {}
+    for name in ("foreach", "fused"):
+        optimizer = torch.optim.AdamW(values, **{name: True})
+        optimizer.step()
+        found[name] = peak_of(optimizer.step, tmp_path / f"{name}.json")
+    assert size_of(values) <= found["foreach"] < 1.01 * size_of(values)
+    assert found["fused"] < 0.01 * size_of(values)
+    planned = plan(architecture(), config(), tokens=1)
+    assert planned.update == planned.values
+    assert planned.total - planned.activations - planned.temporary == sum(
+        (planned.weights, planned.values, planned.gradients, planned.optimizer, planned.positions)
+    )
+    assert plan(architecture(), config(), optimizer="adamw_8bit").update == 0
+    small = replace(planned, activations=0, temporary=0)
+    assert small.total == planned.total - planned.activations - planned.temporary + planned.update
+
+
+def test_ddp_copies_the_gradients(tmp_path: Path) -> None:
+    alone, together = plan(architecture(), config()), plan(architecture(), config(), ddp=True)
+    assert (alone.buckets, together.buckets) == (0, alone.gradients)
+    assert together.total == alone.total + alone.gradients
+    architecture().save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--ddp"]) == 0
+
+
+@pytest.mark.parametrize(("quantization", "additive"), [("none", False), ("4bit", False), ("8bit", True)])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_step_are_counted(quantization: str, additive: bool, checkpointing: bool) -> None:
+    """Against those that run; a base with a hook runs itself, as one of 8 bits does."""
+    base = nn.Sequential(nn.Linear(16, 32, bias=False)).to(torch.bfloat16)
+    if additive:
+        base[0].register_forward_hook(lambda module, args, output: None)
+    model = get_peft_model(base, config(score="random", target_modules=["0"], task_type=None))
+    x = torch.randn(12, 16, dtype=torch.bfloat16, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        run = partial(checkpoint, model, use_reentrant=False) if checkpointing else model
+        run(x).sum().backward()
+    full = 2 * 16 * 32 * 12
+    planned = plan(architecture(), config(), quantization=quantization, gradient_checkpointing=checkpointing)
+    one = plan(architecture(), config()).step_flops / 3
+    assert planned.step_flops / one == counter.get_total_flops() / full
 
 
 def test_planned_statistics_are_those_of_a_probe() -> None:

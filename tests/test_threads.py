@@ -4,7 +4,11 @@ import threading
 
 import pytest
 import torch
+from helpers import config, tiny_llama
+from peft import get_peft_model
 
+from peft_dowser.gate import adapted, check_file
+from peft_dowser.names import CODE, VALUES, named
 from peft_dowser.threads import side_by_side
 
 
@@ -33,3 +37,24 @@ def test_the_first_failure_is_raised(threads: int) -> None:
 def test_as_many_run_at_a_time_as_torch_has_threads(threads: int) -> None:
     together = threading.Barrier(threads, timeout=30)
     assert len(side_by_side(lambda _: together.wait(), range(threads))) == threads
+
+
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_only_tensors_on_the_cpu_are_read_side_by_side(on_cpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elsewhere as many modules as there are threads would take memory of a GPU at once."""
+    together: list[int] = []
+
+    def noted(work, items):
+        together.append(len(items))
+        return [work(item) for item in items]
+
+    monkeypatch.setattr("peft_dowser.gate.side_by_side", noted)
+    layers = adapted(get_peft_model(tiny_llama(), config(score="random")), "default")
+    tensors = {}
+    for name, layer in layers:
+        tensors[name + named(VALUES, "default")] = layer.values("default").detach()
+        tensors[name + named(CODE, "default")] = layer.index("default").code
+    if not on_cpu:
+        tensors["lm_head.weight"] = torch.empty(2, device="meta")
+    check_file(layers, "default", tensors)
+    assert together == ([14] if on_cpu else [])
