@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import _get_submodules, _set_adapter
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -23,7 +24,7 @@ from .embedding import Embedding
 from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
-from .injection import Injection, check_adapter_name
+from .injection import Injection, check_adapter_name, check_base, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import CODE, is_delta, named
@@ -53,6 +54,19 @@ class DowserModel(BaseTuner):
     # Empty: the default targets are found in the structure of the model, see `targets.py`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        check_base(model)
+        if isinstance(peft_config, dict):  # a `PeftModel` is being made
+            prepare_for_task(model, cast(DowserConfig, peft_config[adapter_name]))
+        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -61,14 +75,17 @@ class DowserModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        config = self.peft_config[adapter_name]
+        before = dict(vars(config))
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
-        self.peft_config[adapter_name] = self._injection.config
         is_new = not adapted(model, adapter_name)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
+            config._chosen_with = config.settings()
         except BaseException:
+            vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             if is_new:
                 self._injection.guard.restore()
@@ -93,7 +110,7 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, FusedParameter) or not self._injection.adapts(current_key, target):
+        if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
         layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
         self._injection.add_to(layer, self.active_adapters)
@@ -144,7 +161,7 @@ class DowserModel(BaseTuner):
             parent, module, child_name = _get_submodules(model, path)
             experts = module if isinstance(module, Experts) else Experts(module)
             layer = experts.parameter(parameter)
-            if self._injection.adapts(name, layer):
+            if self._injection.adapts(name):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     layer = layer or experts.add_parameter(parameter, name, self._injection.samples.get(name))
                     self._injection.add_to(layer, self.active_adapters)
@@ -302,6 +319,8 @@ class DowserModel(BaseTuner):
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
+        # Of this adapter, whatever others were made with the same object.
+        config._selected = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
         config._written = described(layers, selected, adapter_name)
         return selected
 

@@ -54,6 +54,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
     else:
         asked = config.target_modules  # "all-linear" means less where modules of another adapter train as a whole
         config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
+        if config.target_modules is not asked:
+            config.target_modules = _less_whole(config)
     names = _matching(model, config)
     if not names and config.layers_to_transform is not None:
         anywhere = copy.copy(config)
@@ -118,6 +120,12 @@ def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
             stacklevel=2,
         )
     return [name for name in names if name not in uncalled]
+
+
+def _less_whole(config: DowserConfig) -> set[str]:
+    """The targets less the modules that train as a whole: by PEFT all whose names end so, 'pre_classifier' too."""
+    whole = tuple(config.modules_to_save or ())
+    return {name for name in config.target_modules or () if not name.endswith(whole)}
 
 
 def _default_targets(model: nn.Module) -> set[str]:
