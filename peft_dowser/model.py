@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import _get_submodules, _set_adapter
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -19,15 +19,16 @@ from .arithmetic import CombinationType, SignMethod
 from .brief_merge import briefly_merged
 from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
+from .compiled import uncompiled, usual_name
 from .config import DowserConfig
 from .embedding import Embedding
-from .engines import complete, leave_positions_to_us
+from .engines import complete, leave_positions_to_us, with_usual_names
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
 from .injection import Injection, check_adapter_name, check_base, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
-from .names import CODE, is_delta, named
+from .names import is_delta
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
@@ -65,7 +66,18 @@ class DowserModel(BaseTuner):
         check_base(model)
         if isinstance(peft_config, dict):  # a `PeftModel` is being made
             prepare_for_task(model, cast(DowserConfig, peft_config[adapter_name]))
-        super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        # In a tuple, which hides it from torch: PEFT looks for modules and tensors under their usual names.
+        self._compiled = () if uncompiled(model) is model else (model,)
+        super().__init__(uncompiled(model), peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the model, compiled where the model was so when it was adapted."""
+        model = self._compiled[0] if self._compiled else self.model
+        return model.forward(*args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return check_target_module_exists(peft_config, usual_name(key))
 
     def inject_adapter(
         self,
@@ -110,6 +122,7 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        current_key = usual_name(current_key)
         if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
         layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
@@ -330,10 +343,7 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        code = named(CODE, adapter_name)
-        # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
-        remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        remapped = with_names_in(model, remapped)
+        remapped = with_names_in(model, with_usual_names(model, remapped, adapter_name))
         whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
         guard = next((layer.index(adapter_name).guard for _, layer in layers), None)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .compiled import uncompiled
 from .config import DowserConfig
 from .modes import in_eval_mode
 from .passes import Passes, Share
@@ -73,6 +74,7 @@ def probe_targets(
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
+    model = uncompiled(model)
     targets = {use.name: use for target in targets.values() for use in target.uses}
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -221,6 +223,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # taps and batches would compile layers anew
         stack.enter_context(differentiable(model))
         for device_type in {device.type for device in devices}:
             stack.enter_context(torch.autocast(device_type, enabled=False))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from .compiled import uncompiled, usual_modules, usual_name
 from .config import DowserConfig
 from .spread import shape_of
 from .storage import backend_of
@@ -44,6 +45,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
             tied to that of another module or not contiguous, or `last_layers` cannot be met.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
+    model = uncompiled(model)
     parameters = _target_parameters(model, config)
     if config.target_modules is None:
         names = _default_targets(model)
@@ -78,7 +80,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 def fused_parameters(model: nn.Module) -> dict[str, Target]:
     """The parameters that hold the matrices of several experts, by name, as `target_parameters` can name them."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in usual_modules(model).items():
         if isinstance(module, _ConvNd):
             continue  # a kernel has three dimensions too
         name = re.sub(r"\.base_layer\b", "", path)
@@ -97,7 +99,7 @@ def layer_of(name: str) -> str:
 def _adaptable_names(model: nn.Module) -> list[str]:
     """Module names, less those inside adapters that are there already."""
     names, inside = [], ()
-    for name, module in model.named_modules():
+    for name, module in usual_modules(model).items():
         if not name or (inside and name.startswith(inside)):
             continue
         names.append(name)
@@ -136,11 +138,12 @@ def _default_targets(model: nn.Module) -> set[str]:
             "so there is no default."
         )
     language_model = _language_model(model)
-    start = next(name for name, module in model.named_modules() if module is language_model)
+    modules = usual_modules(model)
+    start = next(name for name, module in modules.items() if uncompiled(module) is uncompiled(language_model))
     vision = tuple(
         name + "."
-        for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
+        for name, module in modules.items()
+        if name and isinstance(uncompiled(module), PreTrainedModel) and module.main_input_name == "pixel_values"
     )
     prefix = f"{start}." if start else ""
     names = {
@@ -276,7 +279,7 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
     """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
+        names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", usual_name(name)))
     for name, target in targets.items():
         weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
         known = {use.tensor_name for use in target.uses}
