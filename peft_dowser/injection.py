@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from peft import PeftModel, TaskType
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -16,7 +16,7 @@ from .config import PROBED_SCORES, DowserConfig
 from .gate import adapted, check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
-from .names import counts_in
+from .names import counts_in, is_delta
 from .notices import report_bare_experts, report_selection, report_unmatched_ratios
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
@@ -177,15 +177,6 @@ class Injection:
         layer.set_adapter(active, inference_mode=config.inference_mode)
 
 
-def check_base(model: nn.Module) -> None:
-    """Refuse what `get_peft_model` has adapted already."""
-    if isinstance(model, PeftModel):
-        raise ValueError(
-            f"The model is a {type(model).__name__} already, with adapters {sorted(model.peft_config)}. To add another "
-            "one call model.add_adapter(NAME, config); to begin anew, get_peft_model(model.unload(), config)."
-        )
-
-
 def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
     """Do before an adapter is made what PEFT does after it: ask what a task needs, and set its head aside."""
     if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
@@ -200,8 +191,9 @@ def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
 
 
 def check_adapter_name(adapter_name: str) -> None:
-    """Refuse a name that torch cannot give a module."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    """Refuse a name that torch cannot give a module, or that reads as a part of a delta in the name of a tensor."""
+    taken = hasattr(nn.ModuleDict(), adapter_name) or is_delta(f".{adapter_name}.")
+    if not adapter_name or "." in adapter_name or taken:
         raise ValueError(
             f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
             "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."

@@ -25,7 +25,7 @@ from .embedding import Embedding
 from .engines import complete, leave_positions_to_us, with_usual_names
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
-from .injection import Injection, check_adapter_name, check_base, prepare_for_task
+from .injection import Injection, check_adapter_name, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import is_delta
@@ -34,6 +34,7 @@ from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
 from .storage import backend_of
+from .targets import check_is_base
 from .tied import Tied
 from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
 
@@ -63,7 +64,7 @@ class DowserModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        check_base(model)
+        check_is_base(model)
         if isinstance(peft_config, dict):  # a `PeftModel` is being made
             prepare_for_task(model, cast(DowserConfig, peft_config[adapter_name]))
         # In a tuple, which hides it from torch: PEFT looks for modules and tensors under their usual names.
@@ -334,6 +335,9 @@ class DowserModel(BaseTuner):
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
         # Of this adapter, whatever others were made with the same object.
         config._selected = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
+        if any(tensor.is_meta for tensor in selected.values()):  # placeholders, for a file that is yet to come
+            config._written = None
+            return {key: tensor.to("meta") for key, tensor in selected.items()}
         config._written = described(layers, selected, adapter_name)
         return selected
 

@@ -25,7 +25,7 @@ from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
 from .storage import differentiable, offload_hook
 from .target import Target
-from .targets import resolve_targets
+from .targets import check_is_base, resolve_targets
 
 
 def probe(
@@ -53,8 +53,9 @@ def probe(
         Statistics of every target module that a prompt reached, float32, on the CPU.
 
     Raises:
-        ValueError: there is nothing to probe with, the model is on the meta device or sharded by other means than FSDP2
-            or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
+        TypeError: the model is not a module, but its name for example.
+        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device or sharded by other
+            means than FSDP2 or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
     Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
@@ -63,6 +64,7 @@ def probe(
     are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
     one backward per forward, so R forwards run there.
     """
+    check_is_base(model)
     return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 
 

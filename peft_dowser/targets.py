@@ -1,11 +1,13 @@
 """Which weights of a model an adapter targets, and the layers that they belong to."""
 
 import copy
+import inspect
 import re
 import warnings
 from dataclasses import replace
 from typing import cast
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -28,6 +30,26 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Modules of torch that read the weights of their linears: the second one wherever it has a faster way in eval mode.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def check_is_model(model: object) -> None:
+    """Refuse what is not a model, such as the name of one."""
+    if not isinstance(model, nn.Module):
+        given = repr(model[:100]) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"model must be a loaded model, got {given}. Load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def check_is_base(model: object) -> None:
+    """Refuse what is not a model, and what `get_peft_model` has made of one."""
+    check_is_model(model)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} with adapters {sorted(model.peft_config)}, not a base model. To "
+            "add another adapter call model.add_adapter(NAME, config); to begin anew take the base, model.unload()."
+        )
 
 
 def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
@@ -187,7 +209,25 @@ def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Targ
         )
     chosen = copy.copy(config)
     chosen.target_modules = set(asked)
-    return {name: target for name, target in fused.items() if check_target_module_exists(chosen, name)}
+    found = {name: target for name, target in fused.items() if check_target_module_exists(chosen, name)}
+    for name, target in found.items():
+        if not _is_taken_by_expert(target):
+            raise TypeError(
+                f"target_parameters: '{_short(name)}' is used by {type(target.module).__name__} as a whole, neither "
+                "expert by expert nor by an experts implementation of transformers, so no delta can be added to it. "
+                "Leave it out of target_parameters."
+            )
+    return found
+
+
+def _is_taken_by_expert(target: Target) -> bool:
+    """Whether a stand-in can follow what a module does with a fused parameter, see `fused.py`."""
+    if hasattr(target.module, "is_transposed"):  # transformers' mark of what has experts implementations
+        return True
+    try:
+        return f"self.{target.parameter}[" in inspect.getsource(type(target.module).forward)
+    except OSError:  # made without a file
+        return True
 
 
 def _short(name: str) -> str:
