@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -102,9 +103,11 @@ class DowserConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[NAME]
-        # Counts of an adapter made in this process. Unlike `nnz_pattern` it is no field, so that the same config can
-        # make a second adapter, which must choose its own weights.
+        # Counts of the adapter that was made or saved last. Unlike `nnz_pattern` it is no field, so that the same
+        # config can make a second adapter, which must choose its own weights.
         self._selected: dict[str, int] | None = None
+        # The `settings` of that adapter.
+        self._chosen_with: dict[str, Any] | None = None
         # Read and filled by PEFT: modules that get the adapter's copy of the embeddings in `modules_to_save`.
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
@@ -147,6 +150,11 @@ class DowserConfig(PeftConfig):
             check_readable(path)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
+    def settings(self) -> dict[str, Any]:
+        """A copy of the values that decide which weights train; PEFT changes others after the choice."""
+        others = ("modules_to_save", "save_dtype", "nnz_pattern", "manifest")
+        return copy.deepcopy({name: getattr(self, name) for name in DowserConfig.__annotations__ if name not in others})
+
     @property
     def saved_nnz(self) -> dict[str, int] | None:
         """Trained weights by module: chosen in this process, read from a saved adapter, or not known yet."""
@@ -165,6 +173,8 @@ class DowserConfig(PeftConfig):
         """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`, a save its
         `manifest`."""
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        if self.modules_to_save:  # PEFT adds the head of the task once more at every load
+            plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         if self.saved_nnz is not None:
             # The mask is in the file from now on; the statistics that it came from stay on this machine.
             plain["nnz_pattern"] = dict(self.saved_nnz)

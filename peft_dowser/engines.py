@@ -4,14 +4,13 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from .compiled import usual_name
 from .layer import DowserLayer
 from .names import CODE, PREFIX, VALUES, named
 from .spread import is_sharded
 
 # Where DistributedDataParallel looks for the names of what it shall not synchronize.
 _IGNORED = "_ddp_params_and_buffers_to_ignore"
-# What torch.compile puts into the names of all that is inside a compiled module.
-_COMPILED = "_orig_mod."
 
 
 def leave_positions_to_us(model: nn.Module) -> None:
@@ -72,6 +71,20 @@ def complete(
     return completed
 
 
+def with_usual_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of a saved adapter, under the names that those have in a model which PEFT does not find.
+
+    These are buffers that are no part of a state dict, see `state.Index`, and all that is inside compiled modules.
+    """
+    known = {usual_name(name): name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    renamed = {}
+    for key, tensor in tensors.items():
+        part = next((part for part in (VALUES, CODE) if key.endswith(part)), None)
+        full = key if part is None else key.removesuffix(part) + named(part, adapter_name)
+        renamed[known.get(full) or known.get(full.removeprefix(PREFIX)) or full] = tensor
+    return renamed
+
+
 def _as_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors under the names that they have where nothing is compiled."""
-    return {name.replace(_COMPILED, ""): tensor for name, tensor in tensors.items()}
+    return {usual_name(name): tensor for name, tensor in tensors.items()}

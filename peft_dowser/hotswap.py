@@ -13,6 +13,7 @@ from .layer import DowserLayer
 from .names import few
 from .postmerge import Delta
 from .provenance import warn_of_other_base
+from .targets import check_is_model
 
 
 def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -> None:
@@ -27,10 +28,12 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         adapter_name: the adapter to replace.
 
     Raises:
+        TypeError: the model is not a module, but its name for example.
         ValueError: the model has no such adapter, it is merged, one of the two trains more than sparse deltas, or the
             saved one is damaged or for other modules (`DeltaFormatError`). The model is unchanged.
         OSError: there is no such saved adapter.
     """
+    check_is_model(model)
     layers = {layer.module_name: layer for _, layer in adapted(model, adapter_name)}
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)

@@ -1,22 +1,22 @@
-"""`Injection`: the adapter that is just being added to a model, be it new, saved, or the copy of another one."""
+"""`Injection`: the adapter that is just being added to a model, be it new, saved, or a twin of another one."""
 
-import copy
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import PROBED_SCORES, DowserConfig
-from .gate import check_counts
+from .gate import adapted, check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
-from .names import counts_in
+from .names import counts_in, is_delta
 from .notices import report_bare_experts, report_selection, report_unmatched_ratios
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
@@ -27,6 +27,9 @@ from .statistics import ProbeStatistics
 from .target import Target
 from .targets import fused_parameters, resolve_targets
 
+# By task, the heads that PEFT trains as a whole, and puts into `modules_to_save` only when the adapter is there.
+_LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
 
 @dataclass
 class Injection:
@@ -34,9 +37,9 @@ class Injection:
 
     Attributes:
         adapter_name: its name.
-        config: its own config.
+        config: its config: the caller's object, which PEFT goes on to change.
         guard: what the model was before.
-        twin: the adapter that it is a copy of, if it is one.
+        twin: the adapter whose positions it gets, because it has the same config. TRL makes its reference model so.
         counts: trained weights by module, if it is a saved one.
         masks: flat positions by module, once they are chosen for a new one.
         targets: the weights that its config targets, by name, once they are found.
@@ -68,14 +71,12 @@ class Injection:
             configs: config by adapter name, with the one that was given for this adapter.
             state_dict: tensors of a saved adapter, where PEFT was given some.
         """
-        given = configs[adapter_name]
-        # TRL makes its reference model by adding an adapter with the very config of the first: a copy is meant.
-        twin = next((name for name, known in configs.items() if known is given and name != adapter_name), None)
-        # The counts that a choice leaves in the config must not reach the caller's object: it may make another model.
-        is_loaded = given.nnz_pattern is not None and twin is None
-        config = given if is_loaded else copy.deepcopy(given)
-        config._selected = None if twin is None else given.saved_nnz
-        config._written = config._forgetting = None
+        config = configs[adapter_name]
+        twin = next((name for name, known in configs.items() if known is config and name != adapter_name), None)
+        if config.nnz_pattern is None and config.settings() != config._chosen_with:
+            twin = None  # the caller has changed the config since, so another choice is meant
+        if twin is None:
+            config._written = config._forgetting = None
         config._in_use = True
         counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
         return cls(adapter_name, config, Guard(model, adapter_name, config), twin, counts)
@@ -95,8 +96,9 @@ class Injection:
         by_default = self.config.target_modules is None
         self._name_targets()
         if self.twin is not None:
-            return
-        if self.counts is not None:
+            layers = [layer for _, layer in adapted(model, self.twin)]
+            self.masks = {layer.module_name: layer.index(self.twin).decoded().clone() for layer in layers}
+        elif self.counts is not None:
             self._check_saved(model, self.counts)
         else:
             self._choose(model, by_default)
@@ -155,11 +157,9 @@ class Injection:
         known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
         return {name: known[name] if name in known else self.targets[name].sample() for name in names}
 
-    def adapts(self, name: str, target: nn.Module | None) -> bool:
-        """Whether the adapter has values at a target: its name, and what stands there, None where nothing yet does."""
-        if self.twin is not None:
-            return isinstance(target, DowserLayer) and self.twin in target.dowser_values
-        return name in (self.masks if self.counts is None else self.counts)
+    def adapts(self, name: str) -> bool:
+        """Whether the adapter has values at a target of this name."""
+        return name in (self.masks or self.counts or ())
 
     def add_to(self, layer: DowserLayer, active: list[str]) -> None:
         """Add the adapter to a layer that it `adapts`.
@@ -169,19 +169,31 @@ class Injection:
             active: names of the adapters that are to be active.
         """
         name, config = self.adapter_name, self.config
-        if self.twin is not None:
-            layer.add_copy(name, of=self.twin)
+        if layer.module_name in self.masks:
+            layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
         elif self.counts is not None:
             known = config.manifest["modules"][layer.module_name]["code_sha256"] if config.manifest else None
             layer.add_placeholder(name, self.counts[layer.module_name], self.guard, known)
-        else:
-            layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
         layer.set_adapter(active, inference_mode=config.inference_mode)
 
 
+def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
+    """Do before an adapter is made what PEFT does after it: ask what a task needs, and set its head aside."""
+    if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
+        model, "prepare_inputs_for_generation"
+    ):
+        raise ValueError(
+            f"task_type='{config.task_type}' is for models that write text, and {type(model).__name__} does not. Set "
+            "the task_type of its head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION), or leave it out."
+        )
+    if heads := _LATE_HEADS.get(config.task_type or ""):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
 def check_adapter_name(adapter_name: str) -> None:
-    """Refuse a name that torch cannot give a module."""
-    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+    """Refuse a name that torch cannot give a module, or that reads as a part of a delta in the name of a tensor."""
+    taken = hasattr(nn.ModuleDict(), adapter_name) or is_delta(f".{adapter_name}.")
+    if not adapter_name or "." in adapter_name or taken:
         raise ValueError(
             f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
             "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
@@ -191,7 +203,7 @@ def check_adapter_name(adapter_name: str) -> None:
 def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
     """Refuse a base whose weights are not its own, where they are scored, or kept as rows of tokens.
 
-    Beside a saved adapter, or the copy of one, PEFT unmerges what is ours.
+    Beside a saved adapter, or a twin, PEFT unmerges what is ours.
     """
     layers = [
         module

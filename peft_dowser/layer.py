@@ -173,13 +173,6 @@ class DowserLayer(BaseTunerLayer):
         self.index(adapter_name).fill(code, delta.positions)
         self.scaling[adapter_name] = 1.0
 
-    def add_copy(self, adapter_name: str, of: str) -> None:
-        """Add an adapter with the positions and values of another one."""
-        index = self.index(of)
-        positions = None if index.positions is None else index.positions.clone()
-        self._add(adapter_name, self.values(of).detach().clone(), index.code.clone(), positions)
-        self.scaling[adapter_name] = self.scaling[of]
-
     def _add(
         self,
         adapter_name: str,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .experts import FusedParameter
 from .layer import DowserLayer, dowser_layers
@@ -51,17 +51,33 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
 @contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Hand the names to every adapted layer for a while."""
+    adapted = [module for module in model.modules() if _takes_names(module)]
+    around = {child: parent for parent in model.modules() for child in parent.children() if child in set(adapted)}
+    entered: dict[nn.Module, torch.Size] = {}  # shape of what entered a module last
+
+    def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        entered[module] = next(given, torch.empty(0)).shape
 
     def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         own = list(names)
         if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's fail at an adapter that they do not have
             own = [name if name in module._adapters else BASE for name in names]
+        elif args:  # the module around it may have made one row of every token, as OPT does
+            outer = entered.get(around[module], ())
+            if len(outer) == 3 and outer[0] == len(own) and args[0].shape[:-1] == (outer[0] * outer[1],):
+                own = [name for name in own for _ in range(outer[1])]
         return args, kwargs | {"adapter_names": own}
 
     with ExitStack() as hooks:
-        for module in model.modules():
-            adapted = isinstance(module, DowserLayer) and not isinstance(module, FusedParameter)
-            if adapted or isinstance(module, Tied | AuxiliaryTrainingWrapper):
-                hook = module.register_forward_pre_hook(add_names, with_kwargs=True)
-                hooks.callback(hook.remove)
+        for module in set(around.values()):
+            hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+        for module in adapted:
+            hooks.callback(module.register_forward_pre_hook(add_names, with_kwargs=True).remove)
         yield
+
+
+def _takes_names(module: nn.Module) -> bool:
+    if isinstance(module, DowserLayer):
+        return not isinstance(module, FusedParameter)
+    return isinstance(module, Tied | AuxiliaryTrainingWrapper)

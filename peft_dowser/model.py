@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTuner
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from peft.utils.other import _get_submodules, _set_adapter
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
@@ -18,21 +19,23 @@ from .arithmetic import CombinationType, SignMethod
 from .brief_merge import briefly_merged
 from .codec import encode
 from .combination import check_sources, combined_config, combined_deltas
+from .compiled import uncompiled, usual_name
 from .config import DowserConfig
 from .embedding import Embedding
-from .engines import complete, leave_positions_to_us
+from .engines import complete, leave_positions_to_us, with_usual_names
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
-from .injection import Injection, check_adapter_name
+from .injection import Injection, check_adapter_name, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
-from .names import CODE, is_delta, named
+from .names import is_delta
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
 from .state import Values
 from .storage import backend_of
+from .targets import check_is_base
 from .tied import Tied
 from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
 
@@ -54,6 +57,30 @@ class DowserModel(BaseTuner):
     # Empty: the default targets are found in the structure of the model, see `targets.py`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig | dict[str, PeftConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        check_is_base(model)
+        if isinstance(peft_config, dict):  # a `PeftModel` is being made
+            prepare_for_task(model, cast(DowserConfig, peft_config[adapter_name]))
+        # In a tuple, which hides it from torch: PEFT looks for modules and tensors under their usual names.
+        self._compiled = () if uncompiled(model) is model else (model,)
+        super().__init__(uncompiled(model), peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward of the model, compiled where the model was so when it was adapted."""
+        model = self._compiled[0] if self._compiled else self.model
+        return model.forward(*args, **kwargs)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return check_target_module_exists(peft_config, usual_name(key))
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -62,14 +89,17 @@ class DowserModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
+        config = self.peft_config[adapter_name]
+        before = dict(vars(config))
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
-        self.peft_config[adapter_name] = self._injection.config
         is_new = not adapted(model, adapter_name)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
+            config._chosen_with = config.settings()
         except BaseException:
+            vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             if is_new:
                 self._injection.guard.restore()
@@ -94,7 +124,8 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, FusedParameter) or not self._injection.adapts(current_key, target):
+        current_key = usual_name(current_key)
+        if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
         layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
         self._injection.add_to(layer, self.active_adapters)
@@ -145,7 +176,7 @@ class DowserModel(BaseTuner):
             parent, module, child_name = _get_submodules(model, path)
             experts = module if isinstance(module, Experts) else Experts(module)
             layer = experts.parameter(parameter)
-            if self._injection.adapts(name, layer):
+            if self._injection.adapts(name):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                     layer = layer or experts.add_parameter(parameter, name, self._injection.samples.get(name))
                     self._injection.add_to(layer, self.active_adapters)
@@ -305,6 +336,11 @@ class DowserModel(BaseTuner):
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
+        # Of this adapter, whatever others were made with the same object.
+        config._selected = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
+        if any(tensor.is_meta for tensor in selected.values()):  # placeholders, for a file that is yet to come
+            config._written = None
+            return {key: tensor.to("meta") for key, tensor in selected.items()}
         config._written = described(layers, selected, adapter_name)
         return selected
 
@@ -314,10 +350,7 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        code = named(CODE, adapter_name)
-        # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
-        remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        remapped = with_names_in(model, remapped)
+        remapped = with_names_in(model, with_usual_names(model, remapped, adapter_name))
         whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
         guard = next((layer.index(adapter_name).guard for _, layer in layers), None)

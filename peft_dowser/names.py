@@ -16,7 +16,7 @@ def named(part: str, adapter_name: str) -> str:
 
 def is_delta(key: str) -> bool:
     """Whether a tensor is a part of a delta; the others are biases and modules that were trained as a whole."""
-    return ".dowser_" in key
+    return ".dowser_values." in key or ".dowser_index." in key
 
 
 def base_name(key: str) -> str:

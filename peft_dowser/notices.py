@@ -18,6 +18,9 @@ from .targets import layer_of
 
 logger = logging.getLogger(__name__)
 
+# The fraction of vanished values from which on a merge says so.
+_NOTEWORTHY = 0.01
+
 
 def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
     """Say which keys of `ratio_pattern` name no target."""
@@ -46,10 +49,10 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
 
 
 def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
-    """Say once how many trained values a merge has rounded away."""
+    """Say once how many trained values a merge has rounded away; a few of many always are."""
     lost = sum(counts[0] for layer in vanished for counts in layer.values())
     total = sum(counts[1] for layer in vanished for counts in layer.values())
-    if lost:
+    if lost and lost >= _NOTEWORTHY * total:
         logger.warning(
             "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
             lost,

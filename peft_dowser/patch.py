@@ -15,6 +15,7 @@ from .postmerge import Delta
 from .provenance import warn_of_other_base
 from .storage import offload_hook
 from .target import Target
+from .targets import check_is_model
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,12 @@ class Patch:
             adapter: folder or Hub id of a saved Dowser adapter.
 
         Raises:
+            TypeError: the model is not a module, but its name for example.
             ValueError: the adapter is damaged or does not fit the model (`DeltaFormatError`), trains more than sparse
                 deltas, or the model is adapted, quantized or offloaded.
             OSError: there is no such adapter.
         """
+        check_is_model(model)
         if dowser_layers(model):
             raise ValueError("The model has Dowser adapters. Give a patch the plain model, or use load_adapter().")
         with ExitStack() as files:

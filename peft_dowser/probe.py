@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from .compiled import uncompiled
 from .config import DowserConfig
 from .modes import in_eval_mode
 from .passes import Passes, Share
@@ -26,7 +27,7 @@ from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
 from .storage import differentiable, offload_hook
 from .target import Target
-from .targets import resolve_targets
+from .targets import check_is_base, resolve_targets
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +57,9 @@ def probe(
         Statistics of every target module that a prompt reached, float32, on the CPU.
 
     Raises:
-        ValueError: there is nothing to probe with, the model is on the meta device or sharded by other means than FSDP2
-            or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
+        TypeError: the model is not a module, but its name for example.
+        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device or sharded by other
+            means than FSDP2 or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
     Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
@@ -66,6 +68,7 @@ def probe(
     are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
     one backward per forward, so R forwards run there.
     """
+    check_is_base(model)
     return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 
 
@@ -77,6 +80,7 @@ def probe_targets(
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
+    model = uncompiled(model)
     targets = {use.name: use for target in targets.values() for use in target.uses}
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -251,6 +255,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         stack.enter_context(generators_restored())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
+        stack.enter_context(torch.compiler.set_stance("force_eager"))  # taps and batches would compile layers anew
         stack.enter_context(differentiable(model))
         for device_type in _autocast_devices():
             stack.enter_context(torch.autocast(device_type, enabled=False))

@@ -1,11 +1,13 @@
 """Which weights of a model an adapter targets, and the layers that they belong to."""
 
 import copy
+import inspect
 import re
 import warnings
 from dataclasses import replace
 from typing import cast
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from .compiled import uncompiled, usual_modules, usual_name
 from .config import DowserConfig
 from .spread import shape_of
 from .storage import backend_of
@@ -27,6 +30,26 @@ _ROUTERS = {"gate", "router", "shared_expert_gate"}
 # Modules of torch that read the weights of their linears: the second one wherever it has a faster way in eval mode.
 _READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def check_is_model(model: object) -> None:
+    """Refuse what is not a model, such as the name of one."""
+    if not isinstance(model, nn.Module):
+        given = repr(model[:100]) if isinstance(model, str) else f"a {type(model).__name__}"
+        raise TypeError(
+            f"model must be a loaded model, got {given}. Load it first, for example with "
+            "AutoModelForCausalLM.from_pretrained(...)."
+        )
+
+
+def check_is_base(model: object) -> None:
+    """Refuse what is not a model, and what `get_peft_model` has made of one."""
+    check_is_model(model)
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"The model is a {type(model).__name__} with adapters {sorted(model.peft_config)}, not a base model. To "
+            "add another adapter call model.add_adapter(NAME, config); to begin anew take the base, model.unload()."
+        )
 
 
 def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
@@ -44,6 +67,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
             tied to that of another module or not contiguous, or `last_layers` cannot be met.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
+    model = uncompiled(model)
     parameters = _target_parameters(model, config)
     if config.target_modules is None:
         names = _default_targets(model)
@@ -54,6 +78,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
     else:
         asked = config.target_modules  # "all-linear" means less where modules of another adapter train as a whole
         config = cast(DowserConfig, _maybe_include_all_linear_layers(copy.copy(config), model))
+        if config.target_modules is not asked:
+            config.target_modules = _less_whole(config)
     names = _matching(model, config)
     if not names and config.layers_to_transform is not None:
         anywhere = copy.copy(config)
@@ -76,7 +102,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 def fused_parameters(model: nn.Module) -> dict[str, Target]:
     """The parameters that hold the matrices of several experts, by name, as `target_parameters` can name them."""
     found = {}
-    for path, module in model.named_modules():
+    for path, module in usual_modules(model).items():
         if isinstance(module, _ConvNd):
             continue  # a kernel has three dimensions too
         name = re.sub(r"\.base_layer\b", "", path)
@@ -95,7 +121,7 @@ def layer_of(name: str) -> str:
 def _adaptable_names(model: nn.Module) -> list[str]:
     """Module names, less those inside adapters that are there already."""
     names, inside = [], ()
-    for name, module in model.named_modules():
+    for name, module in usual_modules(model).items():
         if not name or (inside and name.startswith(inside)):
             continue
         names.append(name)
@@ -120,6 +146,12 @@ def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
     return [name for name in names if name not in uncalled]
 
 
+def _less_whole(config: DowserConfig) -> set[str]:
+    """The targets less the modules that train as a whole: by PEFT all whose names end so, 'pre_classifier' too."""
+    whole = tuple(config.modules_to_save or ())
+    return {name for name in config.target_modules or () if not name.endswith(whole)}
+
+
 def _default_targets(model: nn.Module) -> set[str]:
     """The linears inside the numbered layers of the language model."""
     if not isinstance(model, PreTrainedModel):
@@ -128,11 +160,12 @@ def _default_targets(model: nn.Module) -> set[str]:
             "so there is no default."
         )
     language_model = _language_model(model)
-    start = next(name for name, module in model.named_modules() if module is language_model)
+    modules = usual_modules(model)
+    start = next(name for name, module in modules.items() if uncompiled(module) is uncompiled(language_model))
     vision = tuple(
         name + "."
-        for name, module in model.named_modules()
-        if name and isinstance(module, PreTrainedModel) and module.main_input_name == "pixel_values"
+        for name, module in modules.items()
+        if name and isinstance(uncompiled(module), PreTrainedModel) and module.main_input_name == "pixel_values"
     )
     prefix = f"{start}." if start else ""
     names = {
@@ -176,7 +209,25 @@ def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Targ
         )
     chosen = copy.copy(config)
     chosen.target_modules = set(asked)
-    return {name: target for name, target in fused.items() if check_target_module_exists(chosen, name)}
+    found = {name: target for name, target in fused.items() if check_target_module_exists(chosen, name)}
+    for name, target in found.items():
+        if not _is_taken_by_expert(target):
+            raise TypeError(
+                f"target_parameters: '{_short(name)}' is used by {type(target.module).__name__} as a whole, neither "
+                "expert by expert nor by an experts implementation of transformers, so no delta can be added to it. "
+                "Leave it out of target_parameters."
+            )
+    return found
+
+
+def _is_taken_by_expert(target: Target) -> bool:
+    """Whether a stand-in can follow what a module does with a fused parameter, see `fused.py`."""
+    if hasattr(target.module, "is_transposed"):  # transformers' mark of what has experts implementations
+        return True
+    try:
+        return f"self.{target.parameter}[" in inspect.getsource(type(target.module).forward)
+    except OSError:  # made without a file
+        return True
 
 
 def _short(name: str) -> str:
@@ -268,7 +319,7 @@ def _check_untied(model: nn.Module, targets: dict[str, Target]) -> None:
     """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", name))
+        names.setdefault(id(parameter), []).append(re.sub(r"\.base_layer\b", "", usual_name(name)))
     for name, target in targets.items():
         weight = getattr(target.module, target.parameter, None)  # None in HQQ's layers, which share nothing
         known = {use.tensor_name for use in target.uses}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .codec import DeltaFormatError
+from .compiled import usual_name
 from .config import DowserConfig
 from .gate import adapted
 from .layer import DowserLayer
@@ -61,7 +62,7 @@ def with_names_in(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, 
 
     PEFT would leave them out where adapters wrap a module in one of the two models, the saved one or this, only.
     """
-    names = {base_name(name): name for name, _ in model.named_parameters() if name.endswith(".bias")}
+    names = {base_name(usual_name(name)): name for name, _ in model.named_parameters() if name.endswith(".bias")}
     return {names.get(base_name(key), key): tensor for key, tensor in tensors.items()}
 
 

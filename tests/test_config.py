@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, tiny_llama
-from peft import LoraConfig, PeftConfig, get_peft_model
+from helpers import config, set_values, tiny_llama
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from peft_dowser import DowserConfig, DowserLayer
+from peft_dowser.layer import dowser_layers
+
+IDS = torch.arange(1, 13).view(1, 12)
 
 DEFAULTS = {
     "update_ratio": 0.1,
@@ -184,10 +187,9 @@ def test_a_key_of_a_later_release_is_ignored_with_a_warning(tmp_path: Path) -> N
 # The config of a model
 
 
-def test_the_counts_are_in_the_file_and_never_in_the_live_config(tmp_path: Path) -> None:
-    given = config(score="random", statistics="/never/read")
-    model = get_peft_model(tiny_llama(), given)
-    live = model.peft_config["default"]
+def test_the_counts_are_in_the_file_and_never_in_a_field(tmp_path: Path) -> None:
+    live = config(score="random", statistics="/never/read")
+    model = get_peft_model(tiny_llama(), live)
     model.save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "adapter_config.json").read_text())
     counts = live.to_dict()["nnz_pattern"]
@@ -195,22 +197,39 @@ def test_the_counts_are_in_the_file_and_never_in_the_live_config(tmp_path: Path)
     assert sum(counts.values()) == model.get_nb_trainable_parameters()[0]
     counts.clear()
     assert live.to_dict()["nnz_pattern"] == live.saved_nnz == stored["nnz_pattern"]
-    assert live.nnz_pattern is given.nnz_pattern is given.to_dict()["nnz_pattern"] is None
+    assert live.nnz_pattern is None
     assert stored["statistics"] is None
-    assert live.statistics == given.statistics == "/never/read"
+    assert live.statistics == "/never/read"
 
 
-def test_one_config_object_changed_in_between_makes_two_masks() -> None:
+def test_one_config_object_changed_in_between_makes_two_masks(tmp_path: Path) -> None:
     given = config(score="random")
     model = get_peft_model(tiny_llama(), given)
     given.seed, given.update_ratio = 1, 0.2
     model.add_adapter("other", given)
+    set_values(model)
     for layer in model.modules():
         if isinstance(layer, DowserLayer):
             first, second = (layer.dowser_index[name].positions for name in ("default", "other"))
             assert len(second) == round(0.2 * layer.weight.numel())
             assert not torch.isin(first, second).all()
-    assert [model.peft_config[name].update_ratio for name in ("default", "other")] == [0.1, 0.2]
+    model.save_pretrained(tmp_path)
+    for name, folder in (("default", tmp_path), ("other", tmp_path / "other")):  # each with its own counts
+        model.set_adapter(name)
+        loaded = PeftModel.from_pretrained(tiny_llama(), folder)
+        assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_one_config_object_makes_adapters_of_several_models(tmp_path: Path) -> None:
+    given = config(score="magnitude", last_layers=1)
+    models = [get_peft_model(tiny_llama(seed=seed), given) for seed in (1, 2)]
+    codes = [[layer.dowser_index["default"].code for layer in dowser_layers(model)] for model in models]
+    assert not all(torch.equal(one, other) for one, other in zip(*codes, strict=True))
+    for seed, model in zip((1, 2), models, strict=True):
+        set_values(model)
+        model.save_pretrained(tmp_path / str(seed))
+        loaded = PeftModel.from_pretrained(tiny_llama(seed=seed), tmp_path / str(seed))
+        assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])

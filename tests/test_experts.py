@@ -32,6 +32,8 @@ from transformers import (
     GraniteMoeForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -969,3 +971,62 @@ def test_experts_are_refused_in_mixed_batches(names: list[str]) -> None:
         ValueError, match="changes the fused weights of experts, where the rows of a batch cannot be told"
     ):
         model(input_ids=torch.tensor([[1, 5, 9], [1, 20, 3]]), adapter_names=names)
+
+
+class Loop(nn.Module):
+    """Experts as anybody may write them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sum(F.linear(x, self.weight[expert]) for expert in range(3))
+
+
+class AtOnce(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(x.expand(3, -1, -1), self.weight).sum(0)
+
+
+class NoProduct(Loop):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.weight.sum((0, 1))
+
+
+def llama4() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"num_local_experts": 4, "moe_layers": [0, 1], "interleave_moe_layer_step": 1, "intermediate_size_mlp": 32}
+    return Llama4ForCausalLM(Llama4TextConfig(**sizes, **own, num_key_value_heads=2, head_dim=8, vocab_size=64))
+
+
+@pytest.mark.parametrize("score", ["dowser", "random"])
+@pytest.mark.parametrize(
+    ("build", "parameter", "kind"),
+    [
+        (llama4, "feed_forward.experts.down_proj", "Llama4TextExperts"),
+        (llama4, "feed_forward.experts.gate_up_proj", "Llama4TextExperts"),
+        (lambda: nn.Sequential(AtOnce()), "0.weight", "AtOnce"),
+        (lambda: nn.Sequential(NoProduct()), "0.weight", "NoProduct"),
+    ],
+)
+def test_parameters_that_are_used_as_a_whole_are_refused_before_the_probe(
+    build: Callable[[], nn.Module], parameter: str, kind: str, score: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_dowser.injection.probe_targets", lambda *args: pytest.fail("probed"))
+    model = build()
+    given = config(score=score, target_modules=[], target_parameters=[parameter], task_type=None)
+    with pytest.raises(TypeError, match=f"target_parameters: '.*' is used by {kind} as a whole, .* Leave it out"):
+        get_peft_model(model, given)
+    assert not any(isinstance(module, DowserLayer) for module in model.modules())
+
+
+def test_experts_in_a_loop_of_anybody_are_adapted() -> None:
+    model = get_peft_model(
+        nn.Sequential(Loop()),
+        config(score="random", target_modules=[], target_parameters=["0.weight"], task_type=None),
+    )
+    set_values(model)
+    x = torch.randn(5, 8)
+    found = model(x)
+    assert torch.equal(found, model.merge_and_unload()(x))

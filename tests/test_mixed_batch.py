@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM
 
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31], [1, 2, 3, 4, 5, 6], [1, 50, 51, 52, 53, 54]])
 NAMES = ["other", "__base__", "default", "other"]
@@ -33,6 +34,41 @@ def test_every_row_is_that_of_its_adapter(model: PeftModel) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
     assert (found[0] - alone(model, "default", IDS[:1])).abs().max() > 1e-3
     torch.testing.assert_close(model(input_ids=IDS).logits, alone(model, "default", IDS))
+
+
+class Routed(nn.Module):
+    """Sends half of the tokens of a batch to its layer, which so sees rows of tokens of any samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.expert = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        return rows.index_add(0, torch.arange(0, len(rows), 2), self.expert(rows[::2])).view_as(x)
+
+
+@pytest.mark.parametrize("targets", [None, ["fc1"], "all-linear"])
+@pytest.mark.parametrize("tokens", [1, 4, 6])
+def test_layers_that_see_one_row_per_token(targets: list | str | None, tokens: int) -> None:
+    """OPT's feed-forward layers; `tokens` is also as many as there are rows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    base = OPTForCausalLM(OPTConfig(vocab_size=64, word_embed_proj_dim=16, **sizes)).double()
+    model = get_peft_model(base, config(score="random", target_modules=targets)).eval()
+    model.add_adapter("other", config(score="random", seed=1, target_modules=targets))
+    set_values(model)
+    ids = IDS[:, :tokens]
+    expected = torch.cat([alone(model, name, ids[row : row + 1]) for row, name in enumerate(NAMES)])
+    torch.testing.assert_close(model(input_ids=ids, adapter_names=NAMES).logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_rows_that_cannot_be_told_apart_are_refused() -> None:
+    model = get_peft_model(Routed(), config(score="random", target_modules=["expert"], task_type=None))
+    set_values(model)
+    x = torch.randn(2, 4, 8)
+    with pytest.raises(ValueError, match="must have one name for each of the 4 rows, got 2"):
+        model(x, adapter_names=["default", "__base__"])
 
 
 def test_the_gradient_of_an_adapter_comes_from_its_rows(model: PeftModel) -> None:

@@ -2,13 +2,15 @@
 
 import hashlib
 import logging
+from pathlib import Path
 
 import pytest
-from helpers import config, tiny_llama
-from peft import get_peft_model
+import torch
+from helpers import config, set_values, tiny_llama
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers.utils import logging as bars
 
-from peft_dowser import DowserLayer
+from peft_dowser import DowserLayer, Patch, hotswap, probe
 
 
 def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -45,3 +47,62 @@ def test_the_bar_of_a_probe_is_silent_where_those_of_transformers_are(
     out, err = capfd.readouterr()
     assert ("Probing" in err) == shown
     assert out == ""
+
+
+ENTRIES = {
+    "probe": lambda model, folder: probe(model, config()),
+    "Patch": Patch,
+    "hotswap": hotswap,
+    "from_pretrained": PeftModel.from_pretrained,
+    "inject_adapter_in_model": lambda model, folder: inject_adapter_in_model(config(), model),
+}
+
+
+@pytest.mark.parametrize("given", ["someone/model", Path("someone/model"), None, tiny_llama().config])
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_what_is_no_model_is_answered_in_one_line(entry: str, given: object, tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), config(score="random")).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"^model must be a loaded model, got .*\. Load it first, .*") as caught:
+        ENTRIES[entry](given, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("targets", [None, ["q_proj"]])
+@pytest.mark.parametrize("first", ["dowser", "lora"])
+@pytest.mark.parametrize("entry", ["get_peft_model", "probe", "inject_adapter_in_model", "from_pretrained"])
+def test_a_second_get_peft_model_says_what_to_do(entry: str, first: str, targets: list | None, tmp_path: Path) -> None:
+    get_peft_model(tiny_llama(), config(score="random")).save_pretrained(tmp_path)
+    settings = config(score="random") if first == "dowser" else LoraConfig(task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_llama(), settings)
+    before = {name: type(module) for name, module in model.named_modules()}
+    calls = {
+        "get_peft_model": lambda: get_peft_model(model, config(target_modules=targets)),
+        "probe": lambda: probe(model, config(target_modules=targets)),
+        "inject_adapter_in_model": lambda: inject_adapter_in_model(config(target_modules=targets), model),
+        "from_pretrained": lambda: PeftModel.from_pretrained(model, tmp_path),
+    }
+    message = r"^The model is a PeftModelForCausalLM with adapters \['default'\], not a base model. .*add_adapter"
+    with pytest.raises(ValueError, match=message):
+        calls[entry]()
+    assert {name: type(module) for name, module in model.named_modules()} == before
+    anew = get_peft_model(model.unload(), config(score="random"))
+    assert anew.get_nb_trainable_parameters()[0] > 0
+
+
+@pytest.mark.parametrize(("vanishing", "said"), [(0, False), (1, False), (10, False), (11, True), (500, True)])
+@pytest.mark.parametrize("how", ["merge_adapter", "merge_and_unload"])
+def test_values_that_vanish_are_reported_from_one_percent_on(
+    how: str, vanishing: int, said: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    base = torch.nn.Sequential(torch.nn.Linear(100, 110))
+    base[0].weight.data.fill_(1.0)
+    model = get_peft_model(base, config(score="random", target_modules=["0"], task_type=None))
+    values = next(layer for layer in model.modules() if isinstance(layer, DowserLayer)).values("default")
+    assert len(values) == 1100
+    set_values(model)
+    values.data.copy_(torch.where(torch.arange(1100) < vanishing, 1e-12, 1.0))
+    getattr(model, how)()
+    messages = [record.message for record in caplog.records if "too small to change a weight" in record.message]
+    assert bool(messages) == said
+    assert not any("(0.0 %)" in message for message in messages)

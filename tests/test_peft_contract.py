@@ -311,6 +311,63 @@ def test_low_memory_loading(kind: str, tmp_path: Path) -> None:
 
 
 @every_model
+@pytest.mark.parametrize("how", ["state dict", "counts"])
+def test_placeholders_of_low_memory_have_a_state_dict_on_meta(kind: str, how: str) -> None:
+    """As LoRA's, before a file fills them in."""
+    model = adapted(kind)
+    prefix = "base_model.model."
+    deltas = {key.removeprefix(prefix): t for key, t in get_peft_model_state_dict(model).items() if ".dowser_" in key}
+    given = choice(kind)
+    if how == "counts":
+        given.nnz_pattern = dict(model.peft_config["default"].saved_nnz)
+    options = {"state_dict": deltas} if how == "state dict" else {}
+    lora = LoraConfig(target_modules=MODELS[kind][1], fan_in_fan_out=kind == "conv1d")
+    bare = inject_adapter_in_model(lora, built(kind), low_cpu_mem_usage=True)
+    assert {tensor.device.type for tensor in get_peft_model_state_dict(bare).values()} == {"meta"}
+    bare = inject_adapter_in_model(given, built(kind), low_cpu_mem_usage=True, **options)
+    found = get_peft_model_state_dict(bare)
+    assert {tensor.device.type for tensor in found.values()} == {"meta"}
+    assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in deltas.items()}
+    set_peft_model_state_dict(bare, deltas, low_cpu_mem_usage=True)
+    found = get_peft_model_state_dict(bare)
+    assert all(torch.equal(found[key], tensor) for key, tensor in deltas.items())
+
+
+@every_model
+@pytest.mark.parametrize("name", ["dowser_", "dowser_x", "dowser_code", "dowser_value", "dowser_valuesx", "dowser"])
+@pytest.mark.filterwarnings("ignore:Adapter name '.*' should not be contained in the prefix")
+def test_adapter_names_that_look_like_ours(kind: str, name: str, tmp_path: Path) -> None:
+    """Together with modules and tokens that train as a whole, whose tensors have the name of the adapter in theirs."""
+    whole = {"custom": ["head"], "decoder": ["lm_head"], "conv1d": ["ln_f"], "encoder-decoder": ["final_layer_norm"]}
+    also = whole.get(kind, ["pooler"] if kind == "features" else ["classifier", "score"])
+    model = get_peft_model(built(kind), choice(kind, modules_to_save=also), adapter_name=name)
+    model.add_adapter("other", choice(kind, modules_to_save=also, seed=1))
+    set_values(model)
+    for key, parameter in model.named_parameters():
+        if f".modules_to_save.{name}." in key:
+            parameter.data.add_(0.1)
+    expected = output(model.eval())
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    loaded = PeftModel.from_pretrained(built(kind), tmp_path / name, adapter_name=name).eval()
+    assert torch.equal(output(loaded), expected)
+    loaded = PeftModel.from_pretrained(built(kind), tmp_path / name).eval()
+    loaded.load_adapter(tmp_path / name, name)
+    loaded.set_adapter(name)
+    assert torch.equal(output(loaded), expected)
+    loaded.delete_adapter("default")
+    assert torch.equal(output(loaded.eval()), expected)
+    assert torch.equal(output(loaded.merge_and_unload()), expected)
+
+
+@pytest.mark.parametrize("name", ["dowser_values", "dowser_index"])
+def test_adapter_names_that_are_ours_are_refused(name: str) -> None:
+    base = built("decoder")
+    with pytest.raises(ValueError, match=f"'{name}' cannot be the name of an adapter.* Choose another name"):
+        get_peft_model(base, choice("decoder", modules_to_save=["lm_head"]), adapter_name=name)
+    assert not layers(base)
+
+
+@every_model
 def test_injection_without_a_peft_model(kind: str) -> None:
     model = adapted(kind)
     if any(".modules_to_save." in name for name, _ in model.named_parameters()):

@@ -202,22 +202,6 @@ def test_new_values_and_positions_compile_nothing_again() -> None:
     assert losses[0] > losses[1] > losses[2]
 
 
-@pytest.mark.parametrize("layers", [True, False])
-def test_what_is_compiled_is_saved_under_the_usual_names(layers: bool, tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(), config(score="random"))
-    set_values(model)
-    expected = model(input_ids=BATCH).logits
-    state = None
-    if layers:
-        decoder = model.get_base_model().model
-        decoder.layers = nn.ModuleList(torch.compile(layer, backend="eager") for layer in decoder.layers)
-    else:
-        state = torch.compile(model, backend="eager").state_dict()
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded = PeftModel.from_pretrained(tiny_llama(), tmp_path)
-    assert torch.equal(loaded(input_ids=BATCH).logits, expected)
-
-
 def test_biases_of_what_is_compiled_are_saved_too(tmp_path: Path) -> None:
     options = {"target_modules": ["0.0"], "bias": "dowser_only", "score": "random", "task_type": None}
     model = get_peft_model(nn.Sequential(nn.Sequential(nn.Linear(4, 8)), nn.Linear(8, 3)), config(**options))
