@@ -49,17 +49,18 @@ class SavedAdapter:
     counts: dict[str, int]
     others: dict[str, str]
 
-    def delta(self, module: str, numel: int) -> tuple[Tensor, Tensor]:
+    def delta(self, module: str, numel: int, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The positions and the values of a module, checked.
 
         Args:
             module: its name in the base model.
             numel: number of entries of its weight.
+            code: its index code, where that was read already.
 
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        values, code = self.values(module), self.code(module)
+        values, code = self.values(module), self.code(module) if code is None else code
         with self._naming(module):
             positions = decode(code, numel, self.counts[module])
             if self.config.manifest is not None:
@@ -72,18 +73,18 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: they are others than its count says, or not finite floating-point numbers.
         """
-        values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+        values = self._read(f"{PREFIX}{module}{VALUES}")
         with self._naming(module):
             check_values(values, self.counts[module])
         return values
 
     def code(self, module: str) -> Tensor:
         """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
-        return self.file.get_tensor(f"{PREFIX}{module}{CODE}")
+        return self._read(f"{PREFIX}{module}{CODE}")
 
     def other(self, name: str) -> Tensor:
         """A tensor that is no delta, by its name in the base model."""
-        return self.file.get_tensor(self.others[name])
+        return self._read(self.others[name])
 
     def check_complete(self) -> None:
         """Refuse counts that are none, and a file that lacks tensors of the modules counted, or has those of others.
@@ -206,6 +207,10 @@ class SavedAdapter:
                     f"{self._where}, module '{module}': the values are not those that its manifest describes. The "
                     "adapter's two files are not of one save, or were edited."
                 )
+
+    def _read(self, key: str) -> Tensor:
+        """A copy of a tensor: the memory of a file changes with it, and kills the process where the file was cut."""
+        return self.file.get_tensor(key).clone()
 
     @property
     def _where(self) -> str:
