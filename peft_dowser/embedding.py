@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Linear
+from .sparse_linear import refuse_tangents
 from .sparse_rows import summed_rows
 
 
@@ -31,6 +32,7 @@ class Embedding(Linear):
         base = cast(nn.Embedding, self.get_base_layer())
         nothing = torch.zeros((), dtype=base.weight.dtype, device=x.device)
         weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
+        refuse_tangents(weight)  # the values' are not lost
         values = [self.scaled_values(name) for name in active]
         rows, places = x.long().unique(return_inverse=True)
         total = summed_rows(weight, rows, values, [self.index(name).decoded() for name in active])

@@ -14,7 +14,7 @@ from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
 from .postmerge import Delta
-from .sparse_linear import add_delta_, in_autocast, sparse_linear
+from .sparse_linear import add_delta_, in_autocast, refuse_tangents, sparse_linear
 from .state import Guard, Index, Values
 from .storage import offload_hook
 from .target import Target, is_falcons
@@ -349,12 +349,14 @@ class Linear(nn.Module, DowserLayer):
         base, transposed = self.get_base_layer(), self.target.transposed
         x = in_autocast(x)
         values = [self.scaled_values(name) for name in active]
-        positions = [self.index(name).decoded() for name in active]
         if self.is_additive:
-            nothing = x.new_zeros(()).expand(self.base_shape)
-            added = sparse_linear(x, nothing, None, values, positions, transposed)
-            return self.base_layer(x, *args, **kwargs) + added
-        return sparse_linear(x, base.weight, base.bias, values, positions, transposed)
+            weight, bias = x.new_zeros(()).expand(self.base_shape), None
+        else:
+            weight, bias = base.weight, base.bias
+        refuse_tangents(x, weight, bias, *values)
+        positions = [self.index(name).decoded() for name in active]
+        y = sparse_linear(x, weight, bias, values, positions, transposed)
+        return self.base_layer(x, *args, **kwargs) + y if self.is_additive else y
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
