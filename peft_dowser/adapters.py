@@ -10,12 +10,12 @@ from typing import Any, TypeGuard
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
+from .files import open_tensors
 from .gate import check_counts, check_keys, is_count
 from .manifest import base_sample, check_code, digest
 from .names import CODE, PREFIX, VALUES, base_name, is_delta
@@ -294,10 +294,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     if not path.is_file():
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
     config = _config(folder, name)
-    try:
-        file = files.enter_context(safe_open(path, framework="pt"))
-    except SafetensorError as error:
-        raise DeltaFormatError(f"'{path}' is not a readable safetensors file ({error}).") from error
+    file = open_tensors(path, files)
     others = [key for key in file.keys() if not is_delta(key)]
     return SavedAdapter(
         name,

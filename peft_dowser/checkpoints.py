@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +21,8 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from .files import open_tensors
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
@@ -120,10 +121,7 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         model = model_class(config, name)(config)
     opened: dict[str, Any] = {}
     for path in paths:
-        try:
-            file = files.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
+        file = open_tensors(path, files)
         opened.update(dict.fromkeys(file.keys(), file))
     names, pieces = _names(opened, model)
     tensors: dict[str, str] = {}
@@ -131,12 +129,6 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         tensors.setdefault(given, key)  # of two for one name transformers loads the first
     tied = model.all_tied_weights_keys
     return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
-
-
-def check_output(folder: Path) -> None:
-    """Refuse to write into a folder that has files already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' is not an empty folder; choose another output, or empty it first.")
 
 
 def fetched(name: str, wanted: list[str]) -> Path:

@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .adapters import SavedAdapter, open_adapter
-from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
+from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
-from .files import write_tensors
+from .files import check_output, finished_together, write_tensors
 from .notices import report_vanished
 from .provenance import other_base
 from .target import Target
@@ -64,11 +63,9 @@ def merge(
         total = _Sum(saved, checkpoint, targets)
         if cast := total.cast_on_load():
             warnings.warn(cast, UserWarning, stacklevel=2)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
-            _write(Path(work), total, limit)
-            _copy_companions(checkpoint, Path(work))
-            _publish(Path(work), folder)
+        with finished_together(folder) as work:
+            _write(work, total, limit)
+            _copy_companions(checkpoint, work)
     report_vanished([total.vanished])
     return saved.counts
 
@@ -229,12 +226,6 @@ def _copy_companions(base: Checkpoint, work: Path) -> None:
     for name in names:
         (work / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(folder / name, work / name)
-
-
-def _publish(work: Path, folder: Path) -> None:
-    """Give all files their place; config.json, without which nothing loads, comes last."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
-        path.rename(folder / path.name)
 
 
 def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:

@@ -36,8 +36,8 @@ class Patch:
         with french:
             model.generate(...)
 
-    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C leaves one half applied,
-    `remove()` takes the rest of it out.
+    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C or an error leaves one
+    half applied, `remove()` takes the rest of it out.
     """
 
     def __init__(self, model: nn.Module, adapter: str | Path) -> None:
@@ -64,7 +64,7 @@ class Patch:
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
-        # By module, what is still to be put back; whether that is all that `apply` writes, and no interrupted rest of it.
+        # By module, what is to be put back; and whether that is all that `apply` writes, not an interrupted rest of it.
         self._written: dict[str, _Written] = {}
         self._is_whole = False
         self.name = saved.name

@@ -77,8 +77,8 @@ def refuse_tangents(*tensors: Tensor | None) -> None:
     """
     if any(unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
         raise NotImplementedError(
-            "An adapted layer has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, forward_ad). Merge the "
-            "adapter before, with merge_adapter() or merge_and_unload(), or differentiate backward."
+            "An adapted layer has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, forward_ad). Merge "
+            "the adapter before, with merge_adapter() or merge_and_unload(), or differentiate backward."
         )
 
 

@@ -13,7 +13,6 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 from transformers.pytorch_utils import Conv1D
 
-
 # What torch itself warns of where it differentiates forward.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
