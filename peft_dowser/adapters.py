@@ -18,14 +18,14 @@ from .config import DowserConfig
 from .files import open_tensors
 from .gate import check_counts, check_keys, is_count
 from .manifest import base_sample, check_code, digest
-from .names import CODE, PREFIX, VALUES, base_name, is_delta
+from .names import CODE, PREFIX, VALUES, base_name, is_delta, quoted
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
 from .whole import foreign_tensors, missing_tensors, whole_in_base
 
-# More than any weight has: positions in such a one still fit 64 bits.
-_MOST_ENTRIES = 2**62
+# More than any weight has: thousands of times a position in such a one still fits 64 bits.
+_MOST_ENTRIES = 2**50
 
 
 @dataclass
@@ -97,7 +97,7 @@ class SavedAdapter:
         for module, nnz in self.counts.items():
             if not is_count(nnz):
                 raise DeltaFormatError(
-                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {module[:100]!r}, which must be "
+                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {quoted(module)}, which must be "
                     "an integer of at least 1. The file is damaged, or its config was edited."
                 )
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
@@ -120,7 +120,7 @@ class SavedAdapter:
         for module, shape in shapes.items():
             if not _is_shape(shape):
                 raise DeltaFormatError(
-                    f"{self._where}: the manifest gives module {module[:100]!r} the shape {str(shape)[:100]}, which no "
+                    f"{self._where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no "
                     "weight has. adapter_config.json was edited."
                 )
         return {module: tuple(shape) for module, shape in shapes.items()}
@@ -204,8 +204,8 @@ class SavedAdapter:
         for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
             if digest(self.values(module)) != entry["values_sha256"]:
                 yield (
-                    f"{self._where}, module '{module}': the values are not those that its manifest describes. The "
-                    "adapter's two files are not of one save, or were edited."
+                    f"{self._where}, module {quoted(module)}: the values are not those that its manifest describes. "
+                    "The adapter's two files are not of one save, or were edited."
                 )
 
     def _read(self, key: str) -> Tensor:
@@ -222,10 +222,10 @@ class SavedAdapter:
         try:
             yield
         except DeltaFormatError as error:
-            raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
+            raise DeltaFormatError(f"{self._where}, module {quoted(module)}: {error}.") from error
 
     def _other_problem(self, base: Checkpoint, name: str) -> str | None:
-        shown = repr(self.others[name][:100])
+        shown = quoted(self.others[name])
         if name not in base.tensors or name in base.twins:
             return (
                 f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from .files import open_tensors
+from .names import printable, quoted
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
@@ -45,7 +46,9 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
     found = getattr(transformers, config.architectures[0], None)
     if found is None:
-        raise ValueError(f"'{name}' is a {config.architectures[0]}, which this version of transformers does not know.")
+        raise ValueError(
+            f"'{name}' is a {printable(config.architectures[0])}, which this version of transformers does not know."
+        )
     return found
 
 
@@ -157,7 +160,9 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
         raise ValueError(f"'{folder / INDEX_FILE}' is no index of a sharded checkpoint ({error!r}).") from error
     folder = fetched(name, shards)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise FileNotFoundError(f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as '{missing[0]}'.")
+        raise FileNotFoundError(
+            f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as {quoted(missing[0])}."
+        )
     return folder, [folder / shard for shard in shards]
 
 

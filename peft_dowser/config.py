@@ -203,7 +203,7 @@ class DowserConfig(PeftConfig):
         yield from _outside("update_ratio", self.update_ratio, 0, 1, open_low=True)
         if _is_map(self.ratio_pattern):
             for key, ratio in self.ratio_pattern.items():
-                yield from _outside(f"ratio_pattern['{key}']", ratio, 0, 1)
+                yield from _outside(f"ratio_pattern[{key!r}]", ratio, 0, 1)
                 yield from _no_expression(f"the key {key!r} of ratio_pattern", key)
         else:
             yield f"ratio_pattern must map module names to ratios, got {self.ratio_pattern!r}"

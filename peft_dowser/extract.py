@@ -26,7 +26,7 @@ from .codec import encode
 from .config import DowserConfig
 from .files import check_output, finished_together, write_tensors
 from .manifest import base_sample, entry, manifest
-from .names import CODE, PREFIX, VALUES, few
+from .names import CODE, PREFIX, VALUES, few, quoted
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets
@@ -161,7 +161,7 @@ def _check_architecture(pair: _Pair) -> None:
     if other := sorted(base.model.state_dict().keys() ^ tuned.model.state_dict().keys()):
         raise ValueError(
             f"'{base.name}' and '{tuned.name}' have different architectures: {len(other)} tensors, such as "
-            f"'{other[0]}', are in one of them only."
+            f"{quoted(other[0])}, are in one of them only."
         )
 
 

@@ -10,6 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .names import printable
+
 # Where the files of an output folder are until all of them are complete.
 _WORK = ".unfinished"
 # Without which nothing loads a model or an adapter.
@@ -33,8 +35,8 @@ def open_tensors(path: Path, files: ExitStack) -> Any:
             file.get_tensor(key)  # memory of the file, which is not read
     except SafetensorError as error:
         raise ValueError(
-            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({error}). It is incomplete or "
-            "damaged; copy or download it again."
+            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({printable(str(error))}). It "
+            "is incomplete or damaged; copy or download it again."
         ) from error
     return file
 

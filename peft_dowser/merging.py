@@ -21,6 +21,7 @@ from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
 from .files import check_output, finished_together, write_tensors
+from .names import quoted
 from .notices import report_vanished
 from .provenance import other_base
 from .target import Target
@@ -178,9 +179,13 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
         base = saved.config.base_model_name_or_path
         if not base:
             raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
+        if not base.isprintable():
+            raise ValueError(
+                f"Adapter '{adapter}' names its base model {quoted(base)}, which cannot be; give the base."
+            )
         if saved.config.revision:
             raise ValueError(
-                f"Adapter '{adapter}' was made for revision '{saved.config.revision}' of '{base}'; download that "
+                f"Adapter '{adapter}' was made for revision {quoted(saved.config.revision)} of '{base}'; download that "
                 "revision and give its folder as the base."
             )
     return saved, open_checkpoint(str(base), files)
@@ -235,18 +240,19 @@ def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
     names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
     for name in tqdm(names, desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled()):
         if name not in merged:
-            yield f"'{merged.name}' lacks the tensor '{name}'."
+            yield f"'{merged.name}' lacks the tensor {quoted(name)}."
             continue
         expected, found = total.read(base.key(name)), merged.read(name)
         if (found.dtype, found.shape) != (expected.dtype, expected.shape):
             yield (
-                f"'{merged.name}': tensor '{name}' is {found.dtype} of shape {tuple(found.shape)}, expected "
+                f"'{merged.name}': tensor {quoted(name)} is {found.dtype} of shape {tuple(found.shape)}, expected "
                 f"{expected.dtype} of shape {tuple(expected.shape)}."
             )
         elif different := int((_bits(found) != _bits(expected)).any(-1).sum()):
-            yield f"'{merged.name}': {different} of {expected.numel()} entries of tensor '{name}' are not base + delta."
+            entries = f"{different} of {expected.numel()} entries of tensor {quoted(name)}"
+            yield f"'{merged.name}': {entries} are not base + delta."
     if unknown := sorted(name for name in merged.tensors if name not in base):
-        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as '{unknown[0]}'."
+        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as {quoted(unknown[0])}."
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -367,7 +367,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
     path = sorted(Path(base).glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-8])
-    refuse(f"'{path}' (1000 bytes) is not a readable safetensors file", adapter, tmp_path / "merged")
+    refuse(f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file", adapter, tmp_path / "merged")
 
 
 def test_a_base_that_is_no_safetensors_checkpoint_is_refused(tmp_path: Path) -> None:
