@@ -8,6 +8,7 @@ from torch import nn
 
 from . import writing
 from .layer import dowser_layers
+from .notices import report_not_finite
 from .spread import is_spread
 
 # By model, the calls that its merge is for. Not an attribute: a copy of the model is used by none of them.
@@ -44,6 +45,7 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
                 for layer in layers:
                     layer.merge_briefly()
             calls.add(call)
+        report_not_finite([(layer.module_name, layer.not_finite) for layer in layers])
         yield
     finally:
         with writing.lock:

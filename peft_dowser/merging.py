@@ -179,7 +179,7 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
         base = saved.config.base_model_name_or_path
         if not base:
             raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
-        if not base.isprintable():
+        if not str(base).isprintable():
             raise ValueError(
                 f"Adapter '{adapter}' names its base model {quoted(base)}, which cannot be; give the base."
             )

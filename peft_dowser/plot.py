@@ -28,8 +28,8 @@ try:
 except ImportError as error:
     raise ImportError("Pictures need matplotlib, which is not installed: pip install matplotlib") from error
 
-# Stretches of rows and of columns that a picture of a mask tells apart at most: in its map, and beside it. The shape may
-# be a stranger's, so nothing is of its size.
+# Stretches of rows and of columns that a picture of a mask tells apart at most: in its map, and beside it. The shape
+# may be a stranger's, so nothing is of its size.
 _BLOCKS = 64
 _STRETCHES = 4096
 _COLOURS = "viridis"
