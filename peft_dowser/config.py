@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from ._registry import NAME
 from .card import complete_card
 from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable
+from .names import few
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 # Those that need statistics of the model.
@@ -174,9 +176,19 @@ class DowserConfig(PeftConfig):
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it."""
+        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it.
+
+        What a save that was killed has left in the folder is named in a warning.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        if left := sorted(path.name for pattern in (".config-*", ".tmp*") for path in folder.glob(pattern)):
+            warnings.warn(
+                f"'{folder}' has {few(left)}: left by a save that was killed, unless another process is saving there. "
+                "Delete it.",
+                UserWarning,
+                stacklevel=2,
+            )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)

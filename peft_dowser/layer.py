@@ -358,7 +358,7 @@ class Linear(nn.Module, DowserLayer):
         if self.is_additive:
             weight, bias = x.new_zeros(()).expand(self.base_shape), None
         else:
-            weight, bias = base.weight, base.bias
+            weight, bias = cast(tuple[Tensor, Tensor | None], (base.weight, base.bias))
         refuse_tangents(x, weight, bias, *values)
         positions = [self.index(name).decoded() for name in active]
         y = sparse_linear(x, weight, bias, values, positions, transposed)

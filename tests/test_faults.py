@@ -276,6 +276,14 @@ def test_verify_finds_a_save_that_was_cut_between_its_two_files(tmp_path: Path) 
     assert "files are not of one save" in verify(tmp_path / "adapter", tmp_path / "base")[0]
 
 
+def test_what_a_killed_save_has_left_is_named(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(layers=1), config(score="random"))
+    (tmp_path / ".config-abc").mkdir()
+    (tmp_path / ".tmpXYZ").touch()
+    with pytest.warns(UserWarning, match=r"has '\.config-abc', '\.tmpXYZ': left by a save that was killed.* Delete it"):
+        model.save_pretrained(tmp_path)
+
+
 # Switching
 
 
