@@ -311,6 +311,8 @@ def _config(folder: Path, name: str) -> DowserConfig:
         raise FileNotFoundError(f"'{name}' holds no {CONFIG_NAME}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
+    except DeltaFormatError:  # of the other file
+        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
     if not isinstance(config, DowserConfig):
