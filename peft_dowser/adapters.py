@@ -294,7 +294,10 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     if not path.is_file():
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
     config = _config(folder, name)
-    file = open_tensors(path, files)
+    try:
+        file = open_tensors(path, files)
+    except ValueError as error:
+        raise DeltaFormatError(str(error)) from error
     others = [key for key in file.keys() if not is_delta(key)]
     return SavedAdapter(
         name,
@@ -311,8 +314,6 @@ def _config(folder: Path, name: str) -> DowserConfig:
         raise FileNotFoundError(f"'{name}' holds no {CONFIG_NAME}.")
     try:
         config = PeftConfig.from_pretrained(str(folder))
-    except DeltaFormatError:  # of the other file
-        raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
     if not isinstance(config, DowserConfig):

@@ -14,7 +14,7 @@ from helpers import config, set_values, tiny_llama
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 
-from peft_dowser import DowserConfig, Patch, extract, hotswap, merge, verify
+from peft_dowser import DeltaFormatError, DowserConfig, Patch, extract, hotswap, merge, verify
 from peft_dowser.codec import encode
 from peft_dowser.commandline import main
 from peft_dowser.diff import diff
@@ -153,7 +153,7 @@ def test_what_safetensors_says_of_a_file_is_text_only(
     capsys.readouterr()
     assert main(["inspect", str(folder)]) == 2
     assert harmless(capsys.readouterr().err)
-    with pytest.raises(ValueError, match="not a readable safetensors file") as caught:
+    with pytest.raises(DeltaFormatError, match="not a readable safetensors file") as caught:
         inspect(folder)
     assert harmless(str(caught.value))
 
