@@ -10,22 +10,22 @@ from typing import Any, TypeGuard
 import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from .checkpoints import FLOAT_DTYPES, Checkpoint, fetched
 from .codec import DeltaFormatError, check_values, decode
 from .config import DowserConfig
+from .files import open_tensors
 from .gate import check_counts, check_keys, is_count
 from .manifest import base_sample, check_code, digest
-from .names import CODE, PREFIX, VALUES, base_name, is_delta
+from .names import CODE, PREFIX, VALUES, base_name, is_delta, quoted
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
 from .whole import foreign_tensors, missing_tensors, whole_in_base
 
-# More than any weight has: positions in such a one still fit 64 bits.
-_MOST_ENTRIES = 2**62
+# More than any weight has: thousands of times a position in such a one still fits 64 bits.
+_MOST_ENTRIES = 2**50
 
 
 @dataclass
@@ -49,17 +49,18 @@ class SavedAdapter:
     counts: dict[str, int]
     others: dict[str, str]
 
-    def delta(self, module: str, numel: int) -> tuple[Tensor, Tensor]:
+    def delta(self, module: str, numel: int, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The positions and the values of a module, checked.
 
         Args:
             module: its name in the base model.
             numel: number of entries of its weight.
+            code: its index code, where that was read already.
 
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        values, code = self.values(module), self.code(module)
+        values, code = self.values(module), self.code(module) if code is None else code
         with self._naming(module):
             positions = decode(code, numel, self.counts[module])
             if self.config.manifest is not None:
@@ -72,18 +73,18 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: they are others than its count says, or not finite floating-point numbers.
         """
-        values = self.file.get_tensor(f"{PREFIX}{module}{VALUES}")
+        values = self._read(f"{PREFIX}{module}{VALUES}")
         with self._naming(module):
             check_values(values, self.counts[module])
         return values
 
     def code(self, module: str) -> Tensor:
         """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
-        return self.file.get_tensor(f"{PREFIX}{module}{CODE}")
+        return self._read(f"{PREFIX}{module}{CODE}")
 
     def other(self, name: str) -> Tensor:
         """A tensor that is no delta, by its name in the base model."""
-        return self.file.get_tensor(self.others[name])
+        return self._read(self.others[name])
 
     def check_complete(self) -> None:
         """Refuse counts that are none, and a file that lacks tensors of the modules counted, or has those of others.
@@ -96,7 +97,7 @@ class SavedAdapter:
         for module, nnz in self.counts.items():
             if not is_count(nnz):
                 raise DeltaFormatError(
-                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {module[:100]!r}, which must be "
+                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {quoted(module)}, which must be "
                     "an integer of at least 1. The file is damaged, or its config was edited."
                 )
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
@@ -119,7 +120,7 @@ class SavedAdapter:
         for module, shape in shapes.items():
             if not _is_shape(shape):
                 raise DeltaFormatError(
-                    f"{self._where}: the manifest gives module {module[:100]!r} the shape {str(shape)[:100]}, which no "
+                    f"{self._where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no "
                     "weight has. adapter_config.json was edited."
                 )
         return {module: tuple(shape) for module, shape in shapes.items()}
@@ -203,9 +204,13 @@ class SavedAdapter:
         for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
             if digest(self.values(module)) != entry["values_sha256"]:
                 yield (
-                    f"{self._where}, module '{module}': the values are not those that its manifest describes. The "
-                    "adapter's two files are not of one save, or were edited."
+                    f"{self._where}, module {quoted(module)}: the values are not those that its manifest describes. "
+                    "The adapter's two files are not of one save, or were edited."
                 )
+
+    def _read(self, key: str) -> Tensor:
+        """A copy of a tensor: the memory of a file changes with it, and kills the process where the file was cut."""
+        return self.file.get_tensor(key).clone()
 
     @property
     def _where(self) -> str:
@@ -217,10 +222,10 @@ class SavedAdapter:
         try:
             yield
         except DeltaFormatError as error:
-            raise DeltaFormatError(f"{self._where}, module '{module}': {error}.") from error
+            raise DeltaFormatError(f"{self._where}, module {quoted(module)}: {error}.") from error
 
     def _other_problem(self, base: Checkpoint, name: str) -> str | None:
-        shown = repr(self.others[name][:100])
+        shown = quoted(self.others[name])
         if name not in base.tensors or name in base.twins:
             return (
                 f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "
@@ -290,9 +295,9 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
     config = _config(folder, name)
     try:
-        file = files.enter_context(safe_open(path, framework="pt"))
-    except SafetensorError as error:
-        raise DeltaFormatError(f"'{path}' is not a readable safetensors file ({error}).") from error
+        file = open_tensors(path, files)
+    except ValueError as error:
+        raise DeltaFormatError(str(error)) from error
     others = [key for key in file.keys() if not is_delta(key)]
     return SavedAdapter(
         name,

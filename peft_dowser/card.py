@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
@@ -78,4 +79,9 @@ model, add it with `PeftModel.from_pretrained(base, "this repository, or its fol
 
 
 def _is_local(name: str) -> bool:
-    return bool(name) and (Path(name).is_absolute() or name.startswith(".") or Path(name).exists())
+    """Whether this is a folder, or at least not an id of the Hub: a config may be a stranger's."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return bool(name)
+    return name.startswith(".") or Path(name).exists()

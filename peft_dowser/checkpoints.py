@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -22,6 +21,9 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+from .files import open_tensors
+from .names import printable, quoted
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
@@ -44,7 +46,9 @@ def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
         raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
     found = getattr(transformers, config.architectures[0], None)
     if found is None:
-        raise ValueError(f"'{name}' is a {config.architectures[0]}, which this version of transformers does not know.")
+        raise ValueError(
+            f"'{name}' is a {printable(config.architectures[0])}, which this version of transformers does not know."
+        )
     return found
 
 
@@ -120,10 +124,7 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         model = model_class(config, name)(config)
     opened: dict[str, Any] = {}
     for path in paths:
-        try:
-            file = files.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
+        file = open_tensors(path, files)
         opened.update(dict.fromkeys(file.keys(), file))
     names, pieces = _names(opened, model)
     tensors: dict[str, str] = {}
@@ -131,12 +132,6 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
         tensors.setdefault(given, key)  # of two for one name transformers loads the first
     tied = model.all_tied_weights_keys
     return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
-
-
-def check_output(folder: Path) -> None:
-    """Refuse to write into a folder that has files already."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' is not an empty folder; choose another output, or empty it first.")
 
 
 def fetched(name: str, wanted: list[str]) -> Path:
@@ -165,7 +160,9 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
         raise ValueError(f"'{folder / INDEX_FILE}' is no index of a sharded checkpoint ({error!r}).") from error
     folder = fetched(name, shards)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
-        raise FileNotFoundError(f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as '{missing[0]}'.")
+        raise FileNotFoundError(
+            f"'{name}' lacks {len(missing)} of its {len(shards)} shards, such as {quoted(missing[0])}."
+        )
     return folder, [folder / shard for shard in shards]
 
 

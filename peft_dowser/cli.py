@@ -9,6 +9,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from .names import printable
+
 # TypeError: a target module that is no linear. RuntimeError: a prompt that does not fit into memory, or weights that do
 # not fit the config. ImportError: a library that the model or a command needs. StrictDataclassError: a config.
 _MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError)
@@ -19,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _COMMANDS[options.command](options) or 0
     except _MISTAKES as error:
-        print(f"peft-dowser: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"peft-dowser: {_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -123,7 +125,7 @@ def _verify(options: argparse.Namespace) -> int:
         print(json.dumps({"adapter": options.adapter, "ok": not problems, "problems": problems}, indent=2))
         return 2 if problems else 0
     for problem in problems:
-        print(" ".join(problem.split()))
+        print(_line(problem))
     if not problems:
         also = f", and '{options.merged}' is their sum" if options.merged else ""
         print(f"OK: '{options.adapter}' fits {repr(options.base) if options.base else 'its base'}{also}.")
@@ -169,14 +171,14 @@ def _inspect(options: argparse.Namespace) -> None:
         return
     for key, value in found.items():
         if key != "modules" and value is not None:
-            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {value}")
+            print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {printable(str(value))}")
     columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'bytes':>12} {'bits/index':>10} {'|delta|':>10}"
     print(f"{columns} {'vanish':>7}  module")
     for row in found["modules"]:
         bits = row["index_bits"] / row["trained"]
         print(
             f"{row['trained']:>12} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {row['bytes']:>12} {bits:>10.2f} "
-            f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {row['module']}"
+            f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {printable(row['module'])}"
         )
 
 
@@ -192,7 +194,7 @@ def _diff(options: argparse.Namespace) -> None:
     print(f"{'shared':>12} {'only in A':>12} {'only in B':>12} {'conflicts':>12} {'cosine':>8}  module")
     for name, one in (found | {"all": together}).items():
         counts = f"{one.shared:>12} {one.only_a:>12} {one.only_b:>12} {one.conflicts:>12}"
-        print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {name}")
+        print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {printable(name)}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -201,6 +203,11 @@ def _report(options: argparse.Namespace) -> None:
     _check_output(Path(options.output))
     report(options.adapter, options.output, statistics=options.statistics)
     print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
+
+
+def _line(message: object) -> str:
+    """A message in one line, whatever names it quotes."""
+    return printable(" ".join(str(message).split()))
 
 
 def _shown(number: float | None, form: str) -> str:

@@ -101,6 +101,7 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     low_length = 0 if _is_mask(numel, nnz) else _elias_fano_lengths(numel, nnz)[0]
     positions = _set_bits(code[low_length:], nnz, position_dtype(numel))
     if low_length:
+        _check_last_high_part(positions, numel)
         _join_low(_array(positions), code[:low_length], _low_bits(numel, nnz))
     if problem := _order_problem(positions, numel):
         raise DeltaFormatError(f"the index code is damaged: {problem}")
@@ -153,6 +154,13 @@ def _order_problem(positions: Tensor, numel: int) -> str | None:
     if not bool((entries[1:] > entries[:-1]).all()):
         return "positions are not strictly increasing"
     return None
+
+
+def _check_last_high_part(bits: Tensor, numel: int) -> None:
+    """Refuse a last bit after that of the largest position; joined with its low bits, it could wrap around in int32."""
+    nnz = bits.numel()
+    if int(bits[-1]) - (nnz - 1) > numel >> _low_bits(numel, nnz):
+        raise DeltaFormatError("the index code has bits beyond its last position")
 
 
 def _pack_bits(positions: Tensor, num_bits: int) -> Tensor:

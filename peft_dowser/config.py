@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from ._registry import NAME
 from .card import complete_card
 from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable
+from .names import few
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 # Those that need statistics of the model.
@@ -184,9 +186,19 @@ class DowserConfig(PeftConfig):
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it."""
+        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it.
+
+        What a save that was killed has left in the folder is named in a warning.
+        """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        if left := sorted(path.name for pattern in (".config-*", ".tmp*") for path in folder.glob(pattern)):
+            warnings.warn(
+                f"'{folder}' has {few(left)}: left by a save that was killed, unless another process is saving there. "
+                "Delete it.",
+                UserWarning,
+                stacklevel=2,
+            )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
             super().save_pretrained(work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
@@ -213,7 +225,7 @@ class DowserConfig(PeftConfig):
         yield from _outside("update_ratio", self.update_ratio, 0, 1, open_low=True)
         if _is_map(self.ratio_pattern):
             for key, ratio in self.ratio_pattern.items():
-                yield from _outside(f"ratio_pattern['{key}']", ratio, 0, 1)
+                yield from _outside(f"ratio_pattern[{key!r}]", ratio, 0, 1)
                 yield from _no_expression(f"the key {key!r} of ratio_pattern", key)
         else:
             yield f"ratio_pattern must map module names to ratios, got {self.ratio_pattern!r}"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from .adapters import SavedAdapter, open_adapter
 from .masks import shared
+from .names import quoted
 from .postmerge import Delta
 
 
@@ -112,13 +113,14 @@ def _check_same(
 ) -> None:
     common = [module for module in shapes_a if module in shapes_b]
     if not common:
+        first, second = quoted(next(iter(shapes_a))), quoted(next(iter(shapes_b)))
         raise ValueError(
-            f"'{name_a}' and '{name_b}' have no module in common: the first adapts '{next(iter(shapes_a), '')}', the "
-            f"second '{next(iter(shapes_b), '')}'. They are for different base models, or for different parts of one."
+            f"'{name_a}' and '{name_b}' have no module in common: the first adapts {first}, the second {second}. They "
+            "are for different base models, or for different parts of one."
         )
     if other := [module for module in common if shapes_a[module] != shapes_b[module]]:
         raise ValueError(
             f"'{name_a}' and '{name_b}' are for weights of other shapes in {len(other)} of {len(common)} modules that "
-            f"both adapt: '{other[0]}' is {shapes_a[other[0]]} in the first and {shapes_b[other[0]]} in the second. "
-            "Only adapters of one base model can be compared."
+            f"both adapt: {quoted(other[0])} is {shapes_a[other[0]]} in the first and {shapes_b[other[0]]} in the "
+            "second. Only adapters of one base model can be compared."
         )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .layer import Linear
+from .sparse_linear import refuse_tangents
 from .sparse_rows import summed_rows
 
 
@@ -29,6 +30,7 @@ class Embedding(Linear):
             Embeddings, shape `(*x.shape, width)`.
         """
         base = cast(nn.Embedding, self.get_base_layer())
+        refuse_tangents(base.weight)  # the tangents of values are not lost
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         here = x.to(positions[0].device)  # where accelerate moves it for the base layer

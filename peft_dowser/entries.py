@@ -26,15 +26,19 @@ class MergedEntries:
         """How many of the values, shape `(nnz,)`, are not 0 and change nothing."""
         return int(((self.sums == self.originals) & (values != 0)).count_nonzero())
 
+    def not_finite(self) -> int:
+        """How many sums are not finite."""
+        if bool(torch.isfinite(self.sums.sum(dtype=torch.promote_types(self.sums.dtype, torch.float32)))):
+            return 0  # much the faster test, and false only where a sum of finite numbers overflows
+        return int((~torch.isfinite(self.sums)).count_nonzero())
+
     def check_finite(self, adapter_name: str, module: str) -> None:
         """Refuse sums that are not finite.
 
         Raises:
             ValueError: there are some; the message names adapter and module.
         """
-        if bool(torch.isfinite(self.sums.sum(dtype=torch.promote_types(self.sums.dtype, torch.float32)))):
-            return  # much the faster test, and false only where a sum of finite numbers overflows
-        if bad := int((~torch.isfinite(self.sums)).count_nonzero()):
+        if bad := self.not_finite():
             raise ValueError(
                 f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
                 f"{self.sums.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "

@@ -21,12 +21,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils.logging import is_progress_bar_enabled
 
-from .checkpoints import FLOAT_DTYPES, Checkpoint, check_output, open_checkpoint
+from .checkpoints import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from .codec import encode
 from .config import DowserConfig
-from .files import write_tensors
+from .files import check_output, finished_together, write_tensors
 from .manifest import base_sample, entry, manifest
-from .names import CODE, PREFIX, VALUES, few
+from .names import CODE, PREFIX, VALUES, few, quoted
 from .postmerge import Delta, dare, graft, top_delta
 from .seeds import derived_seed
 from .targets import resolve_targets
@@ -161,7 +161,7 @@ def _check_architecture(pair: _Pair) -> None:
     if other := sorted(base.model.state_dict().keys() ^ tuned.model.state_dict().keys()):
         raise ValueError(
             f"'{base.name}' and '{tuned.name}' have different architectures: {len(other)} tensors, such as "
-            f"'{other[0]}', are in one of them only."
+            f"{quoted(other[0])}, are in one of them only."
         )
 
 
@@ -226,9 +226,9 @@ def _save(folder: Path, tensors: dict[str, Tensor], config: DowserConfig, model:
     mapping = None
     if config.task_type is None:
         mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-    config.save_pretrained(str(folder), auto_mapping_dict=mapping)
+    with finished_together(folder) as work:
+        write_tensors(tensors, work / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        config.save_pretrained(str(work), auto_mapping_dict=mapping)
 
 
 def _task(model: PreTrainedModel) -> TaskType | None:

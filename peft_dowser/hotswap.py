@@ -6,6 +6,7 @@ from typing import cast
 
 from torch import nn
 
+from . import writing
 from .adapters import SavedAdapter, open_adapter
 from .config import DowserConfig
 from .gate import adapted, check_unmerged
@@ -40,17 +41,23 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         _check(model, layers, saved, adapter_name)
         targets = {name: layer.target for name, layer in layers.items()}
         saved.check_fits(targets)
-        deltas = {name: Delta(*saved.delta(name, target.numel)) for name, target in targets.items()}
         codes = {name: saved.code(name) for name in layers}
+        deltas = {name: Delta(*saved.delta(name, target.numel, codes[name])) for name, target in targets.items()}
     if saved.config.manifest is not None:
         samples = {name: layer.base_sample for name, layer in layers.items()}
         warn_of_other_base(saved.config.manifest, samples, f"Adapter '{saved.name}'")
-    for name, layer in layers.items():
-        layer.fill(adapter_name, deltas[name], codes[name])
     config = saved.config
     config.nnz_pattern, config._in_use = saved.counts, True
     config.inference_mode = model.peft_config[adapter_name].inference_mode  # type: ignore[index, union-attr]
-    model.peft_config[adapter_name] = config  # type: ignore[index, operator]
+
+    def fill() -> None:
+        for name, layer in layers.items():
+            layer.fill(adapter_name, deltas[name], codes[name])
+        model.peft_config[adapter_name] = config  # type: ignore[index, operator]
+
+    with writing.lock:
+        check_unmerged(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
+        writing.to_the_end(fill)
 
 
 def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:

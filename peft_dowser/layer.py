@@ -14,7 +14,7 @@ from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
 from .postmerge import Delta
-from .sparse_linear import Weight, add_delta_, in_autocast, sparse_linear
+from .sparse_linear import Weight, add_delta_, in_autocast, refuse_tangents, sparse_linear
 from .state import Guard, Index, Values
 from .storage import has_own_forward, offload_hook
 from .target import Target, is_falcons
@@ -34,6 +34,7 @@ class DowserLayer(BaseTunerLayer):
         is_tied: whether other modules use the weight and the deltas too, see `tied.Tied`.
         merges_in_place: whether a merge writes a few entries of a weight that is there, and so costs next to nothing.
         vanished: by merged adapter, how many non-zero values the merge rounded away, of how many values.
+        not_finite: by merged adapter, how many of the sums that the merge wrote are not finite.
     """
 
     adapter_layer_names = ("dowser_values",)
@@ -54,6 +55,7 @@ class DowserLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
+        self.not_finite: dict[str, int] = {}
         target = self.target
         self.base_shape = target.shape
         self.base_sample = target.sample() if sample is None else sample
@@ -215,6 +217,7 @@ class DowserLayer(BaseTunerLayer):
             if safe_merge:
                 entries.check_finite(name, self.module_name)
             self.vanished[name] = (entries.vanished(values), values.numel())
+            self.not_finite[name] = entries.not_finite()
             self.index(name).written = entries.sums.dtype, checksum(entries.sums)
             with self._noted_as_merged(name, entries.originals):
                 write_entries_(self.weight.data, self.index(name).decoded(), entries.sums)
@@ -226,8 +229,10 @@ class DowserLayer(BaseTunerLayer):
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
             weight, delta = self.weight.data, self.delta(name)
-            with self._noted_as_merged(name, weight.view(-1).index_select(0, delta.positions)):
-                add_delta_(weight, delta.positions, delta.values)
+            entries = merged_entries(weight, *delta)
+            self.not_finite[name] = entries.not_finite()
+            with self._noted_as_merged(name, entries.originals):
+                write_entries_(weight, delta.positions, entries.sums)
 
     @contextmanager
     def _noted_as_merged(self, adapter_name: str, originals: Tensor) -> Iterator[None]:
@@ -276,6 +281,7 @@ class DowserLayer(BaseTunerLayer):
         write_entries_(weight, index.decoded(), cast(Tensor, index.originals).to(weight.dtype))
         self.merged_adapters.pop()  # before the rest, without which the layer is unmerged all the same
         self.vanished.pop(name, None)
+        self.not_finite.pop(name, None)
         index.originals = index.written = None
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
@@ -343,6 +349,7 @@ class Linear(nn.Module, DowserLayer):
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         here = self._in_its_dtype(x.to(positions[0].device))  # where accelerate moves it for the base layer
+        refuse_tangents(here, base.weight, base.bias, *values)
         if not self.is_additive:
             return sparse_linear(here, self._weight(), base.bias, values, positions, transposed)
         output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.base_shape)

@@ -3,16 +3,17 @@
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ._version import __version__
 from .codec import DeltaFormatError
+from .files import open_tensors
 
 # The format that this release writes; it reads this one and all older ones.
 FORMAT = 1
@@ -48,16 +49,13 @@ def check_readable(path: Path) -> None:
     """Refuse a file of tensors that is not whole; only its header is read.
 
     Raises:
-        DeltaFormatError: it is no safetensors file, or not of the length that its header says.
+        DeltaFormatError: as `open_tensors`.
     """
     try:
-        with safe_open(path, framework="pt"):
-            pass
-    except SafetensorError as error:
-        raise DeltaFormatError(
-            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({error}). It is incomplete or "
-            "damaged; copy or download it again."
-        ) from error
+        with ExitStack() as files:
+            open_tensors(path, files)
+    except ValueError as error:
+        raise DeltaFormatError(str(error)) from error
 
 
 def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:

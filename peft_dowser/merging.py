@@ -9,7 +9,6 @@ from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -18,10 +17,11 @@ from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .adapters import SavedAdapter, open_adapter
-from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
+from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from .codec import DeltaFormatError
 from .entries import merged_entries, write_entries_
-from .files import write_tensors
+from .files import check_output, finished_together, write_tensors
+from .names import quoted
 from .notices import report_vanished
 from .provenance import other_base
 from .target import Target
@@ -64,11 +64,9 @@ def merge(
         total = _Sum(saved, checkpoint, targets)
         if cast := total.cast_on_load():
             warnings.warn(cast, UserWarning, stacklevel=2)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".merging-", dir=folder) as work:
-            _write(Path(work), total, limit)
-            _copy_companions(checkpoint, Path(work))
-            _publish(Path(work), folder)
+        with finished_together(folder) as work:
+            _write(work, total, limit)
+            _copy_companions(checkpoint, work)
     report_vanished([total.vanished])
     return saved.counts
 
@@ -181,9 +179,13 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
         base = saved.config.base_model_name_or_path
         if not base:
             raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
+        if not str(base).isprintable():
+            raise ValueError(
+                f"Adapter '{adapter}' names its base model {quoted(base)}, which cannot be; give the base."
+            )
         if saved.config.revision:
             raise ValueError(
-                f"Adapter '{adapter}' was made for revision '{saved.config.revision}' of '{base}'; download that "
+                f"Adapter '{adapter}' was made for revision {quoted(saved.config.revision)} of '{base}'; download that "
                 "revision and give its folder as the base."
             )
     return saved, open_checkpoint(str(base), files)
@@ -231,12 +233,6 @@ def _copy_companions(base: Checkpoint, work: Path) -> None:
         shutil.copyfile(folder / name, work / name)
 
 
-def _publish(work: Path, folder: Path) -> None:
-    """Give all files their place; config.json, without which nothing loads, comes last."""
-    for path in sorted(work.iterdir(), key=lambda path: path.name == "config.json"):
-        path.rename(folder / path.name)
-
-
 def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
     """How a checkpoint differs from the sum, one message per tensor."""
     base = total.base
@@ -244,18 +240,19 @@ def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
     names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
     for name in tqdm(names, desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled()):
         if name not in merged:
-            yield f"'{merged.name}' lacks the tensor '{name}'."
+            yield f"'{merged.name}' lacks the tensor {quoted(name)}."
             continue
         expected, found = total.read(base.key(name)), merged.read(name)
         if (found.dtype, found.shape) != (expected.dtype, expected.shape):
             yield (
-                f"'{merged.name}': tensor '{name}' is {found.dtype} of shape {tuple(found.shape)}, expected "
+                f"'{merged.name}': tensor {quoted(name)} is {found.dtype} of shape {tuple(found.shape)}, expected "
                 f"{expected.dtype} of shape {tuple(expected.shape)}."
             )
         elif different := int((_bits(found) != _bits(expected)).any(-1).sum()):
-            yield f"'{merged.name}': {different} of {expected.numel()} entries of tensor '{name}' are not base + delta."
+            entries = f"{different} of {expected.numel()} entries of tensor {quoted(name)}"
+            yield f"'{merged.name}': {entries} are not base + delta."
     if unknown := sorted(name for name in merged.tensors if name not in base):
-        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as '{unknown[0]}'."
+        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as {quoted(unknown[0])}."
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from .injection import Injection, check_adapter_name, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import is_delta
-from .notices import report_scale, report_vanished
+from .notices import report_not_finite, report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
@@ -264,6 +264,7 @@ class DowserModel(BaseTuner):
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         note_merged_everywhere(self.model)
         report_vanished([layer.vanished for layer in dowser_layers(self.model)])
+        report_not_finite([(layer.module_name, layer.not_finite) for layer in dowser_layers(self.model)])
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode)
@@ -292,10 +293,14 @@ class DowserModel(BaseTuner):
         else:
             unmerge_everywhere(self.model)
         # Only the counts are kept: each layer's state is freed as soon as it is merged.
-        vanished = [layer.vanished for layer in dowser_layers(self.model)]
+        layers = dowser_layers(self.model)
+        vanished = [layer.vanished for layer in layers]
+        not_finite = [(layer.module_name, layer.not_finite) for layer in layers]
+        del layers
         super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         if merge:
             report_vanished(vanished)
+            report_not_finite(not_finite)
         return self.model
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

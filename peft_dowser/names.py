@@ -31,7 +31,17 @@ def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
     return {key.removesuffix(VALUES): value.numel() for key, value in state_dict.items() if key.endswith(VALUES)}
 
 
+def quoted(name: object) -> str:
+    """A name from a stranger's file in a message: its first letters, in quotes."""
+    return f"'{printable(str(name)[:100])}'"
+
+
+def printable(text: str) -> str:
+    """A stranger's text with everything escaped that would move the cursor, begin a line or change what is shown."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def few(names: list[str]) -> str:
     """The first names of a list that may be long and come from a stranger's file."""
-    shown = ", ".join(repr(name[:100]) for name in names[:5])
+    shown = ", ".join(quoted(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .config import DowserConfig
 from .layer import DowserLayer
+from .names import few
 from .ranks import digest_of
 from .target import Target
 from .targets import layer_of
@@ -58,6 +59,23 @@ def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
             lost,
             total,
             100 * lost / total,
+        )
+
+
+def report_not_finite(found: Iterable[tuple[str, Mapping[str, int]]]) -> None:
+    """Warn once where a merge has written what is not finite.
+
+    Args:
+        found: by name of a module, the numbers of such sums by adapter.
+    """
+    counts = {module: sum(numbers.values()) for module, numbers in found if any(numbers.values())}
+    if counts:
+        warnings.warn(
+            f"The merge has written {sum(counts.values())} values that are not finite into {len(counts)} modules: "
+            f"{few(list(counts))}. The adapter is broken, or its values are too large for the dtype of the base. Load "
+            "the base in bfloat16 or float32; with safe_merge=True such a merge is refused.",
+            UserWarning,
+            stacklevel=3,
         )
 
 

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from torch import Tensor, nn
 
+from . import writing
 from .adapters import SavedAdapter, open_adapter
 from .entries import checksum, merged_entries, write_entries_
 from .layer import dowser_layers
@@ -36,7 +37,8 @@ class Patch:
         with french:
             model.generate(...)
 
-    Several patches may be applied to a model; the last one must be removed first.
+    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C or an error leaves one
+    half applied, `remove()` takes the rest of it out.
     """
 
     def __init__(self, model: nn.Module, adapter: str | Path) -> None:
@@ -65,7 +67,9 @@ class Patch:
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
+        # By module, what is to be put back; and whether that is all that `apply` writes, not an interrupted rest of it.
         self._written: dict[str, _Written] = {}
+        self._is_whole = False
         self.name = saved.name
         if saved.config.manifest is not None:
             samples = {name: target.sample() for name, target in self._targets.items()}
@@ -77,21 +81,23 @@ class Patch:
         Raises:
             ValueError: it is applied already, or a sum would not be finite; no weight has changed.
         """
-        if self._written:
-            raise ValueError(f"Adapter '{self.name}' is applied already.")
-        sums = {}
-        for name, target in self._targets.items():
-            delta = self._deltas[name]
-            entries = merged_entries(_weight(target), delta.positions, delta.values)
-            entries.check_finite(self.name, name)
-            sums[name] = entries
-        self._written = {name: _Written(each.originals, checksum(each.sums)) for name, each in sums.items()}
-        try:
-            for name, entries in sums.items():
-                write_entries_(_weight(self._targets[name]), self._deltas[name].positions, entries.sums)
-        except BaseException:
-            self._restore()
-            raise
+        with writing.lock:
+            if self._written:
+                raise ValueError(f"Adapter '{self.name}' is applied already. Call remove() first.")
+            sums = {}
+            for name, target in self._targets.items():
+                delta = self._deltas[name]
+                entries = merged_entries(_weight(target), delta.positions, delta.values)
+                entries.check_finite(self.name, name)
+                sums[name] = entries
+            try:
+                self._written = {name: _Written(each.originals, checksum(each.sums)) for name, each in sums.items()}
+                for name, entries in sums.items():
+                    write_entries_(_weight(self._targets[name]), self._deltas[name].positions, entries.sums)
+                self._is_whole = True
+            except BaseException:
+                writing.to_the_end(self._restore)
+                raise
 
     def remove(self) -> None:
         """Put the replaced entries back: the weights are bit for bit what they were.
@@ -100,23 +106,27 @@ class Patch:
             ValueError: it is not applied, or entries that it wrote were changed since, be it by another patch or by
                 training; no weight has changed.
         """
-        if not self._written:
-            raise ValueError(f"Adapter '{self.name}' is not applied.")
-        for name, target in self._targets.items():
-            found = _weight(target).view(-1).index_select(0, self._deltas[name].positions)
-            written = self._written[name]
-            if found.dtype != written.originals.dtype or checksum(found) != written.checksum:
-                raise ValueError(
-                    f"Adapter '{self.name}': entries that it wrote into the weight of module '{name}' were changed "
-                    "since. Remove the patch that was applied after it first; a model that was trained or cast "
-                    "meanwhile has to be loaded again."
-                )
-        self._restore()
+        with writing.lock:
+            if not self._written:
+                raise ValueError(f"Adapter '{self.name}' is not applied.")
+            for name, written in self._written.items():
+                found = _weight(self._targets[name]).view(-1).index_select(0, self._deltas[name].positions)
+                is_cast = found.dtype != written.originals.dtype
+                # Of what was interrupted some entries are the originals.
+                if is_cast or (self._is_whole and checksum(found) != written.checksum):
+                    raise ValueError(
+                        f"Adapter '{self.name}': entries that it wrote into the weight of module '{name}' were changed "
+                        "since. Remove the patch that was applied after it first; a model that was trained or cast "
+                        "meanwhile has to be loaded again."
+                    )
+            writing.to_the_end(self._restore)
 
     def _restore(self) -> None:
-        for name, written in self._written.items():
+        """Put back what is written still."""
+        self._is_whole = False
+        for name, written in list(self._written.items()):
             write_entries_(_weight(self._targets[name]), self._deltas[name].positions, written.originals)
-        self._written = {}
+            del self._written[name]
 
     def __enter__(self) -> "Patch":
         self.apply()

@@ -18,6 +18,7 @@ from . import scores
 from .adapters import open_adapter
 from .inspection import inspect
 from .metrics import h_score
+from .names import printable, quoted
 from .statistics import ModuleStatistics, ProbeStatistics
 
 try:
@@ -27,8 +28,10 @@ try:
 except ImportError as error:
     raise ImportError("Pictures need matplotlib, which is not installed: pip install matplotlib") from error
 
-# Stretches of rows and of columns that a picture of a mask tells apart at most.
+# Stretches of rows and of columns that a picture of a mask tells apart at most: in its map, and beside it. The shape
+# may be a stranger's, so nothing is of its size.
 _BLOCKS = 64
+_STRETCHES = 4096
 _COLOURS = "viridis"
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 
@@ -101,8 +104,9 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
         module: name of the module in the base model, as `inspect` lists it.
 
     Returns:
-        The trained fraction of every row and of every column, as the weight is stored, and a map of it in blocks. A
-        fused weight of experts is one matrix here, expert below expert.
+        The trained fraction of every row and of every column, as the weight is stored (of stretches of them where there
+        are more than 4096), and a map of it in blocks. A fused weight of experts is one matrix here, expert below
+        expert.
 
     Raises:
         ValueError: the adapter is damaged, has no manifest, or does not adapt the module.
@@ -112,7 +116,9 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
         saved = open_adapter(str(adapter), files)
         shapes = saved.shapes()
         if module not in shapes:
-            raise ValueError(f"Adapter '{adapter}' does not adapt '{module}', but such as '{next(iter(shapes))}'.")
+            raise ValueError(
+                f"Adapter '{adapter}' does not adapt {quoted(module)}, but such as {quoted(next(iter(shapes)))}."
+            )
         *above, width = shapes[module]
         height = math.prod(above)
         positions = saved.delta(module, height * width)[0].long()
@@ -146,7 +152,8 @@ def retention_plasticity(points: Mapping[str, Sequence[tuple[float, float]]]) ->
         axes.plot(*means, "o", color=f"C{number}", markersize=9, fillstyle="none", markeredgewidth=2, label=method)
     axes.set(xlabel="kept (retention)", ylabel="learned (plasticity)", xlim=(0, 1.05 * reach), ylim=(0, 1.05 * reach))
     if points:
-        axes.legend(loc="lower left")
+        for text in axes.legend(loc="lower left").get_texts():
+            text.set_parse_math(False)
     return figure
 
 
@@ -181,7 +188,7 @@ def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
         step = -(-len(layers) // 12)
         axes.set_xticks(range(0, len(layers), step), ["-" if n < 0 else str(n) for n in layers[::step]])
         figure.colorbar(image, ax=axes)
-    panels[0].set_yticks(range(len(kinds)), kinds)
+    panels[0].set_yticks(range(len(kinds)), [printable(kind[:100]) for kind in kinds], parse_math=False)
     return figure
 
 
@@ -207,16 +214,14 @@ def _density(title: str, rows: Tensor, columns: Tensor, height: int, width: int)
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), height_ratios=(1, 3))
     middle = figure.add_subplot(grid[1, 0])
     above, beside = figure.add_subplot(grid[0, 0], sharex=middle), figure.add_subplot(grid[1, 1], sharey=middle)
-    row_density = torch.bincount(rows, minlength=height) / width
-    column_density = torch.bincount(columns, minlength=width) / height
     blocks = _blocks(rows, columns, height, width)
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     image = middle.imshow(blocks.numpy(), aspect="auto", cmap=_COLOURS, vmin=0, extent=extent, interpolation="nearest")
     middle.set(xlabel="column", ylabel="row")
-    above.plot(range(width), column_density.numpy(), linewidth=0.7)
+    above.plot(*_stretches(columns, width, height), linewidth=0.7)
     above.set(ylabel="trained", ylim=(0, None))
-    above.set_title(title, fontsize="medium")
-    beside.plot(row_density.numpy(), range(height), linewidth=0.7)
+    above.set_title(printable(title[:100]), fontsize="medium", parse_math=False)
+    beside.plot(*reversed(_stretches(rows, height, width)), linewidth=0.7)
     beside.set(xlabel="trained", xlim=(0, None))
     above.tick_params(labelbottom=False)
     beside.tick_params(labelleft=False)
@@ -229,9 +234,26 @@ def _blocks(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
     down, across = min(height, _BLOCKS), min(width, _BLOCKS)
     cells = (rows * down // height) * across + columns * across // width
     counts = torch.bincount(cells, minlength=down * across).view(down, across)
-    heights = torch.bincount(torch.arange(height, device="cpu") * down // height)
-    widths = torch.bincount(torch.arange(width, device="cpu") * across // width)
-    return counts / (heights[:, None] * widths)
+    return counts / (_starts(height, down).diff()[:, None] * _starts(width, across).diff())
+
+
+def _stretches(lines: Tensor, number: int, entries: int) -> tuple[Any, Any]:
+    """Where the stretches of rows begin, and the trained fraction of each; or of columns.
+
+    Args:
+        lines: the row of every trained weight.
+        number: number of rows.
+        entries: number of weights in a row.
+    """
+    parts = min(number, _STRETCHES)
+    starts = _starts(number, parts)
+    counts = torch.bincount(lines * parts // number, minlength=parts)
+    return starts[:-1].numpy(), (counts / (starts.diff() * float(entries))).numpy()
+
+
+def _starts(number: int, parts: int) -> Tensor:
+    """Where each of so many stretches of rows begins, and where the last one ends: row r is in r * parts // number."""
+    return -(torch.arange(parts + 1, device="cpu") * -number // parts)
 
 
 def _draw_levels(axes: Axes, reach: float) -> None:

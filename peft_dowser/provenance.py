@@ -9,7 +9,7 @@ from torch import Tensor
 from .codec import DeltaFormatError
 from .layer import DowserLayer
 from .manifest import entry, is_sample, manifest, unlike_samples
-from .names import CODE, PREFIX, VALUES, few, named
+from .names import CODE, PREFIX, VALUES, few, named, quoted
 from .statistics import ProbeStatistics
 from .threads import side_by_side
 
@@ -48,10 +48,10 @@ def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: st
         hashes = (found.get("code_sha256"), found.get("values_sha256"))
         sample = found.get("base_sample")
         if not all(isinstance(text, str) for text in hashes) or not (sample is None or is_sample(sample)):
-            raise DeltaFormatError(f"{where}: the manifest of module {name[:100]!r} is damaged.")
+            raise DeltaFormatError(f"{where}: the manifest of module {quoted(name)} is damaged.")
         if found.get("nnz") != counts[name]:
             raise DeltaFormatError(
-                f"{where}: module {name[:100]!r} has {counts[name]} values, its manifest says {found.get('nnz')!r}. "
+                f"{where}: module {quoted(name)} has {counts[name]} values, its manifest says {found.get('nnz')!r}. "
                 "adapter_config.json and the adapter's file are not of one save."
             )
 
@@ -66,7 +66,7 @@ def check_shapes(saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
         expected = saved["modules"][name].get("shape")
         if expected != list(shape):
             raise DeltaFormatError(
-                f"{where}: module {name[:100]!r} has a weight of shape {shape} here, the adapter was made for "
+                f"{where}: module {quoted(name)} has a weight of shape {shape} here, the adapter was made for "
                 f"{str(expected)[:100]}. It belongs to another base model."
             )
 

@@ -100,6 +100,7 @@ class QuantizedLinear(Linear):
             at, values = self.index(name).decoded(), self.scaled_values(name).detach()
             unchanged = before.view(-1).index_select(0, at) == after.view(-1).index_select(0, at)
             self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
+            self.not_finite[name] = int((~torch.isfinite(total.view(-1).index_select(0, at))).sum())
         self.merged_adapters += names
 
     def unmerge(self) -> None:
@@ -112,6 +113,7 @@ class QuantizedLinear(Linear):
         self._original = ()
         self.merged_adapters.clear()
         self.vanished.clear()
+        self.not_finite.clear()
 
     def _merging_backend(self, original: nn.Module) -> QuantizationBackend:
         backend = cast(QuantizationBackend, backend_of(original, self._requantize))

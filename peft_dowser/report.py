@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .inspection import inspect
+from .names import quoted
 from .plot import importance_map, mask_density, norm_map
 from .statistics import ProbeStatistics
 
@@ -90,7 +91,7 @@ def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str
     if other:
         raise ValueError(
             f"'{path}' has no statistics that fit {len(other)} of the {len(modules)} modules of the adapter, such as "
-            f"'{other[0]}'. They are those of another model, or of a part of it; probe the base of the adapter."
+            f"{quoted(other[0])}. They are those of another model, or of a part of it; probe the base of the adapter."
         )
     info = statistics.info
     caption = (

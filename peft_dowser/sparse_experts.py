@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .fused import Product
-from .sparse_linear import add_delta_, dense_temporary, product_at, sum_of
+from .sparse_linear import add_delta_, dense_temporary, product_at, refuse_tangents, sum_of
 
 
 def sparse_experts(product: Product, weight: Tensor, values: Sequence[Tensor], positions: Sequence[Tensor]) -> Tensor:
@@ -30,6 +30,7 @@ def sparse_experts(product: Product, weight: Tensor, values: Sequence[Tensor], p
     Returns:
         The product, of `product.shape`: the bits that the merged module gives.
     """
+    refuse_tangents(product.x, weight, *values)
     form = (product.experts, product.ends, product.function, product.transposed)
     return _sparse_experts(product.x, weight, list(values), list(positions), *form)
 

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.autograd.function import once_differentiable
 
 # Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache of a CPU. On a GPU
@@ -74,6 +75,19 @@ def in_autocast(x: Tensor) -> Tensor:
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x
+
+
+def refuse_tangents(*tensors: Tensor | None) -> None:
+    """Refuse forward-mode differentiation, of which an op without a rule for it loses the derivative without a word.
+
+    Raises:
+        NotImplementedError: a tensor has a tangent, as in `torch.func.jvp` and in `torch.autograd.forward_ad`.
+    """
+    if any(unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+        raise NotImplementedError(
+            "An adapted layer has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, forward_ad). Merge "
+            "the adapter before, with merge_adapter() or merge_and_unload(), or differentiate backward."
+        )
 
 
 def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:

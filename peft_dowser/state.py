@@ -50,6 +50,7 @@ class Values(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self.awaited:  # how transformers loads a parameter
             if not value.is_meta:
+                value = nn.Parameter(_owned(value), value.requires_grad)
                 with self.guard or nullcontext():
                     check_values(value, self.weight.numel())
             self.awaited = False
@@ -57,8 +58,11 @@ class Values(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if prefix + "weight" in state_dict:
+        loaded = state_dict.get(prefix + "weight")
+        if loaded is not None:
             self.awaited, self.guard = False, None
+            if not loaded.is_meta and self.weight.data_ptr() == loaded.data_ptr():
+                self.weight.data = _owned(loaded)
 
     def fill(self, values: Tensor) -> None:
         """Take other values, shape `(nnz,)`; the same parameter stays, and its memory where the number does."""
@@ -146,9 +150,11 @@ class Index(nn.Module):
         self.digest = code_digest
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name == "code":  # how transformers loads a buffer
-            self._decode(value)
+        if name != "code":
+            super().__setattr__(name, value)
+            return
+        super().__setattr__(name, _owned(value))  # how transformers loads a buffer
+        self._decode(value)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -239,6 +245,11 @@ class Index(nn.Module):
 
     def _count_writes(self) -> tuple[int, int]:
         return _writes_into(self.code), _writes_into(self.positions)
+
+
+def _owned(loaded: Tensor) -> Tensor:
+    """A copy of what may be memory of a file: it changes with the file, and kills the process where that is cut."""
+    return loaded.detach().clone() if loaded.is_cpu else loaded.detach()
 
 
 def _writes_into(tensor: Tensor | None) -> int:

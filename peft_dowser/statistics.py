@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .files import write_tensors
 from .manifest import is_sample, unlike_samples
+from .names import printable, quoted
 
 _FORMAT = "peft_dowser.statistics"
 _VERSION = 1
@@ -112,7 +113,7 @@ class ProbeStatistics:
                 _check_version(metadata, path)
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file ({error}).") from error
+            raise ValueError(f"'{path}' is not a readable safetensors file ({printable(str(error))}).") from error
         fields: dict[str, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(":")
@@ -122,7 +123,7 @@ class ProbeStatistics:
             modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
             samples = _samples(json.loads(metadata.get("samples", "{}")))  # early files have none
         except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"'{path}' lacks a part of the probe statistics ({error}).") from error
+            raise ValueError(f"'{path}' lacks a part of the probe statistics ({printable(str(error))}).") from error
         for name, module in modules.items():
             _check_module(name, module, info.num_probes, path)
         return cls(modules, info, samples)
@@ -208,15 +209,16 @@ def _samples(found: object) -> dict[str, str | None]:
 def _check_version(metadata: dict[str, str], path: str | Path) -> None:
     if metadata.get("format") != _FORMAT:
         raise ValueError(f"'{path}' holds no probe statistics: write it with ProbeStatistics.save.")
-    if metadata.get("version") != str(_VERSION):
+    version = printable(str(metadata.get("version"))[:50])
+    if version != str(_VERSION):
         raise ValueError(
-            f"'{path}' was written in format {metadata.get('version')} of the probe statistics, this release reads "
+            f"'{path}' was written in format {version} of the probe statistics, this release reads "
             f"format {_VERSION}: upgrade peft-dowser, or probe again."
         )
 
 
 def _check_module(name: str, module: ModuleStatistics, num_probes: int, path: str | Path) -> None:
-    where = f"'{path}': the statistics of module '{name}'"
+    where = f"'{path}': the statistics of module {quoted(name)}"
     factors = (module.sensitivity, module.activity)
     out, width = (factor.shape[-1] if factor.dim() == 2 else 0 for factor in factors)
     shapes = {

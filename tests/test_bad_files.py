@@ -83,9 +83,35 @@ def set_code(positions: list[int], numel: int = 240) -> Callable[[Path], None]:
     return tensors(lambda found: found | {CODE: code})
 
 
+def declared_as(dtype: str, bits: int) -> Callable[[Path], None]:
+    """The 96 bytes of values declared as numbers of another dtype."""
+
+    def declared(content: bytes) -> bytes:
+        size = int.from_bytes(content[:8], "little")
+        header = content[8 : 8 + size]
+        other = b'"dtype":"%s","shape":[%d]' % (dtype.encode(), 96 * 8 // bits)
+        changed = header.replace(b'"dtype":"F32","shape":[24]', other)
+        assert changed != header
+        return len(changed).to_bytes(8, "little") + changed + content[8 + size :]
+
+    return bytes_of(declared)
+
+
 GOOD = list(range(0, 240, 10))
+# Whatever a safetensors file may declare, with the bits of an entry, besides the dtypes of values.
+DTYPES = {"BOOL": 8, "I8": 8, "U8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64, "C64": 64}
+DTYPES |= {"F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F4": 4}
+UNKNOWN_TO_TORCH = {"F6_E2M3": 6, "F6_E3M2": 6}
 # Name, damage, what the error says. The numbers are those of the rows of bad inputs that the tests were written from.
 ROWS = [
+    *(
+        (f"values of {dtype}", declared_as(dtype, bits), "expected 24 floating-point values, the file has torch")
+        for dtype, bits in DTYPES.items()
+    ),
+    *(
+        (f"values of {dtype}", declared_as(dtype, bits), f"is not a readable safetensors file .*{dtype}")
+        for dtype, bits in UNKNOWN_TO_TORCH.items()
+    ),
     ("1 truncated", bytes_of(lambda b: b[: len(b) // 2]), r"is not a readable safetensors file .* download it again"),
     ("1 cut by one byte", bytes_of(lambda b: b[:-1]), r"adapter_model\.safetensors' \(\d+ bytes\) is not a readable"),
     ("2 header longer than the file", bytes_of(lambda b: b"\xff" * 7 + b"\0" + b[8:]), "is not a readable safetensors"),

@@ -4,7 +4,8 @@ import copy
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
+from pathlib import Path
+from threading import Barrier, Event, Thread
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from test_experts import tiny_moe
 from torch import Tensor, nn
 
+from peft_dowser import Patch, hotswap, writing
 from peft_dowser.layer import DowserLayer, dowser_layers
 
 THREADS = 4
@@ -102,3 +104,46 @@ def test_an_error_of_an_unmerge_is_raised_as_it_is(monkeypatch: pytest.MonkeyPat
             generated(model)
     model.unmerge_adapter()
     assert_same_bits(base_bits(model), before)
+
+
+def test_a_hotswap_is_refused_beside_a_generate_that_began_after_its_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = dense()
+    set_values(model)
+    model.save_pretrained(tmp_path)
+    before, merged, swapped = base_bits(model), Event(), Event()
+
+    def wait(*args) -> None:
+        merged.set()
+        swapped.wait()
+
+    handle = model.base_model.model.lm_head.register_forward_hook(wait)
+    other = Thread(target=generated, args=(model,))
+
+    def generating(*args) -> None:
+        other.start()
+        merged.wait()
+
+    monkeypatch.setattr(sys.modules[hotswap.__module__], "warn_of_other_base", generating)
+    try:
+        with pytest.raises(ValueError, match="Adapter 'default' is merged into the base"):
+            hotswap(model, tmp_path)
+    finally:
+        swapped.set()
+        other.join()
+        handle.remove()
+    assert_same_bits(base_bits(model), before)
+
+
+def test_a_patch_waits_for_other_writers(tmp_path: Path) -> None:
+    dense().save_pretrained(tmp_path)
+    patch = Patch(tiny_llama(torch.bfloat16), tmp_path)
+    for call in (patch.apply, patch.remove):
+        done = Event()
+        with writing.lock:
+            other = Thread(target=lambda call=call, done=done: (call(), done.set()))
+            other.start()
+            assert not done.wait(0.2)
+        other.join()
+        assert done.is_set()

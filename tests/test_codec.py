@@ -277,3 +277,18 @@ def test_positions_that_are_no_mask_are_not_written(positions: list[int], proble
 def test_more_values_than_weights_are_refused() -> None:
     with pytest.raises(DeltaFormatError, match="there are 6 values, but the weight has only 5 entries"):
         decode(torch.zeros(1, dtype=torch.uint8), 5, 6)
+
+
+@pytest.mark.parametrize("numel", [2**29, 2**30, 2**31 - 1, 2**31, 2**40])
+def test_one_position_has_one_code(numel: int) -> None:
+    code = encode(torch.tensor([813]), numel)
+    accepted = []
+    for high in range(256):
+        other = code.clone()
+        other[-1] = high
+        try:
+            accepted.append(int(decode(other, numel, 1)))
+        except DeltaFormatError:
+            continue
+    assert len(set(accepted)) == len(accepted)
+    assert 813 in accepted

@@ -13,10 +13,10 @@ import pytest
 import torch
 from bad_files import CONFIG, FILE, Before, Small, X, load, saved
 from helpers import assert_same_bits, base_bits, config, set_values, tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 
 import peft_dowser
-from peft_dowser import DowserLayer, brief_merge, probe, verify
+from peft_dowser import DowserLayer, Patch, hotswap, probe, verify, writing
 from peft_dowser.layer import dowser_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
@@ -235,7 +235,7 @@ def test_wherever_a_merge_is_interrupted_the_output_is_right_and_it_can_be_taken
     call: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Tracing also interrupts between a `with` and its lock, where Python looks for no signal: the lock stays held.
-    monkeypatch.setattr(brief_merge, "_writing", threading.RLock())
+    monkeypatch.setattr(writing, "lock", threading.RLock())
     ids = torch.tensor([[1, 5, 9]])
     base = tiny_llama(layers=1)
     before = base_bits(base)
@@ -274,3 +274,155 @@ def test_verify_finds_a_save_that_was_cut_between_its_two_files(tmp_path: Path) 
     model.save_pretrained(tmp_path / "adapter")
     (tmp_path / "adapter" / CONFIG).write_bytes(old)
     assert "files are not of one save" in verify(tmp_path / "adapter", tmp_path / "base")[0]
+
+
+def test_what_a_killed_save_has_left_is_named(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(layers=1), config(score="random"))
+    (tmp_path / ".config-abc").mkdir()
+    (tmp_path / ".tmpXYZ").touch()
+    with pytest.warns(UserWarning, match=r"has '\.config-abc', '\.tmpXYZ': left by a save that was killed.* Delete it"):
+        model.save_pretrained(tmp_path)
+
+
+# Switching
+
+
+def of_seed(folder: Path, seed: int, **overrides) -> Path:
+    """A saved adapter of a Llama of one layer."""
+    model = get_peft_model(tiny_llama(layers=1), config(score="random", seed=seed, **overrides))
+    set_values(model, seed=seed)
+    model.save_pretrained(folder)
+    return folder
+
+
+def applied(folder: Path):
+    """The weights that a patch writes, each time that they are asked for."""
+    model = tiny_llama(layers=1)
+    patch = Patch(model, folder)
+
+    def output():
+        with patch:
+            return base_bits(model)
+
+    return output
+
+
+def state_of(model):
+    """The adapter's tensors, with the positions that no state dict has."""
+    layers = dowser_layers(model)
+    name = next(iter(layers[0].dowser_values))
+    return lambda: {
+        f"{layer.module_name} {part}": tensor.clone()
+        for layer in layers
+        for part, tensor in [
+            ("values", layer.values(name).data),
+            ("code", layer.index(name).code),
+            ("positions", layer.index(name).decoded()),
+        ]
+    }
+
+
+def swapped(folder: Path, **overrides):
+    model = PeftModel.from_pretrained(tiny_llama(layers=1), of_seed(folder.parent / "first", 8, **overrides))
+    hotswap(model, folder)
+    return state_of(model)
+
+
+def loaded_by_transformers(folder: Path):
+    base = tiny_llama(layers=1)
+    base.load_adapter(str(folder))
+    return state_of(base)
+
+
+def loaded_again(folder: Path, **options):
+    model = PeftModel.from_pretrained(tiny_llama(layers=1), folder)
+    model.load_adapter(folder, "default", **options)
+    return state_of(model)
+
+
+@pytest.mark.parametrize("save_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "read",
+    [
+        applied,
+        swapped,
+        lambda folder: swapped(folder, update_ratio=0.2),
+        lambda folder: state_of(PeftModel.from_pretrained(tiny_llama(layers=1), folder)),
+        lambda folder: state_of(PeftModel.from_pretrained(tiny_llama(layers=1), folder, low_cpu_mem_usage=True)),
+        lambda folder: loaded_again(folder, low_cpu_mem_usage=True),
+        loaded_by_transformers,
+    ],
+    ids=["Patch", "hotswap", "hotswap, other ratio", "PEFT", "low_cpu_mem_usage", "twice", "transformers"],
+)
+def test_what_becomes_of_the_file_after_it_was_read_changes_nothing(read, save_dtype: str, tmp_path: Path) -> None:
+    file = of_seed(tmp_path / "adapter", 1, save_dtype=save_dtype) / FILE
+    output = read(file.parent)
+    expected = output()
+    with file.open("r+b") as opened:  # in place, as `cp` and `rsync --inplace` write
+        opened.write(b"\x01" * file.stat().st_size)
+    assert_same_bits(output(), expected)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("call", ["apply", "remove"])
+def test_wherever_a_patch_is_interrupted_it_can_be_removed(
+    call: str, again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = of_seed(tmp_path, 1, target_modules=["q_proj", "v_proj"])
+    base = tiny_llama(layers=1)
+    before = base_bits(base)
+    patch = Patch(base, folder)
+    line, finished = 1, False
+    while not finished:
+        monkeypatch.setattr(writing, "lock", threading.RLock())  # tracing may leave it held
+        if call == "remove":
+            patch.apply()
+        finished = interrupt(line, patch.apply if call == "apply" else patch.remove)
+        if again and patch._written:
+            interrupt(line, patch.remove)
+        if patch._written:
+            patch.remove()
+        assert_same_bits(base_bits(base), before)
+        patch.apply()
+        patch.remove()
+        assert_same_bits(base_bits(base), before)
+        line += 1
+    assert line > 10
+
+
+def test_what_an_error_left_of_a_patch_can_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_llama(layers=1)
+    before, patch = base_bits(base), Patch(base, of_seed(tmp_path, 1))
+    patch.apply()
+    with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
+        fault = torch.OutOfMemoryError("no memory")
+        patched.setattr(peft_dowser.patch, "write_entries_", failing(peft_dowser.patch.write_entries_, 3, fault))
+        patch.remove()
+    with pytest.raises(ValueError, match=r"is applied already\. Call remove\(\) first"):
+        patch.apply()
+    patch.remove()
+    assert_same_bits(base_bits(base), before)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2])
+def test_wherever_a_hotswap_is_interrupted_the_adapter_is_the_old_or_the_new_one(
+    ratio: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {"target_modules": ["q_proj", "v_proj"]}
+    first, second = of_seed(tmp_path / "a", 1, **few), of_seed(tmp_path / "b", 2, update_ratio=ratio, **few)
+    model = PeftModel.from_pretrained(tiny_llama(layers=1), first)
+    ids = torch.tensor([[1, 5, 9]])
+    old = model(ids).logits
+    new = PeftModel.from_pretrained(tiny_llama(layers=1), second)(ids).logits
+    line, finished, seen = 1, False, set()
+    while not finished:
+        monkeypatch.setattr(writing, "lock", threading.RLock())
+        finished = interrupt(line, lambda: hotswap(model, second))
+        output, is_new = model(ids).logits, model.peft_config["default"].update_ratio == ratio
+        assert torch.equal(output, new) or torch.equal(output, old), line
+        seen.add(torch.equal(output, new))
+        if ratio != 0.1:
+            assert torch.equal(output, new) == is_new, line
+        hotswap(model, first)
+        line += 17 if len(seen) == 1 and False in seen else 1
+    assert seen == {False, True}

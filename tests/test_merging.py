@@ -30,7 +30,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from peft_dowser import DeltaFormatError, checkpoints, merge, merging, verify
+from peft_dowser import DeltaFormatError, checkpoints, extract, merge, merging, verify
 from peft_dowser.commandline import main
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -367,7 +367,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
     path = sorted(Path(base).glob("*.safetensors"))[1]
     path.write_bytes(path.read_bytes()[:-8])
-    refuse(f"'{path}' is not a readable safetensors file", adapter, tmp_path / "merged")
+    refuse(f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file", adapter, tmp_path / "merged")
 
 
 def test_a_base_that_is_no_safetensors_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -467,7 +467,7 @@ def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
-@pytest.mark.parametrize("step", ["write_tensors", "_copy_companions", "_publish"])
+@pytest.mark.parametrize("step", ["write_tensors", "_copy_companions"])
 def test_an_interrupted_merge_leaves_nothing(
     step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +501,56 @@ def test_the_config_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Path, "rename", recorded)
     merge(adapter, tmp_path / "merged")
     assert order[-1] == tmp_path / "merged/config.json"
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_of_two_processes_with_one_output_one_is_refused(
+    moment: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one begins after the first has looked at the folder, and is still writing, or has ended already."""
+    _, adapter = pair(tmp_path)
+    output = tmp_path / "merged"
+    looks, look = [], merging.check_output
+
+    def meanwhile(folder: Path) -> None:
+        look(folder)
+        looks.append(1)
+        if len(looks) == 1 and moment == 1:
+            (folder / ".unfinished").mkdir(parents=True)
+        elif len(looks) == 1:
+            merge(adapter, folder)
+
+    monkeypatch.setattr(merging, "check_output", meanwhile)
+    message = "another process is writing into it, or was killed" if moment == 1 else "is not an empty folder"
+    with pytest.raises(FileExistsError, match=message):
+        merge(adapter, output)
+    assert (output / "config.json").exists() == (moment == 2)
+
+
+def test_of_two_processes_that_claim_one_output_at_once_one_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, adapter = pair(tmp_path)
+    output, mkdir = tmp_path / "merged", Path.mkdir
+
+    def merged_before(path: Path, *args, **kwargs) -> None:
+        if path.name == ".unfinished":
+            monkeypatch.undo()
+            merge(adapter, output)
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", merged_before)
+    with pytest.raises(FileExistsError, match="is not an empty folder"):
+        merge(adapter, output)
+    assert verify(adapter, merged=output) == []
+
+
+def test_what_a_killed_merge_has_left_is_named(tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path)
+    (tmp_path / "merged" / ".unfinished").mkdir(parents=True)
+    for write in (lambda folder: merge(adapter, folder), lambda folder: extract(base, "tuned", folder)):
+        with pytest.raises(FileExistsError, match=r"has a folder '\.unfinished'.* was killed while it did.* delete"):
+            write(tmp_path / "merged")
 
 
 # verify

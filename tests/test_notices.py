@@ -2,15 +2,17 @@
 
 import hashlib
 import logging
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from helpers import assert_same_bits, base_bits, config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from transformers.utils import logging as bars
 
 from peft_dowser import DowserLayer, Patch, hotswap, probe
+from peft_dowser.layer import dowser_layers
 
 
 def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -106,3 +108,39 @@ def test_values_that_vanish_are_reported_from_one_percent_on(
     messages = [record.message for record in caplog.records if "too small to change a weight" in record.message]
     assert bool(messages) == said
     assert not any("(0.0 %)" in message for message in messages)
+
+
+def overflowing(dtype: torch.dtype) -> PeftModel:
+    """A model whose adapter leaves the range of float16 in one of two modules."""
+    model = get_peft_model(tiny_llama(dtype, layers=1), config(score="random", target_modules=["q_proj", "v_proj"]))
+    set_values(model)
+    next(layer for layer in dowser_layers(model) if "v_proj" in layer.module_name).values("default").data[:3] = 1e5
+    return model
+
+
+MERGES = {
+    "merge_adapter": lambda model, **options: model.merge_adapter(**options),
+    "merge_and_unload": lambda model, **options: model.merge_and_unload(**options),
+    "generate": lambda model: model.generate(input_ids=torch.tensor([[1, 5]]), max_new_tokens=1),
+}
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_merge_that_writes_what_is_not_finite_says_so(merge: str) -> None:
+    message = (
+        r"has written 3 values that are not finite into 1 modules: 'model\.layers\.0\.self_attn\.v_proj'\. .*bfloat16"
+    )
+    with pytest.warns(UserWarning, match=message):
+        MERGES[merge](overflowing(torch.float16))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*not finite")
+        MERGES[merge](overflowing(torch.bfloat16))
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_a_safe_merge_refuses_it(merge: str) -> None:
+    model = overflowing(torch.float16)
+    before = base_bits(model)
+    with pytest.raises(ValueError, match=r"would write 3 values that are not finite in torch\.float16 into module"):
+        MERGES[merge](model, safe_merge=True)
+    assert_same_bits(base_bits(model), before)
