@@ -81,7 +81,7 @@ def with_usual_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_na
     for key, tensor in tensors.items():
         part = next((part for part in (VALUES, CODE) if key.endswith(part)), None)
         full = key if part is None else key.removesuffix(part) + named(part, adapter_name)
-        renamed[known.get(full) or known.get(full.removeprefix(PREFIX)) or full] = tensor
+        renamed[known.get(full) or known.get(full.removeprefix(PREFIX)) or key] = tensor
     return renamed
 
 
