@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from peft_dowser import DeltaFormatError, checkpoints, merge, merging, verify
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHARDS = "20KB"
