@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ._peft import check_adapters_to_merge
+from ._transformers import is_falcons
 from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
@@ -17,7 +19,7 @@ from .postmerge import Delta
 from .sparse_linear import add_delta_, in_autocast, sparse_linear
 from .state import Guard, Index, Values
 from .storage import offload_hook
-from .target import Target, is_falcons
+from .target import Target
 
 
 class DowserLayer(BaseTunerLayer):

@@ -15,9 +15,9 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ._transformers import convert_file_size_to_int
 from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, check_output, open_checkpoint
 from .codec import DeltaFormatError

@@ -5,9 +5,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ._peft import AuxiliaryTrainingWrapper, adapters_of
 from .experts import FusedParameter
 from .layer import DowserLayer, dowser_layers
 from .tied import Tied
@@ -55,7 +55,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         own = list(names)
         if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's fail at an adapter that they do not have
-            own = [name if name in module._adapters else BASE for name in names]
+            own = [name if name in adapters_of(module) else BASE for name in names]
         return args, kwargs | {"adapter_names": own}
 
     with ExitStack() as hooks:

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import _get_submodules, _set_adapter
-from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
+from ._peft import _get_submodules, _set_adapter, get_quantization_kwargs
 from .arithmetic import CombinationType, SignMethod
 from .brief_merge import briefly_merged
 from .codec import encode

@@ -4,9 +4,10 @@ import logging
 import warnings
 from collections.abc import Iterable, Mapping
 
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ._peft import get_pattern_key
+from ._transformers import is_experts
 from .config import DowserConfig
 from .layer import DowserLayer
 from .ranks import digest_of
@@ -32,7 +33,7 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
 def report_bare_experts(fused: Mapping[str, Target]) -> None:
     """Say that the default targets leave out the weights of experts, and how to include them."""
     # What transformers marks as experts; other parameters of three dimensions may be anything.
-    fused = {name: target for name, target in fused.items() if hasattr(target.module, "is_transposed")}
+    fused = {name: target for name, target in fused.items() if is_experts(target.module)}
     if fused:
         logger.warning(
             "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "

@@ -307,8 +307,10 @@ def test_files_are_named_as_transformers_names_them_and_split_at_the_size(tmp_pa
     assert any(size[0] > 5000 for size in sizes)
     # In the order of the merged files, which transformers would otherwise take from the model.
     with safe_open(Path(base) / "model.safetensors", framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    AutoModelForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "saved", max_shard_size=5000, state_dict=state)
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(
+        tmp_path / "saved", max_shard_size=5000, state_dict=state
+    )
     expected = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
     found = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
     assert found["weight_map"] == expected["weight_map"]

@@ -12,7 +12,7 @@ import pytest
 from peft.utils import PeftType
 
 import peft_dowser
-from peft_dowser._registry import ensure_peft_type
+from peft_dowser._peft import ensure_peft_type
 
 FOLDER = Path(peft_dowser.__file__).parent
 SOURCES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py")}
