@@ -12,26 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, mapping
-
-# BaseTunerLayer: marks the layers of every method. The others: what PEFT makes of an adapter's choice, and says of it.
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,  # what "all-linear" means
     check_adapters_to_merge,  # leaves out what is merged already, and warns as for LoRA
     check_target_module_exists,  # how a config names modules
 )
-from peft.utils import PeftType, register_peft_method, resolve_quantization_backend
+from peft.utils import PeftType, register_peft_method
 from peft.utils.other import (
     AuxiliaryTrainingWrapper,  # around modules that train as a whole, and around trainable tokens
-    _get_submodules,  # where to put a wrapper
+    _get_submodules,  # a module with its parent, in which a wrapper takes its place
     _set_adapter,  # activates the modules that train as a whole, not only the layers of this package
     get_pattern_key,  # how `ratio_pattern` matches, the same as LoRA's `rank_pattern`
 )
 from peft.utils.quantization_utils import (
     QuantizationBackend,  # reads and writes quantized weights
     get_quantization_kwargs,  # how torchao quantizes a weight again
+    resolve_quantization_backend,  # which library has quantized a layer
 )
-from transformers.utils.hub import PushToHubMixin
+from transformers.utils.hub import PushToHubMixin  # whose upload follows the card, see `keep_cards`
 
 NAME = "DOWSER"
 
@@ -67,9 +66,10 @@ def register(config_cls: type, model_cls: type) -> None:
             f"This PEFT already has a method DOWSER, from '{known.__module__}'. Use that one, or a PEFT without it; "
             "peft-dowser does not replace it."
         )
-    # PEFT registers a method once.
+    # PEFT registers a method once only.
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
+    mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
     register_peft_method(name=NAME.lower(), config_cls=config_cls, model_cls=model_cls)
 
 
