@@ -53,7 +53,6 @@ class DowserLayer(BaseTunerLayer):
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         target = self.target
