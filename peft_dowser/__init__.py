@@ -5,12 +5,12 @@ Importing this package registers the method with PEFT; then `get_peft_model(mode
 the model cards of Dowser adapters; nothing else of PEFT changes.
 """
 
-from ._registry import ensure_peft_type
+from ._peft import ensure_peft_type
 
 ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
 from . import arithmetic, metrics, postmerge, scores  # noqa: E402
-from ._registry import register  # noqa: E402
+from ._peft import keep_cards, register  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
 from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
@@ -22,7 +22,6 @@ from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .patch import Patch  # noqa: E402
 from .probe import probe  # noqa: E402
-from .pushing import keep_cards  # noqa: E402
 from .spider import SpiderCallback  # noqa: E402
 from .statistics import ProbeStatistics  # noqa: E402
 
@@ -47,4 +46,4 @@ __all__ = [
 ]
 
 register(DowserConfig, DowserModel)
-keep_cards()
+keep_cards(DowserConfig)

@@ -1,4 +1,4 @@
-"""Arithmetic on sparse deltas: sums, weighted combinations and set operations, without a dense matrix.
+"""Arithmetic on sparse deltas: weighted sums and combinations, without a dense matrix.
 
 Plain functions of `postmerge.Delta`s of one matrix. Every result is a new delta whose positions follow from the
 positions of its terms alone: entries that cancel to zero stay, so that they can train on.
@@ -12,32 +12,12 @@ from typing import Literal, TypeAlias, TypeGuard, get_args
 import torch
 from torch import Tensor
 
-from .masks import select, select_at_random, shared, trained_count
+from .masks import select, select_at_random, trained_count
 from .postmerge import Delta
 from .seeds import derived_seed
 
 CombinationType: TypeAlias = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 SignMethod: TypeAlias = Literal["total", "frequency"]
-
-
-def add(left: Delta, right: Delta) -> Delta:
-    """A + B, on the union of their positions."""
-    return weighted_sum([left, right], [1.0, 1.0])
-
-
-def difference(left: Delta, right: Delta) -> Delta:
-    """A - B, on the union of their positions: what leads from base + B to base + A."""
-    return weighted_sum([left, right], [1.0, -1.0])
-
-
-def negate(delta: Delta) -> Delta:
-    """-A, at the same positions: what is forgotten where A is learned."""
-    return Delta(delta.positions.clone(), -delta.values)
-
-
-def intersect(left: Delta, right: Delta) -> Delta:
-    """The part of A at positions that B has too, with the values of A; `intersect(B, A)` has those of B."""
-    return _at(left, shared(left.positions, right.positions)[0])
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:

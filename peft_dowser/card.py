@@ -20,7 +20,6 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
         task_type: that of its config, which decides the class that loads it.
         facts: what to tell of the adapter, by name.
     """
-    _hide_base_above(folder, facts.get("base model", ""))
     path = folder / "README.md"
     if not path.is_file():
         return
@@ -37,17 +36,6 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"
     card.save(path)
-
-
-def _hide_base_above(folder: Path, base: str) -> None:
-    """Hide a local base in the card that PEFT writes for adapters with names of their own, one folder above theirs."""
-    path = folder.parent / "README.md"
-    # Any project may have a README there, in any encoding: what PEFT has not written is left alone, unread.
-    if path.is_file() and b"library_name: peft" in path.read_bytes():
-        card = ModelCard.load(path)
-        if card.data.get("base_model") == base:
-            _hide_local_base(card)
-            card.save(path)
 
 
 def _hide_local_base(card: ModelCard) -> None:

@@ -12,16 +12,17 @@ import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
+
+from ._transformers import (
     Concatenate,
     MergeModulelist,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
+    get_model_conversion_mapping,
     rename_source_key,
+    tied_weights,
 )
-
 from .files import open_tensors
 from .names import printable, quoted
 
@@ -130,7 +131,7 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
     tensors: dict[str, str] = {}
     for key, given in names.items():
         tensors.setdefault(given, key)  # of two for one name transformers loads the first
-    tied = model.all_tied_weights_keys
+    tied = tied_weights(model)
     return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
 
 

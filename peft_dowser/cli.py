@@ -1,33 +1,90 @@
-"""The commands of `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check and merge adapters."""
+"""The command `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check and merge adapters.
+
+The launcher runs this file on its own, so that `--help` and a mistake in the options need not wait for the import of
+the package, and so of torch: each command imports what it needs.
+"""
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_module, run_path
 from tempfile import TemporaryFile
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
 
-from .names import printable
+def main(arguments: Sequence[str] | None = None) -> Any:
+    """Read the command line and run the command.
 
-# TypeError: a target module that is no linear. RuntimeError: a prompt that does not fit into memory, or weights that do
-# not fit the config. ImportError: a library that the model or a command needs. StrictDataclassError: a config.
-_MISTAKES = (OSError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run a command; 0 on success, 2 on an error of the user's, which is printed as one line."""
+    Returns:
+        The exit code: 0 on success, 2 on an error of the user's, which is printed as one line; for `run` what the
+        program returns.
+    """
+    options = _parser().parse_args(arguments)
+    if options.command == "run":
+        return _run(options.program)
     try:
         return _COMMANDS[options.command](options) or 0
-    except _MISTAKES as error:
-        print(f"peft-dowser: {_line(error)}", file=sys.stderr)
-        return 2
+    except _mistakes() as error:
+        return _complain(_line(error))
+
+
+def _mistakes() -> tuple[type[Exception], ...]:
+    """The errors that are answered in one line."""
+    from huggingface_hub.errors import StrictDataclassError  # of a config
+
+    # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
+    # that do not fit the config. ImportError: a library that the model or a command needs.
+    return OSError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError
+
+
+def _complain(message: str) -> int:
+    print(f"peft-dowser: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(words: list[str]) -> Any:
+    """Run another program in this process, in which PEFT knows Dowser; what it returns and raises is passed on."""
+    words = words[words[:1] == ["--"] :]
+    is_module = words[:1] == ["-m"]
+    name, *arguments = words[is_module:] or [""]
+    if not name:
+        return _complain("Name the program to run after --, such as: peft-dowser run -- lm_eval --model hf")
+    scripts = [] if is_module else list(entry_points(group="console_scripts", name=name))
+    if not scripts:  # then Python searches the current folder, or the folder of the script, first
+        sys.path.insert(0, str(Path.cwd() if is_module else Path(name).resolve().parent))
+    if is_module and not _is_importable(name):
+        return _complain(f"There is no module '{name}' in this environment or folder.")
+    if not is_module and not scripts and not Path(name).is_file():
+        return _complain(
+            f"'{name}' is not a console script of this environment, and not a file. Give a module as: run -- -m {name}"
+        )
+
+    import peft_dowser  # noqa: F401
+
+    sys.argv[:] = [name, *arguments]
+    if scripts:
+        return scripts[0].load()()
+    if is_module:
+        run_module(name, run_name="__main__", alter_sys=True)
+    else:
+        run_path(name, run_name="__main__")
+    return 0
+
+
+def _is_importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # of a package that it names, or of a name that is not a name
+        return False
 
 
 def _probe(options: argparse.Namespace) -> None:
-    from .config import DowserConfig
-    from .probe import probe
+    from peft_dowser.config import DowserConfig
+    from peft_dowser.probe import probe
 
     config = DowserConfig(
         num_probes=options.num_probes,
@@ -51,7 +108,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
-    from .extract import extract
+    from peft_dowser.extract import extract
 
     counts = extract(
         options.base,
@@ -68,8 +125,8 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from .config import DowserConfig
-    from .plan import OPTIMIZERS, bytes_per_weight, plan
+    from peft_dowser.config import DowserConfig
+    from peft_dowser.plan import OPTIMIZERS, bytes_per_weight, plan
 
     found = plan(
         options.model,
@@ -106,18 +163,18 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from .merging import merge
+    from peft_dowser.merging import merge
 
     counts = merge(options.adapter, options.output, base=options.base, max_shard_size=options.max_shard_size)
     print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from .merging import verify
+    from peft_dowser.merging import verify
 
     try:
         problems = verify(options.adapter, base=options.base, merged=options.merged)
-    except _MISTAKES as error:
+    except _mistakes() as error:
         if not options.json:
             raise
         problems = [str(error)]
@@ -157,13 +214,14 @@ def _load(name: str) -> Any:
     """Load a model with the class that its config names."""
     from transformers import AutoConfig
 
-    from .checkpoints import model_class
+    from peft_dowser.checkpoints import model_class
 
     return model_class(AutoConfig.from_pretrained(name), name).from_pretrained(name, dtype="auto")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from .inspection import inspect
+    from peft_dowser.inspection import inspect
+    from peft_dowser.names import printable
 
     found = inspect(options.adapter, base=options.base)
     if options.json:
@@ -183,7 +241,8 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from .diff import diff, total
+    from peft_dowser.diff import diff, total
+    from peft_dowser.names import printable
 
     found = diff(options.a, options.b)
     together = total(found.values())
@@ -198,7 +257,7 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from .report import report
+    from peft_dowser.report import report
 
     _check_output(Path(options.output))
     report(options.adapter, options.output, statistics=options.statistics)
@@ -207,6 +266,8 @@ def _report(options: argparse.Namespace) -> None:
 
 def _line(message: object) -> str:
     """A message in one line, whatever names it quotes."""
+    from peft_dowser.names import printable
+
     return printable(" ".join(str(message).split()))
 
 
@@ -224,3 +285,95 @@ _COMMANDS = {
     "merge": _merge,
     "verify": _verify,
 }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="peft-dowser", description="Model-Dowser for Hugging Face PEFT.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+
+    probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
+    probe.add_argument("model", help="folder or Hub id of the base model")
+    probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
+    probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
+    probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
+    probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
+    probe.add_argument("--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)")
+    probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
+    probe.add_argument(
+        "--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to probe as well"
+    )
+    probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
+    probe.add_argument("--device", help="device to probe on (default: where the model loads)")
+
+    inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
+    inspect.add_argument("adapter", help="folder or Hub id of the adapter")
+    inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
+    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")
+    diff.add_argument("a", metavar="A", help="folder or Hub id of an adapter")
+    diff.add_argument("b", metavar="B", help="folder or Hub id of another one")
+    diff.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    report = commands.add_parser("report", help="draw what a saved adapter trains: one page that needs no other file")
+    report.add_argument("adapter", help="folder or Hub id of the adapter")
+    report.add_argument("-o", "--output", required=True, help="file for the page (HTML)")
+    report.add_argument(
+        "--statistics", metavar="FILE", help="of `peft-dowser probe`: draw what the probe found as well"
+    )
+
+    extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
+    extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
+    extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
+    extract.add_argument("-o", "--output", required=True, help="folder for the adapter, new or empty")
+    extract.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction to keep (default: 0.1)")
+    extract.add_argument(
+        "--method",
+        choices=["top_delta", "dare", "graft"],
+        default="top_delta",
+        help="keep the largest changes of each matrix, random ones, or the largest of all (default: top_delta)",
+    )
+    extract.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
+    )
+    extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
+    extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
+
+    plan = commands.add_parser("plan", help="what a fine-tuning will take, from the config of a model alone")
+    plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
+    plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
+    plan.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
+    )
+    plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts as well")
+    plan.add_argument("--last-layers", type=int, help="train only the last L layers")
+    plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")
+    plan.add_argument("--dtype", default="bfloat16", help="of the base model (default: bfloat16)")
+    plan.add_argument("--values-dtype", default="float32", help="of the trained values (default: float32)")
+    plan.add_argument("--quantization", default="none", help="of the base: none, 8bit or 4bit (default: none)")
+    plan.add_argument("--batch", type=int, default=1, help="examples in a step (default: 1)")
+    plan.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
+    plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
+    plan.add_argument("--ddp", action="store_true", help="train with DDP, which copies the gradients")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
+    merge.add_argument("adapter", help="folder or Hub id of the adapter")
+    merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
+    merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    merge.add_argument("--max-shard-size", default="5GB", help="bound on a file and on the memory (default: 5GB)")
+
+    verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
+    verify.add_argument("adapter", help="folder or Hub id of the adapter")
+    verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
+    verify.add_argument("--json", action="store_true", help="print JSON: ok, and a list of problems")
+
+    run = commands.add_parser("run", help="run another program in a process in which PEFT knows Dowser")
+    run.add_argument(
+        "program",
+        nargs=argparse.REMAINDER,
+        metavar="-- PROGRAM",
+        help="a console script, -m and a module, or a script file, with its arguments: run -- lm_eval --model hf",
+    )
+    return parser

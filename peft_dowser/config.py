@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from ._registry import NAME
+from ._peft import NAME
 from .card import complete_card
 from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable

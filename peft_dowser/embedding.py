@@ -30,8 +30,8 @@ class Embedding(Linear):
             Embeddings, shape `(*x.shape, width)`.
         """
         base = cast(nn.Embedding, self.get_base_layer())
-        refuse_tangents(base.weight)  # the tangents of values are not lost
         values = [self.scaled_values(name) for name in active]
+        refuse_tangents(base.weight, *values)
         positions = [self.index(name).decoded() for name in active]
         here = x.to(positions[0].device)  # where accelerate moves it for the base layer
         nothing = torch.zeros((), dtype=base.weight.dtype, device=here.device)

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._transformers import experts_implementation
 from .fused import Product, standing_in, weight_of, wrapped_forward
 from .layer import DowserLayer
 from .sparse_experts import expert_bounds, sparse_experts
@@ -75,8 +76,7 @@ class Experts(nn.Module):
         """
         if all(fused.merged and not fused.disable_adapters for fused in self._fused()):
             return self.base_layer(*args, **kwargs)
-        config = getattr(self.base_layer, "config", None)
-        if getattr(config, "_experts_implementation", None) in _TRACEABLE:
+        if experts_implementation(self.base_layer) in _TRACEABLE:
             return self._run(*args, **kwargs)
         return self._run_untraced(*args, **kwargs)
 

@@ -15,12 +15,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-)
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ._transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from .checkpoints import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from .codec import encode
 from .config import DowserConfig

@@ -12,10 +12,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ._peft import AuxiliaryTrainingWrapper, adapters_of
+from ._transformers import without_adapters
 from .codec import DeltaFormatError
 from .config import DowserConfig
 from .experts import FusedParameter
@@ -122,9 +123,9 @@ def _unwrap(model: nn.Module, name: str, layer: DowserLayer) -> None:
 def _unwrap_whole_modules(model: nn.Module, adapter_name: str) -> None:
     """Take away what PEFT has put around modules of which an adapter trains all weights, or some tokens."""
     for name, wrapper in list(model.named_modules()):
-        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in wrapper._adapters:
+        if isinstance(wrapper, AuxiliaryTrainingWrapper) and adapter_name in adapters_of(wrapper):
             wrapper.delete_adapter(adapter_name, [other for other in wrapper.active_adapters if other != adapter_name])
-            if not wrapper._adapters:
+            if not adapters_of(wrapper):
                 path, _, child = name.rpartition(".")
                 setattr(model.get_submodule(path), child, wrapper.original_module)
 
@@ -135,4 +136,4 @@ def _forget(model: Any, adapter_name: str) -> None:
         model.peft_config.pop(adapter_name, None)
         if not model.peft_config:
             del model.peft_config
-            model._hf_peft_config_loaded = False
+            without_adapters(model)

@@ -2,16 +2,15 @@
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
+from ._peft import bare_base
 from .config import PROBED_SCORES, DowserConfig
 from .gate import adapted, check_counts
 from .guard import Guard
@@ -128,7 +127,7 @@ class Injection:
     def _choose(self, model: nn.Module, by_default: bool) -> None:
         """Choose the masks, and say what was chosen; `by_default` is whether no target modules were given."""
         started = time.perf_counter()
-        with _bare_base(model):
+        with bare_base(model):
             statistics = self._statistics(model)
             self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
         self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
@@ -215,20 +214,6 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
             f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
             "unmerge_adapter() before adding an adapter."
         )
-
-
-@contextmanager
-def _bare_base(model: nn.Module) -> Iterator[None]:
-    """Run a model by its own weights, whatever PEFT methods have adapted it, or train modules of it as a whole."""
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
 
 
 def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:

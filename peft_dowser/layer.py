@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ._peft import check_adapters_to_merge
+from ._transformers import is_falcons
 from .codec import DeltaFormatError, code_length, encode, position_dtype
 from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
@@ -17,7 +19,7 @@ from .postmerge import Delta
 from .sparse_linear import Weight, add_delta_, in_autocast, refuse_tangents, sparse_linear
 from .state import Guard, Index, Values
 from .storage import has_own_forward, offload_hook
-from .target import Target, is_falcons
+from .target import Target
 
 
 class DowserLayer(BaseTunerLayer):
@@ -52,7 +54,6 @@ class DowserLayer(BaseTunerLayer):
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
-        self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.not_finite: dict[str, int] = {}
@@ -349,9 +350,11 @@ class Linear(nn.Module, DowserLayer):
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         here = self._in_its_dtype(x.to(positions[0].device))  # where accelerate moves it for the base layer
-        refuse_tangents(here, base.weight, base.bias, *values)
         if not self.is_additive:
-            return sparse_linear(here, self._weight(), base.bias, values, positions, transposed)
+            weight, bias = self._weight(), cast(Tensor | None, base.bias)
+            refuse_tangents(here, weight, bias, *values)
+            return sparse_linear(here, weight, bias, values, positions, transposed)
+        refuse_tangents(here, *values)
         output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.base_shape)
         return output + sparse_linear(here, nothing, None, values, positions, transposed).to(output.device)
 

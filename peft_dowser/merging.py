@@ -4,18 +4,19 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers.utils.hub import convert_file_size_to_int
 from transformers.utils.logging import is_progress_bar_enabled
 
+from ._transformers import convert_file_size_to_int
 from .adapters import SavedAdapter, open_adapter
 from .checkpoints import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 from .codec import DeltaFormatError
@@ -193,37 +194,18 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
 
 def _write(work: Path, total: _Sum, limit: int) -> None:
     """Write the weights, as one file or as shards with their index."""
-    keys = list(total.base.files)
-    bar = tqdm(keys, desc="Merging", unit="tensor", disable=not is_progress_bar_enabled())
-    contents, size = [], 0
-    for number, shard in enumerate(_shards(((key, total.read(key)) for key in bar), limit)):
-        write_tensors(shard, work / str(number), {"format": "pt"})
-        contents.append(list(shard))
-        size += sum(tensor.nbytes for tensor in shard.values())
-    if len(contents) == 1:
-        (work / "0").rename(work / SINGLE_FILE)
-        return
-    weight_map = {}
-    for number, names in enumerate(contents):
-        name = f"model-{number + 1:05d}-of-{len(contents):05d}.safetensors"
-        (work / str(number)).rename(work / name)
-        weight_map |= dict.fromkeys(names, name)
-    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
-    (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _shards(tensors: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
-    """Group tensors up to a size in bytes; a group is emptied when the next one is asked for."""
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for key, tensor in tensors:
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard.clear()
-            size = 0
-        shard[key] = tensor
-        size += tensor.nbytes
-    yield shard
+    split = split_state_dict_into_shards_factory(
+        {key: total.base.stored(key).nbytes for key in total.base.files},
+        get_storage_size=lambda size: size,
+        filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
+        max_shard_size=limit,
+    )
+    files = split.filename_to_tensors.items()
+    for name, keys in tqdm(files, desc="Merging", unit="file", disable=not is_progress_bar_enabled()):
+        write_tensors({key: total.read(key) for key in keys}, work / name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _copy_companions(base: Checkpoint, work: Path) -> None:

@@ -1,7 +1,11 @@
 """Metrics: what a fine-tuned model keeps and learns, how masks overlap, and how alike two scores rank (Eq. 9, 28-31).
 
 Plain functions of numbers and tensors. Results of an evaluation may be fractions or percent, as long as all that enter
-one call are in the same unit; a function returns that unit unless it says otherwise.
+one call are in the same unit; a function returns that unit unless it says otherwise. A result that is negative,
+infinite or NaN raises a ValueError, and so does a reference of 0.
+
+Masks are flat positions, strictly increasing, shape `(nnz,)`, int32 or int64; two masks may differ in count, dtype and
+device. Other positions raise a ValueError.
 """
 
 import math
@@ -25,9 +29,6 @@ def average(upstream: float, downstream: float) -> float:
     Args:
         upstream: A_up, the mean accuracy over the upstream benchmarks.
         downstream: A_down, accuracy or CIDEr x 100 on the downstream task.
-
-    Raises:
-        ValueError: a result is negative, infinite or NaN.
     """
     _check_results(upstream=upstream, downstream=downstream)
     return (upstream + downstream) / 2
@@ -37,14 +38,11 @@ def h_score(upstream: float, downstream: float) -> float:
     """Harmonic mean of what is kept and what is learned (H-score, Eq. 9): 2 A_up A_down / (A_up + A_down).
 
     Args:
-        upstream: A_up, the mean accuracy over the upstream benchmarks.
-        downstream: A_down, accuracy or CIDEr x 100 on the downstream task.
+        upstream: as in `average`.
+        downstream: as in `average`.
 
     Returns:
         The H-score, at most twice the smaller result; 0 where both are 0.
-
-    Raises:
-        ValueError: a result is negative, infinite or NaN.
 
     Note: CIDEr x 100 may exceed 100, and an accuracy in percent cannot. H then exceeds what the same A_up could reach
     with any accuracy, and the excess can decide a ranking: A_up = 59.1 with CIDEr 123.6 gives H = 80.0, and with CIDEr
@@ -66,9 +64,6 @@ def retention(upstream: float, base_upstream: float) -> float:
 
     Returns:
         A fraction: 1 where nothing is forgotten, above 1 where fine-tuning also helped upstream.
-
-    Raises:
-        ValueError: a result is negative, infinite or NaN, or the reference is 0.
     """
     _check_results(upstream=upstream, base_upstream=base_upstream)
     _check_reference(base_upstream=base_upstream)
@@ -84,9 +79,6 @@ def plasticity(downstream: float, best_downstream: float) -> float:
 
     Returns:
         A fraction: 1 where the reference is reached, above 1 where it is exceeded.
-
-    Raises:
-        ValueError: a result is negative, infinite or NaN, or the reference is 0.
     """
     _check_results(downstream=downstream, best_downstream=best_downstream)
     _check_reference(best_downstream=best_downstream)
@@ -115,12 +107,8 @@ def mean_finetune_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> floa
         accuracy: `accuracy[t][i]` is A_ti, on task i after training task t, shape `(T, T)`. Only i <= t is read: above
             the diagonal there may be NaN, and in a nested sequence nothing at all.
 
-    Returns:
-        MFT, in the unit of the accuracies; higher means more plastic.
-
     Raises:
-        ValueError: there is no task, the shape is not `(T, T)` or its lower triangle, or an accuracy that is read is
-            negative, infinite or NaN.
+        ValueError: there is no task, or the shape is not `(T, T)` or its lower triangle.
     """
     return _mean([row[-1] for row in _lower_triangle(accuracy)])
 
@@ -130,12 +118,6 @@ def mean_final_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
 
     Args:
         accuracy: as in `mean_finetune_accuracy`.
-
-    Returns:
-        MFN, in the unit of the accuracies.
-
-    Raises:
-        ValueError: as in `mean_finetune_accuracy`.
     """
     return _mean(_lower_triangle(accuracy)[-1])
 
@@ -145,12 +127,6 @@ def mean_average_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float
 
     Args:
         accuracy: as in `mean_finetune_accuracy`.
-
-    Returns:
-        MAA, in the unit of the accuracies.
-
-    Raises:
-        ValueError: as in `mean_finetune_accuracy`.
     """
     return _mean([_mean(row) for row in _lower_triangle(accuracy)])
 
@@ -162,7 +138,7 @@ def backward_transfer(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
         accuracy: as in `mean_finetune_accuracy`, of at least two tasks.
 
     Returns:
-        BWT, in the unit of the accuracies; negative where earlier tasks are forgotten.
+        BWT; negative where earlier tasks are forgotten.
 
     Raises:
         ValueError: as in `mean_finetune_accuracy`, or there is only one task.
@@ -208,15 +184,12 @@ def hamming(first: Tensor, second: Tensor, numel: int) -> float:
     """Fraction of the weights on which two masks of one matrix differ (Appendix G): mean(M1 != M2).
 
     Args:
-        first: flat positions of the first mask, strictly increasing, shape `(nnz,)`, int32 or int64.
-        second: flat positions of the second mask, likewise; its count and dtype may differ.
-        numel: number of entries of the matrix.
+        first: the first mask.
+        second: the second mask.
+        numel: number of entries of the matrix, at least 1.
 
     Returns:
         A fraction: 0 where the masks agree. Masks of trained and masks of protected weights give the same number.
-
-    Raises:
-        ValueError: `numel` is below 1, or positions are out of range or not strictly increasing.
 
     Note: grows with the density of the masks; compare it with `random_hamming`.
     """
@@ -230,14 +203,11 @@ def overlap(first: Tensor, second: Tensor) -> float:
     """Fraction of the smaller mask that the other one shares (not in the paper): |M1 & M2| / min(k1, k2).
 
     Args:
-        first: flat positions of the first mask, strictly increasing, shape `(k1,)`, int32 or int64.
-        second: flat positions of the second mask, shape `(k2,)`, likewise.
+        first: the first mask, shape `(k1,)`, not empty.
+        second: the second mask, shape `(k2,)`, not empty.
 
     Returns:
         A fraction: 1 where one mask contains the other. For masks of one size k it is |M1 & M2| / k.
-
-    Raises:
-        ValueError: a mask is empty, or its positions are negative or not strictly increasing.
 
     Note: two random masks of density p share a fraction p.
     """
@@ -251,14 +221,11 @@ def jaccard(first: Tensor, second: Tensor) -> float:
     """Common positions of two masks, as a fraction of all their positions (not in the paper): |M1 & M2| / |M1 | M2|.
 
     Args:
-        first: flat positions of the first mask, strictly increasing, shape `(nnz,)`, int32 or int64.
-        second: flat positions of the second mask, likewise; its count and dtype may differ.
+        first: the first mask.
+        second: the second mask; not both are empty.
 
     Returns:
         A fraction: 1 where the masks are equal, 0 where they share nothing.
-
-    Raises:
-        ValueError: both masks are empty, or positions are negative or not strictly increasing.
 
     Note: two random masks of density p have p / (2 - p) in common.
     """
@@ -269,7 +236,7 @@ def jaccard(first: Tensor, second: Tensor) -> float:
 
 
 def random_hamming(p: float, q: float) -> float:
-    """Expected Hamming distance of two independent random masks: p + q - 2 p q.
+    """`hamming` that two independent random masks are expected to have: p + q - 2 p q.
 
     Args:
         p: density of the first mask, the fraction of weights in it, in [0, 1].
@@ -277,9 +244,6 @@ def random_hamming(p: float, q: float) -> float:
 
     Returns:
         A fraction, whichever scope the masks were ranked in.
-
-    Raises:
-        ValueError: a density is out of range.
 
     Note: 0.18 for two masks of 10 %. The random baseline of Table 8, 0.226, is that of two masks of 13 %.
     """

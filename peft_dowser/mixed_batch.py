@@ -5,9 +5,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ._peft import AuxiliaryTrainingWrapper, adapters_of
 from .experts import FusedParameter
 from .layer import DowserLayer, dowser_layers
 from .tied import Tied
@@ -62,7 +62,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     def add_names(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         own = list(names)
         if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's fail at an adapter that they do not have
-            own = [name if name in module._adapters else BASE for name in names]
+            own = [name if name in adapters_of(module) else BASE for name in names]
         elif args:  # the module around it may have made one row of every token, as OPT does
             outer = entered.get(around[module], ())
             if len(outer) == 3 and outer[0] == len(own) and args[0].shape[:-1] == (outer[0] * outer[1],):

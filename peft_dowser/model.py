@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 from accelerate import init_empty_weights
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils.other import _get_submodules, _set_adapter
-from peft.utils.quantization_utils import get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
+from ._peft import _get_submodules, _set_adapter, check_target_module_exists, get_quantization_kwargs
 from .arithmetic import CombinationType, SignMethod
 from .brief_merge import briefly_merged
 from .codec import encode

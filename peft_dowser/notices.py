@@ -1,15 +1,13 @@
 """What the tuner says: warnings where something would else go unnoticed, and one line on what it has chosen."""
 
 import logging
-import sys
 import warnings
 from collections.abc import Iterable, Mapping
 
-import psutil
-import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
+from ._peft import get_pattern_key
+from ._transformers import is_experts
 from .config import DowserConfig
 from .layer import DowserLayer
 from .names import few
@@ -39,7 +37,7 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
 def report_bare_experts(fused: Mapping[str, Target]) -> None:
     """Say that the default targets leave out the weights of experts, and how to include them."""
     # What transformers marks as experts; other parameters of three dimensions may be anything.
-    fused = {name: target for name, target in fused.items() if hasattr(target.module, "is_transposed")}
+    fused = {name: target for name, target in fused.items() if is_experts(target.module)}
     if fused:
         logger.warning(
             "%.1f million weights of experts are not adapted: they are fused parameters, not linear layers. To train a "
@@ -98,23 +96,11 @@ def report_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target],
     nnz = sum(mask.numel() for mask in masks.values())
     numel = sum(targets[name].numel for name in masks)
     logger.info(
-        "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s, peak memory %.2f GB, digest %s.",
+        "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s, digest %s.",
         nnz,
         numel,
         100 * nnz / numel,
         len(masks),
         seconds,
-        _peak_memory(next(iter(masks.values())).device) / 1e9,
         digest_of(masks)[:12],
     )
-
-
-def _peak_memory(device: torch.device) -> int:
-    """The most bytes that were allocated at a time so far: on the GPU, or by the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "win32":
-        return psutil.Process().memory_info().peak_wset
-    import resource  # which Windows has not
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -13,10 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 
+from ._transformers import uninitialized
 from .checkpoints import model_class
 from .codec import code_length, position_dtype
 from .config import DowserConfig
@@ -174,9 +173,8 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
 
 
 def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, not initialized: some vision towers would read a weight for that, which a fake tensor has not."""
-    with no_init_weights():
-        model = model_class(config, name)._from_config(config, dtype=dtype)
+    """The model, not initialized."""
+    model = uninitialized(model_class(config, name), config, dtype)
     model.tie_weights()  # a part of the initialization
     return model
 

@@ -5,9 +5,9 @@ import warnings
 from typing import Any, cast
 
 import torch
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 
+from ._peft import QuantizationBackend
 from .layer import Linear
 from .sparse_linear import Weight, add_delta_, in_autocast
 from .storage import backend_of, unpack

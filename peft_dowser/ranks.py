@@ -72,15 +72,7 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[
     shapes = _sent({name: targets[name].shape for name in masks}, 0)
     on_every_rank(lambda: _check_shapes(shapes, targets))
     codes = {name: _sent(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
-    masks = on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
-    digests = gather(digest_of(masks))
-    if len(set(digests)) > 1:
-        raise ValueError(
-            "The ranks of this run hold different masks, although rank 0 chose them for all: "
-            + ", ".join(f"rank {number} {digest[:12]}" for number, digest in enumerate(digests))
-            + ". The connection between them corrupts data."
-        )
-    return masks
+    return on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
 
 
 def _is_distributed() -> bool:

@@ -6,10 +6,10 @@ from functools import partial
 from typing import cast
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from . import scores
+from ._peft import get_pattern_key
 from .codec import position_dtype
 from .config import DowserConfig
 from .masks import (

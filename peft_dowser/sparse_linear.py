@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.forward_ad import unpack_dual
-from torch.autograd.function import once_differentiable
 
 # Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache of a CPU. On a GPU
 # each block costs the launch of its kernels.
@@ -77,16 +76,29 @@ def in_autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
-def refuse_tangents(*tensors: Tensor | None) -> None:
+def refuse_tangents(*inputs: object) -> None:
     """Refuse forward-mode differentiation, of which an op without a rule for it loses the derivative without a word.
 
     Raises:
         NotImplementedError: a tensor has a tangent, as in `torch.func.jvp` and in `torch.autograd.forward_ad`.
     """
-    if any(unpack_dual(tensor).tangent is not None for tensor in tensors if tensor is not None):
+    if any(unpack_dual(value).tangent is not None for value in inputs if isinstance(value, Tensor)):
         raise NotImplementedError(
             "An adapted layer has no forward-mode derivative (torch.func.jvp, jacfwd, linearize, forward_ad). Merge "
             "the adapter before, with merge_adapter() or merge_and_unload(), or differentiate backward."
+        )
+
+
+def refuse_second_derivatives() -> None:
+    """Refuse, in a backward, to be differentiated again: what it computes has no graph, and would count as constant.
+
+    Raises:
+        NotImplementedError: the backward runs with `create_graph=True`.
+    """
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "An adapted layer has no second derivative (create_graph=True). Merge the adapter before, with "
+            "merge_adapter() or merge_and_unload(), or differentiate once."
         )
 
 
@@ -210,8 +222,8 @@ class _SparseLinear(torch.autograd.Function):
         return _output(x, weight, bias, *_halves(deltas), transposed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        refuse_second_derivatives()
         wants_x, _, wants_bias, _, *wants_values = ctx.needs_input_grad
         wants = wants_x, wants_bias, any(wants_values)
         grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, _input_grad, _values_grad)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.fsdp import is_fsdp_enabled
 
+from ._transformers import is_fsdp_enabled
 from .codec import DeltaFormatError, check_values, decode
 from .manifest import check_code
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from accelerate.hooks import AlignDevicesHook
-from peft.utils import resolve_quantization_backend
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
+
+from ._peft import QuantizationBackend, resolve_quantization_backend
 
 
 def backend_of(layer: nn.Module, requantize: Any = None) -> QuantizationBackend | None:

@@ -4,8 +4,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from transformers import Conv1D
 
+from ._transformers import stores_transposed
 from .manifest import base_sample
 from .spread import gathered, shape_of
 from .storage import backend_of, device_of, onloaded
@@ -14,11 +15,6 @@ from .storage import backend_of, device_of, onloaded
 def is_plain(module: nn.Module) -> bool:
     """Whether the class of a module computes torch's linear layer or transformers' Conv1D, and has no other forward."""
     return type(module).forward in (nn.Linear.forward, Conv1D.forward)
-
-
-def is_falcons(module: nn.Module) -> bool:
-    """Whether this is the linear layer of Falcon, which rounds the product before it adds the bias."""
-    return type(module).__name__ == "FalconLinear"
 
 
 @dataclass(frozen=True)
@@ -73,7 +69,7 @@ class Target:
     def transposed(self) -> bool:
         """Whether a matrix is stored as `(in, out)`: y = h W."""
         if self.is_fused or self.expert is not None:
-            return bool(getattr(self.module, "is_transposed", False))  # set by transformers where it is so
+            return stores_transposed(self.module)
         return isinstance(self.module, Conv1D | nn.Embedding)  # an embedding multiplies one-hot h
 
     @property

@@ -8,22 +8,19 @@ from dataclasses import replace
 from typing import cast
 
 from peft import PeftModel
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    _maybe_include_all_linear_layers,
-    check_target_module_exists,
-)
-from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 
+from ._peft import AuxiliaryTrainingWrapper, _maybe_include_all_linear_layers, check_target_module_exists
+from ._transformers import is_experts, is_falcons, is_scaled_embedding, still_tied_weights, tied_weights
 from .compiled import uncompiled, usual_modules, usual_name
 from .config import DowserConfig
 from .spread import shape_of
 from .storage import backend_of
-from .target import Target, is_falcons, is_plain
+from .target import Target, is_plain
 
 # Linears of a language model, or modules around them, that route tokens to experts; never adapted by default.
 _ROUTERS = {"gate", "router", "shared_expert_gate"}
@@ -222,7 +219,7 @@ def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Targ
 
 def _is_taken_by_expert(target: Target) -> bool:
     """Whether a stand-in can follow what a module does with a fused parameter, see `fused.py`."""
-    if hasattr(target.module, "is_transposed"):  # transformers' mark of what has experts implementations
+    if is_experts(target.module):
         return True
     try:
         return f"self.{target.parameter}[" in inspect.getsource(type(target.module).forward)
@@ -261,7 +258,7 @@ def _is_lookup(module: nn.Module) -> bool:
     """Whether this is an embedding that gives the rows of its weight, perhaps times a scale, and does nothing else."""
     if not isinstance(module, nn.Embedding) or module.max_norm is not None:  # the latter rewrites its weight
         return False
-    return type(module).forward is nn.Embedding.forward or type(module).__name__.endswith("ScaledWordEmbedding")
+    return type(module).forward is nn.Embedding.forward or is_scaled_embedding(module)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -350,8 +347,8 @@ def _ties(model: nn.Module, target: Target) -> set[str]:
     if weight is None or not weight.is_meta or not isinstance(model, PreTrainedModel):
         return set()
     # Of the pairs that the weights were loaded with, those that the config still ties.
-    still = model.get_expanded_tied_weights_keys(all_submodels=True)
-    pairs = [{one, other} for one, other in model.all_tied_weights_keys.items() if one in still]
+    still = still_tied_weights(model)
+    pairs = [{one, other} for one, other in tied_weights(model).items() if one in still]
     return set().union(*(pair for pair in pairs if target.tensor_name in pair))
 
 

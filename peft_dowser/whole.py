@@ -6,10 +6,10 @@ modules that its config says it trains, and the embeddings, which PEFT saves whe
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ._peft import AuxiliaryTrainingWrapper, saved_names
 from .codec import DeltaFormatError
 from .compiled import usual_name
 from .config import DowserConfig
@@ -96,7 +96,7 @@ def whole_in_model(model: nn.Module, adapter_name: str) -> Iterator[str]:
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             start = name.removeprefix("_fsdp_wrapped_module.")
-            yield from (f"{start}.{key}" for key in module.adapter_state_dict_load_map(adapter_name).values())
+            yield from (f"{start}.{key}" for key in saved_names(module, adapter_name))
     yield from _embeddings(model)
 
 

@@ -13,14 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_dowser import DowserConfig
 from peft_dowser.arithmetic import (
-    add,
     combine,
-    difference,
     elected_mean,
-    intersect,
     keep_largest,
     keep_random,
-    negate,
     weighted_sum,
 )
 from peft_dowser.layer import dowser_layers
@@ -117,25 +113,17 @@ def test_the_weighted_sum_is_the_dense_sum_on_the_union(deltas: list[Delta]) -> 
 @pytest.mark.parametrize("deltas", SUPPORTS.values(), ids=SUPPORTS)
 def test_sums_and_differences_of_two(deltas: list[Delta]) -> None:
     left, right, _ = deltas
-    for found, sign in ((add(left, right), 1), (difference(left, right), -1), (add(left, negate(right)), -1)):
+    for sign in (1, -1):
+        found = weighted_sum([left, right], [1.0, sign])
         assert_valid(found)
         assert torch.equal(stored(found), stored(left) | stored(right))
         exact = (dense(left) + sign * dense(right)).float().double()
         assert torch.equal(dense(found), exact)
 
 
-@pytest.mark.parametrize("deltas", SUPPORTS.values(), ids=SUPPORTS)
-def test_the_intersection_has_the_values_of_the_left(deltas: list[Delta]) -> None:
-    left, right, _ = deltas
-    found = intersect(left, right)
-    assert torch.equal(stored(found), stored(left) & stored(right))
-    assert torch.equal(dense(found), dense(left) * stored(right))
-    assert torch.equal(intersect(right, left).positions, found.positions)
-
-
 def test_entries_that_cancel_stay() -> None:
     delta = random_delta(40, 1)
-    found = difference(delta, delta)
+    found = weighted_sum([delta, delta], [1.0, -1.0])
     assert torch.equal(found.positions, delta.positions)
     assert not found.values.any()
 
@@ -150,7 +138,7 @@ def test_one_delta_with_weight_one_is_a_copy_bit_for_bit() -> None:
 def test_float64_values_stay_exact() -> None:
     exact = random_delta(40, 1, torch.float64)
     exact.values.add_(1e-12)
-    for found in (add(exact, random_delta(0, 2)), keep_random(exact, 1.0, 0)):
+    for found in (weighted_sum([exact, random_delta(0, 2)], [1.0, 1.0]), keep_random(exact, 1.0, 0)):
         assert torch.equal(found.values, exact.values)
 
 

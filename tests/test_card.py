@@ -64,34 +64,19 @@ def test_a_local_base_is_not_told(tmp_path: Path) -> None:
     assert "probe:" not in text
 
 
-def test_a_local_base_is_not_told_of_an_adapter_with_a_name(tmp_path: Path) -> None:
-    tiny_llama().save_pretrained(tmp_path / "secret" / "base")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "secret" / "base")
-    model = get_peft_model(base, config(score="magnitude"), adapter_name="french")
-    model.save_pretrained(tmp_path / "adapters")
-    assert (tmp_path / "adapters" / "french" / "adapter_config.json").is_file()
-    assert "secret" not in (tmp_path / "adapters" / "README.md").read_text()
-
-
 @pytest.mark.parametrize(
     "text",
     [
         b"---\nbase_model: someone/base\n---\n\n# My project, base_model: mine\n",
+        b"---\nlibrary_name: peft\nbase_model: someone/base\n---\n\n# My adapters\n",
         "My r\u00e9sum\u00e9, base_model: mine".encode("latin-1"),
         b"---\nbase_model: [no: YAML: at all\n---\n",
     ],
 )
-def test_a_card_of_something_else_in_the_folder_above_stays(text: bytes, model: PeftModel, tmp_path: Path) -> None:
+def test_a_card_in_the_folder_above_stays(text: bytes, model: PeftModel, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(text)
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "README.md").read_bytes() == text
-
-
-def test_a_card_above_that_has_no_tags_hides_the_base_too(tmp_path: Path) -> None:
-    base = str(tmp_path)
-    (tmp_path / "README.md").write_text(f"---\nlibrary_name: peft\nbase_model: {base}\n---\n# My adapters\n")
-    config(base_model_name_or_path=base).save_pretrained(str(tmp_path / "adapter"))
-    assert base not in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("task_type", [None, "CAUSAL_LM"])

@@ -4,8 +4,10 @@ import importlib
 import importlib.metadata
 import json
 import math
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -16,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
 
@@ -410,6 +412,137 @@ except SystemExit as exit:
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == f"{code} []"
+
+
+# run
+
+LOADS = """
+import sys
+from peft import PeftConfig
+
+def main():
+    print(type(PeftConfig.from_pretrained(sys.argv[1])).__name__, __name__)
+    return 3
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+SAYS = """
+import sys
+
+def main():
+    import neighbor
+    print(sys.argv[0].rpartition("/")[2], *sys.argv[1:], __name__, neighbor.__name__)
+    return 3
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+# What is given on the command line, what the program then sees as its name, and what its module is called.
+PROGRAMS = {
+    "console script": (["tool"], "tool", "tool_module"),
+    "module": (["-m", "tool_module"], "tool_module.py", "__main__"),
+    "script": (["tool_module.py"], "tool_module.py", "__main__"),
+}
+
+
+def programs_in(folder: Path, source: str) -> None:
+    """Install a program in a folder: a script, and the same as a module and as a console script."""
+    (folder / "tool_module.py").write_text(source)
+    (folder / "neighbor.py").touch()
+    about = folder / "tool-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: tool\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[console_scripts]\ntool = tool_module:main\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_program_that_does_not_import_the_package_reads_an_adapter(kind: str, tmp_path: Path) -> None:
+    adapter(tmp_path / "adapter")
+    programs_in(tmp_path, LOADS)
+    words, _, module = PROGRAMS[kind]
+    alone = subprocess.run(
+        [sys.executable, "tool_module.py", "adapter"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert alone.returncode == 1 and "KeyError: 'DOWSER'" in alone.stderr
+    start = "import sys, importlib; sys.exit(importlib.import_module('peft_dowser_cli').main())"
+    command = [sys.executable, "-c", start, "run", "--", *words, "adapter"]
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    found = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
+    assert found.stdout == f"DowserConfig {module}\n", found.stderr
+    assert found.returncode == 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The current folder, for programs that run in this process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", sys.argv[:])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    yield tmp_path
+    for name in ("tool_module", "neighbor"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("kind", PROGRAMS)
+def test_a_program_gets_its_arguments_and_its_exit_code_is_passed_on(
+    kind: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    programs_in(folder, SAYS)
+    if kind == "console script":
+        sys.path.insert(0, str(folder))
+    words, name, module = PROGRAMS[kind]
+    try:
+        code = main(["run", "--", *words, "--json", "--", "-m", "x"])
+    except SystemExit as end:
+        code = end.code
+    assert code == 3
+    assert capsys.readouterr().out == f"{name} --json -- -m x {module} neighbor\n"
+
+
+def test_a_script_elsewhere_finds_the_modules_of_its_folder(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    (folder / "scripts").mkdir()
+    programs_in(folder / "scripts", SAYS)
+    with pytest.raises(SystemExit):
+        main(["run", "scripts/tool_module.py"])
+    assert capsys.readouterr().out == "tool_module.py __main__ neighbor\n"
+
+
+def test_a_script_that_ends_without_an_exit_code_has_succeeded(folder: Path) -> None:
+    (folder / "quiet.py").write_text("x = 1")
+    assert main(["run", "--", "quiet.py"]) == 0
+
+
+def test_the_errors_of_a_program_are_its_own(folder: Path) -> None:
+    (folder / "failing.py").write_text("raise ValueError('mine')")
+    with pytest.raises(ValueError, match="mine"):
+        main(["run", "--", "failing.py"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Name the program to run after --, such as: peft-dowser run -- lm_eval --model hf"),
+        (["--"], "Name the program to run after --, such as: peft-dowser run -- lm_eval --model hf"),
+        (["--", "-m"], "Name the program to run after --, such as: peft-dowser run -- lm_eval --model hf"),
+        (
+            ["--", "lm_evil", "--model", "hf"],
+            "'lm_evil' is not a console script of this environment, and not a file. Give a module as: run -- -m "
+            "lm_evil",
+        ),
+        (["--", "-m", "no_module"], "There is no module 'no_module' in this environment or folder."),
+        (["--", "-m", "no_package.part"], "There is no module 'no_package.part' in this environment or folder."),
+        (["--", "-m", ".part"], "There is no module '.part' in this environment or folder."),
+    ],
+)
+def test_a_program_that_is_not_there_is_named(
+    words: list[str], message: str, folder: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["run", *words]) == 2
+    assert capsys.readouterr() == ("", f"peft-dowser: {message}\n")
 
 
 def test_the_launcher_is_the_one_of_this_release() -> None:

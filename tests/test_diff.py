@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from peft_dowser import DeltaFormatError, DowserLayer
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 from peft_dowser.diff import Overlap, diff, overlap, total
 from peft_dowser.postmerge import Delta
 

@@ -45,7 +45,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe, scores
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 from peft_dowser.experts import Experts
 from peft_dowser.fused import Product, standing_in, weight_of, wrapped_forward
 from peft_dowser.inspection import inspect

@@ -15,7 +15,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 from peft_dowser import DowserConfig
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 
 ids = torch.arange(3, 19)[None]
 base = AutoModelForCausalLM.from_pretrained("someone/base")

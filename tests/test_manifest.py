@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import peft_dowser
 from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer, verify
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 from peft_dowser.manifest import base_sample, same_base
 
 UP = "model.layers.1.mlp.up_proj"

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from peft_dowser import DeltaFormatError, checkpoints, extract, merge, merging, verify
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 
 TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHARDS = "20KB"
@@ -297,6 +297,24 @@ def test_of_two_tensors_for_one_name_the_one_that_is_loaded_is_merged(tmp_path: 
 
 
 # Side effects
+
+
+def test_files_are_named_as_transformers_names_them_and_split_at_the_size(tmp_path: Path) -> None:
+    base, adapter = pair(tmp_path, shards="1GB")
+    merge(adapter, tmp_path / "merged", max_shard_size=5000)
+    sizes = [[tensor.nbytes for tensor in load_file(path).values()] for path in (tmp_path / "merged").glob("*-of-*")]
+    assert all(len(size) == 1 or sum(size) <= 5000 for size in sizes)
+    assert any(size[0] > 5000 for size in sizes)
+    # In the order of the merged files, which transformers would otherwise take from the model.
+    with safe_open(Path(base) / "model.safetensors", framework="pt") as file:
+        state = {name: file.get_tensor(name) for name in file.keys()}
+    AutoModelForCausalLM.from_pretrained(base).save_pretrained(
+        tmp_path / "saved", max_shard_size=5000, state_dict=state
+    )
+    expected = json.loads((tmp_path / "saved/model.safetensors.index.json").read_text())
+    found = json.loads((tmp_path / "merged/model.safetensors.index.json").read_text())
+    assert found["weight_map"] == expected["weight_map"]
+    assert found["metadata"]["total_size"] == expected["metadata"]["total_size"]
 
 
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 
 from peft_dowser import DeltaFormatError, DowserConfig, Patch, extract, hotswap, merge, verify
+from peft_dowser.cli import main
 from peft_dowser.codec import encode
-from peft_dowser.commandline import main
 from peft_dowser.diff import diff
 from peft_dowser.inspection import inspect
 from peft_dowser.manifest import digest

@@ -28,8 +28,6 @@ def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> 
     trained, _ = model.get_nb_trainable_parameters()
     assert record.message.startswith(f"Dowser trains {trained} of {total} weights (25.00 %) in 14 modules; chosen in ")
     assert record.message.endswith(f"digest {digest.hexdigest()[:12]}.")
-    gigabytes = float(record.message.split("peak memory ")[1].split(" GB")[0])
-    assert 0.05 < gigabytes < 100
 
 
 def test_nothing_is_hashed_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from peft_dowser import DowserConfig, DowserLayer, probe
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 from peft_dowser.plan import bytes_per_weight, kept_bytes, plan
 
 

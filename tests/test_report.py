@@ -16,7 +16,7 @@ from helpers import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 
 from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe
-from peft_dowser.commandline import main
+from peft_dowser.cli import main
 from peft_dowser.inspection import inspect
 from peft_dowser.report import report
 from peft_dowser.statistics import ModuleStatistics

@@ -1,0 +1,84 @@
+# ruff: noqa: F401
+"""The one place that touches what transformers does not promise to keep: private and undocumented names.
+
+Each name has its reason beside it; `tests/test_private_names.py` names those that have moved. One more is in `fused`,
+which does without transformers: an op of `torch.ops.transformers`.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+# How the names in a checkpoint become those of the model, and tensors per expert a fused one.
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+
+# Some vision towers would read a weight to initialize it, which a fake tensor cannot give.
+from transformers.initialization import no_init_weights
+
+# Where accelerate spreads the weights that rank 0 alone has loaded.
+from transformers.integrations.fsdp import is_fsdp_enabled
+
+# The task of a model, by the name of its class.
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
+
+# "5GB" as `save_pretrained` reads it.
+from transformers.utils.hub import convert_file_size_to_int
+
+
+def uninitialized(cls: Any, config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of random memory, in a dtype and with the attention that its config asks for, as `from_pretrained`."""
+    with no_init_weights():
+        return cls._from_config(config, dtype=dtype)
+
+
+def tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """The names that share a weight when a checkpoint is loaded: each with the name that it is tied to."""
+    return model.all_tied_weights_keys
+
+
+def still_tied_weights(model: PreTrainedModel) -> dict[str, str]:
+    """The same, as the config of the model ties them now."""
+    return model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def experts_implementation(experts: Any) -> str | None:
+    """How an experts module computes: "eager", "batched_mm" and so on; None where transformers does not choose."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether transformers has marked a module as fused experts."""
+    return hasattr(module, "is_transposed")
+
+
+def stores_transposed(experts: nn.Module) -> bool:
+    """Whether an experts module stores each matrix as `(in, out)`."""
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def is_falcons(module: nn.Module) -> bool:
+    """Whether this is the linear layer of Falcon, which rounds the product before it adds the bias."""
+    return type(module).__name__ == "FalconLinear"
+
+
+def is_scaled_embedding(module: nn.Module) -> bool:
+    """Whether this is an embedding times a constant: several models have a class of such a name."""
+    return type(module).__name__.endswith("ScaledWordEmbedding")
+
+
+def without_adapters(model: Any) -> None:
+    """Note on a model that PEFT adapts it no more, which transformers would believe of it otherwise."""
+    model._hf_peft_config_loaded = False
