@@ -51,8 +51,7 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
 @contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Hand the names to every adapted layer for a while."""
-    adapted = [module for module in model.modules() if _takes_names(module)]
-    around = {child: parent for parent in model.modules() for child in parent.children() if child in set(adapted)}
+    around = {child: parent for parent in model.modules() for child in parent.children() if _takes_names(child)}
     entered: dict[nn.Module, torch.Size] = {}  # shape of what entered a module last
 
     def note(module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -72,7 +71,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     with ExitStack() as hooks:
         for module in set(around.values()):
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        for module in adapted:
+        for module in around:
             hooks.callback(module.register_forward_pre_hook(add_names, with_kwargs=True).remove)
         yield
 

@@ -223,7 +223,7 @@ def _is_taken_by_expert(target: Target) -> bool:
         return True
     try:
         return f"self.{target.parameter}[" in inspect.getsource(type(target.module).forward)
-    except OSError:  # made without a file
+    except (OSError, TypeError):  # made without a file
         return True
 
 

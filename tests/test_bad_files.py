@@ -136,7 +136,7 @@ ROWS = [
     (
         "11 unknown tensor of ours",
         tensors(lambda t: t | {f"{UP}.dowser_scales.weight": torch.zeros(1)}),
-        "has 1 Dowser tensors that this adapter has not",
+        "the file has 1 tensors that the adapter does not train",
     ),
     (
         "12 one key twice",
