@@ -140,8 +140,11 @@ class Injection:
             return None
         path = self.config.statistics
         if path is not None:  # rank 0 chooses
-            return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
+            return on_every_rank(lambda: self._loaded(model, path) if rank() == 0 else None)
         return probe_targets(model, self.targets, self.config)
+
+    def _loaded(self, model: nn.Module, path: str) -> ProbeStatistics:
+        return ProbeStatistics.load(path).named_as(self.targets, _place_of_base(model))
 
     def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
         check_materialized(model)
@@ -203,6 +206,12 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
             f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
             "unmerge_adapter() before adding an adapter."
         )
+
+
+def _place_of_base(model: nn.Module) -> str:
+    """Where a model with a head of transformers has its base; "" where it is the base itself."""
+    place = getattr(model, "base_model_prefix", "")
+    return place if isinstance(getattr(model, place, None), nn.Module) else ""
 
 
 @contextmanager

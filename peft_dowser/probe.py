@@ -9,11 +9,9 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from .config import DowserConfig
 from .modes import in_eval_mode
@@ -22,7 +20,7 @@ from .prompts import Prompt, prompt_length, synthetic_prompts
 from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
 from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
-from .storage import differentiable, offload_hook
+from .storage import autocast_dtype, differentiable, offload_hook
 from .target import Target
 from .targets import resolve_targets
 
@@ -41,7 +39,8 @@ def probe(
     it was: parameters, `requires_grad`, train mode, hooks, configs and random generators, also after an exception.
 
     Args:
-        model: the base model, with its weights loaded; quantities are measured in its own dtype.
+        model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
+            only where it is half and has parts that were made wider, such as norms.
         config: gives the targets, N, R, T, the seed and the batch size.
         prompts: inputs to probe with instead of synthetic ones, one per probe: token ids, shape `(tokens,)`, or the
             keyword arguments of the model's forward with a batch dimension of 1, such as a processor returns.
@@ -213,8 +212,6 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
     reshard(model)
     # By name: an offloaded parameter is another object after every forward.
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    owner: Any = model
-    generation_config = getattr(model, "generation_config", None)
     devices = {parameter.device for parameter in model.parameters() if not parameter.is_meta}
     cuda = [device for device in devices if device.type == "cuda"]
     with ExitStack() as stack:
@@ -222,22 +219,13 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
         stack.enter_context(differentiable(model))
+        dtype = autocast_dtype(model)
         for device_type in {device.type for device in devices}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(torch.autocast(device_type, dtype, enabled=dtype is not None))
         try:
             model.requires_grad_(False)
-            if generation_config is not None:
-                # `generate` fills what we leave open from the model's own defaults, such as beam search.
-                owner.generation_config = _only_tokens(generation_config)
             yield
         finally:
             reshard(model)
             for name in trainable:
                 model.get_parameter(name).requires_grad_(True)
-            if generation_config is not None:
-                owner.generation_config = generation_config
-
-
-def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:
-    tokens = {key: value for key, value in generation_config.to_dict().items() if key.endswith("_token_id")}
-    return GenerationConfig(**tokens)
