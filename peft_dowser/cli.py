@@ -98,7 +98,8 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
     print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
     print(f"step      {found.step_flops / 1e12:.1f} TFLOP; both count the adapted matrices only")
-    print(f"adapter   {found.file / 1e9:.3f} GB on disk (bfloat16 values)")
+    wide = found.file + 2 * found.trained  # what is saved by default
+    print(f"adapter   {wide / 1e9:.3f} GB on disk, {found.file / 1e9:.3f} GB with save_dtype='bfloat16'")
 
 
 def _merge(options: argparse.Namespace) -> None:

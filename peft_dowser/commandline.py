@@ -1,16 +1,20 @@
 """The options of `peft-dowser`; `launcher` reads them before anything else is imported."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, and run the command: see `peft_dowser.cli.run`."""
     options = _parser().parse_args(arguments)
+    try:
+        from peft_dowser.cli import run
 
-    from peft_dowser.cli import run
-
-    return run(options)
+        return run(options)
+    except KeyboardInterrupt:
+        print(f"peft-dowser: {options.command} was interrupted.", file=sys.stderr)
+        return 130  # as shells say it
 
 
 def _parser() -> argparse.ArgumentParser:

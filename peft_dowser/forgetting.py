@@ -10,10 +10,10 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import DowserConfig
-from .prompts import Prompt
+from .prompts import Prompt, Text
 from .ranks import by_all_ranks
 from .spread import is_spread
-from .upstream import Text, adapters_disabled, base_of, loss_on, measuring, read_prompts, written_prompts
+from .upstream import adapters_disabled, base_of, loss_on, measuring, read_prompts, written_prompts
 
 if TYPE_CHECKING:
     from transformers import Trainer  # slow to import

@@ -17,7 +17,7 @@ from .gate import check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
 from .names import counts_in
-from .notices import report_bare_experts, report_selection, report_unmatched_ratios
+from .notices import report_bare_experts, report_other_probe, report_selection, report_unmatched_ratios
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
 from .ranks import on_every_rank, rank, same_on_all_ranks
@@ -130,6 +130,7 @@ class Injection:
             statistics = self._statistics(model)
             self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
         self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
+        self.config._probed = None if statistics is None else statistics.info
         report_unmatched_ratios(self.config, self.targets)
         if by_default and not self.fused:
             report_bare_experts(fused_parameters(model))
@@ -150,6 +151,7 @@ class Injection:
         check_materialized(model)
         masks = choose_masks(self.targets, self.config, statistics)
         if statistics is not None and self.config.statistics is not None:
+            report_other_probe(self.config, statistics.info)
             warn_of_other_weights(statistics, self._read_samples(model, self.targets), self.config.statistics)
         return masks
 

@@ -1,5 +1,6 @@
 """What the tuner says: warnings where something would else go unnoticed, and one line on what it has chosen."""
 
+import dataclasses
 import logging
 import sys
 import warnings
@@ -13,6 +14,7 @@ from torch import Tensor
 from .config import DowserConfig
 from .layer import DowserLayer
 from .ranks import digest_of
+from .statistics import ProbeInfo
 from .target import Target
 from .targets import layer_of
 
@@ -45,12 +47,29 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
         )
 
 
+def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
+    """Say where statistics were made in another way than their config asks for."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    asked = {name: getattr(config, name) for name in info.settings()}
+    asked = {name: value for name, value in asked.items() if value not in (defaults[name], info.settings()[name])}
+    if asked:
+        logger.warning(
+            "The statistics '%s' were made with %s, and the config asks for %s. The statistics decide, and a saved "
+            "adapter tells their settings.",
+            config.statistics,
+            ", ".join(f"{name}={info.settings()[name]}" for name in asked),
+            ", ".join(f"{name}={value}" for name, value in asked.items()),
+        )
+
+
 def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
     """Say once how many trained values a merge has rounded away."""
     lost = sum(counts[0] for layer in vanished for counts in layer.values())
     total = sum(counts[1] for layer in vanished for counts in layer.values())
     if lost:
-        logger.warning(
+        # A handful of small values is in every adapter, so that it is nothing to be warned of.
+        logger.log(
+            logging.WARNING if lost >= total / 100 else logging.INFO,
             "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
             lost,
             total,

@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import DowserConfig
 from .modes import in_eval_mode
 from .passes import Passes, Share
-from .prompts import Prompt, prompt_length, synthetic_prompts
+from .prompts import Prompt, Text, given_prompts, prompt_length, synthetic_prompts
 from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
 from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
@@ -28,7 +28,7 @@ from .targets import resolve_targets
 def probe(
     model: nn.Module,
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+    prompts: Sequence[Text] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """Measure how much the output depends on every neuron, without data (Eq. 4 to 6).
@@ -42,8 +42,9 @@ def probe(
         model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
             only where it is half and has parts that were made wider, such as norms.
         config: gives the targets, N, R, T, the seed and the batch size.
-        prompts: inputs to probe with instead of synthetic ones, one per probe: token ids, shape `(tokens,)`, or the
-            keyword arguments of the model's forward with a batch dimension of 1, such as a processor returns.
+        prompts: inputs to probe with instead of synthetic ones, one per probe: texts, for the tokenizer in the folder
+            or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
+            model's forward with a batch dimension of 1, such as a processor returns.
         statistics: an earlier probe to continue: only the prompts that it lacks are probed (those beyond its
             `num_probes`, or all that are passed), and the result covers both.
 
@@ -68,7 +69,7 @@ def probe_targets(
     model: nn.Module,
     targets: Mapping[str, Target],
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+    prompts: Sequence[Text] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
@@ -113,15 +114,12 @@ def _able_ranks(model: nn.Module, spread: bool) -> list[int]:
 def _inputs(
     model: nn.Module,
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None,
+    prompts: Sequence[Text] | None,
     first: int,
 ) -> list[Prompt]:
     """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`."""
     if prompts is not None:
-        inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-        if not inputs:
-            raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
-        return inputs
+        return given_prompts(model, prompts)
     if config.num_probes <= first:
         raise ValueError(
             f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
@@ -192,18 +190,6 @@ def _on_meta(model: nn.Module) -> list[str]:
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.is_meta and offload_hook(module) is None
     ]
-
-
-def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
-    if isinstance(prompt, Mapping):
-        return dict(prompt)
-    ids = torch.as_tensor(prompt)
-    if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
-        raise ValueError(
-            f"prompts[{number}] must be a row of token ids or a mapping of model inputs, got {ids.dtype} of shape "
-            f"{tuple(ids.shape)}."
-        )
-    return {"input_ids": ids.long()[None]}
 
 
 @contextmanager

@@ -1,10 +1,10 @@
 """Prompts without data: the model writes its own from a few random tokens (Eq. 6)."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from .storage import device_of
 
 logger = logging.getLogger(__name__)
 
+# A text, its token ids, or the keyword arguments of a forward, for one sample.
+Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
 # Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
 Prompt = dict[str, Tensor]
 
@@ -93,6 +95,45 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
             ids = prompt["input_ids"]
             prompt["decoder_input_ids"] = torch.cat([ids.new_full((1, 1), start), ids[:, :-1]], 1)
     return prompts
+
+
+def given_prompts(model: nn.Module, prompts: Sequence[Text]) -> list[Prompt]:
+    """Turn what a caller wants to probe with into inputs of the model; texts by the tokenizer that it was loaded with.
+
+    Raises:
+        ValueError: there are none, one is neither a text, a row of token ids nor a mapping, or no tokenizer is at hand.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list, got a single string; pass [text].")
+    if not len(prompts):
+        raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
+    tokenizer = _tokenizer(model) if any(isinstance(prompt, str) for prompt in prompts) else None
+    return [_as_prompt(prompt, number, tokenizer) for number, prompt in enumerate(prompts)]
+
+
+def _tokenizer(model: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = getattr(getattr(model, "config", None), "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"prompts has texts, and the tokenizer of {type(model).__name__} is not at hand: '{folder}', where the "
+            "model comes from, has none that loads. Pass token ids: prompts=[tokenizer(text)['input_ids'], ...]."
+        ) from error
+
+
+def _as_prompt(prompt: Text, number: int, tokenizer: Any) -> Prompt:
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    ids = torch.as_tensor(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+    if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
+        raise ValueError(
+            f"prompts[{number}] must be a text, a row of token ids or a mapping of model inputs, got {ids.dtype} of "
+            f"shape {tuple(ids.shape)}."
+        )
+    return {"input_ids": ids.long()[None]}
 
 
 def prompt_length(model: Any, config: DowserConfig) -> int:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -59,6 +60,10 @@ class ProbeInfo:
     probe_images: float
     seed: int
 
+    def settings(self) -> dict[str, Any]:
+        """Values of the fields of a `DowserConfig` that say how to probe like this."""
+        return {name: value for name, value in vars(self).items() if name != "base_model"}
+
 
 @dataclass
 class ProbeStatistics:
@@ -75,6 +80,14 @@ class ProbeStatistics:
     modules: dict[str, ModuleStatistics]
     info: ProbeInfo
     samples: dict[str, str | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        info = self.info
+        tensors = [tensor for module in self.modules.values() for tensor in vars(module).values() if tensor is not None]
+        return (
+            f"ProbeStatistics({len(self.modules)} modules, N={info.num_probes}, R={info.num_rademacher}, "
+            f"T={info.probe_length}, seed={info.seed}, {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB)"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file.

@@ -9,6 +9,7 @@ from peft import get_peft_model
 from transformers.utils import logging as bars
 
 from peft_dowser import DowserLayer
+from peft_dowser.notices import report_vanished
 
 
 def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> None:
@@ -26,6 +27,14 @@ def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> 
     assert record.message.endswith(f"digest {digest.hexdigest()[:12]}.")
     gigabytes = float(record.message.split("peak memory ")[1].split(" GB")[0])
     assert 0.05 < gigabytes < 100
+
+
+@pytest.mark.parametrize("lost", [0, 1, 9, 10, 1000])
+def test_values_that_vanish_are_a_warning_from_one_percent_on(lost: int, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="peft_dowser"):
+        report_vanished([{"default": (lost, 400)}, {"default": (0, 600)}])
+    expected = [(logging.WARNING if lost >= 10 else logging.INFO, lost)] if lost else []
+    assert [(record.levelno, record.args[0]) for record in caplog.records] == expected
 
 
 def test_nothing_is_hashed_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:

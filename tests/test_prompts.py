@@ -241,6 +241,32 @@ def test_what_a_class_keeps_in_float32_itself_needs_no_autocast() -> None:
     assert seen and not any(seen)
 
 
+TINY_LLAVA = Path(__file__).parent.parent / "examples" / "tiny_llava"
+
+
+def test_texts_are_read_by_the_tokenizer_beside_the_model() -> None:
+    model = T.AutoModelForImageTextToText.from_pretrained(TINY_LLAVA).eval()
+    tokenizer = T.AutoTokenizer.from_pretrained(TINY_LLAVA)
+    texts = ["rev ab?", "ba cd ef"]
+    found = probe(model, config(), prompts=[texts[0], tokenizer(texts[1])["input_ids"]])
+    expected = probe(model, config(), prompts=[torch.tensor(tokenizer(text)["input_ids"]) for text in texts])
+    for name, module in expected.modules.items():
+        assert torch.equal(found.modules[name].sensitivity, module.sensitivity)
+        assert torch.equal(found.modules[name].activity, module.activity)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_texts_without_a_tokenizer_are_refused(saved: bool, tmp_path: Path) -> None:
+    model = tiny_llama()
+    if saved:
+        model.save_pretrained(tmp_path)
+        model = type(model).from_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"the tokenizer of LlamaForCausalLM is not at hand: '.*prompts=\[tokenizer\(text"
+    ):
+        probe(model, config(), prompts=["a text"])
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("mapping", MAPPINGS)
