@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return run(options)
     except KeyboardInterrupt:
-        print(f"peft-dowser: {options.command} was interrupted.", file=sys.stderr)
+        sys.stderr.write(f"peft-dowser: {options.command} was interrupted.\n")
         return 130  # as shells say it
 
 
