@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 from peft_dowser import DowserLayer, ProbeStatistics, probe
 from peft_dowser.prompts import special_ids, synthetic_prompts
 from peft_dowser.seeds import derived_seed
+from peft_dowser.targets import resolve_targets
 
 SIZES = {
     "d_model": 32,
@@ -278,12 +279,14 @@ def test_every_architecture_that_generates_text_is_probed(mapping: str) -> None:
             model = small_model(name, model_type)
         except Exception:
             continue  # these sizes are none for it, or a library is missing
+        given = config(num_probes=2, ensure_weight_tying=True)
         try:
             generated = generates(model)
-        except RuntimeError:
-            continue  # neither are these
+            resolve_targets(model, given)
+        except (RuntimeError, ValueError, ImportError):
+            continue  # neither are these, or it has no targets by default
         try:
-            found = probe(model, config(target_modules="all-linear", num_probes=2, ensure_weight_tying=True)).modules
+            found = probe(model, given).modules
             if not any(module.sensitivity.any() and module.sensitivity.isfinite().all() for module in found.values()):
                 wrong[name] = "no sensitivity"
             probed += 1
@@ -295,13 +298,16 @@ def test_every_architecture_that_generates_text_is_probed(mapping: str) -> None:
 
 
 def generates(model: Any) -> bool:
-    """Whether transformers alone lets it write on from tokens."""
+    """Whether transformers alone lets it write on from tokens, of which some are padding."""
+    if not model.can_generate():
+        return False
     ids = torch.tensor([[10, 11, 12], [13, 14, 15]])
-    plain = GenerationConfig(max_new_tokens=2, decoder_start_token_id=0, pad_token_id=0)
+    plain = GenerationConfig(max_new_tokens=8, min_new_tokens=8, decoder_start_token_id=0, pad_token_id=0)
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
-        return model.generate(input_ids=ids, generation_config=plain).shape[0] == 2
-    except RuntimeError:
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain).shape[0] == 2
+    except (RuntimeError, ImportError):
         raise
     except Exception:
         return False
