@@ -62,8 +62,9 @@ from peft import AutoPeftModel
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
 ```
 
-Without the first line PEFT ends in `KeyError: 'DOWSER'`. To a base that this class does not load, such as an image-text
-model, add it with `PeftModel.from_pretrained(base, "this repository, or its folder")`."""
+Without the first line PEFT ends in `KeyError: 'DOWSER'`, in code further down this card too. To a base that this class
+does not load, such as an image-text model, add it with
+`PeftModel.from_pretrained(base, "this repository, or its folder")`."""
 
 
 def _is_local(name: str) -> bool:

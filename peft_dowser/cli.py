@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         return _COMMANDS[options.command](options) or 0
     except _mistakes() as error:
         return _complain(_line(error))
+    except KeyboardInterrupt:
+        _complain(f"{options.command} was interrupted.")
+        return 130  # as shells say it
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -159,7 +162,8 @@ def _plan(options: argparse.Namespace) -> None:
         print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
     print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
     print(f"step      {found.step_flops / 1e12:.1f} TFLOP; both count the adapted matrices only")
-    print(f"adapter   {found.file / 1e9:.3f} GB on disk (bfloat16 values)")
+    wide = found.file + 2 * found.trained  # what is saved by default
+    print(f"adapter   {wide / 1e9:.3f} GB on disk, {found.file / 1e9:.3f} GB with save_dtype='bfloat16'")
 
 
 def _merge(options: argparse.Namespace) -> None:

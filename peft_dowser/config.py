@@ -19,6 +19,7 @@ from .card import complete_card
 from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable
 from .names import few
+from .statistics import ProbeInfo
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 # Those that need statistics of the model.
@@ -57,10 +58,11 @@ class DowserConfig(PeftConfig):
         scope: weights are ranked inside each "matrix", each "row", each decoder "layer", or the whole "model".
         num_probes: N, the number of synthetic prompts.
         num_rademacher: R, the number of random projections of the output per prompt.
-        probe_length: T, tokens of a prompt.
+        probe_length: T, tokens of a prompt; 0 in a saved config whose prompts were given to `probe`.
         probe_batch_size: prompts per batch; None chooses it from the free memory.
         probe_images: image-text models: fraction of the prompts that begin with a noise image.
-        statistics: path of saved `ProbeStatistics`; the model is then not probed.
+        statistics: path of saved `ProbeStatistics`; the model is then not probed. They decide on N, R, T, images and
+            seed, and a saved adapter tells theirs.
         seed: seed of prompts, projections and random scores. The global generators are neither used nor changed.
         init_weights: False starts from random values instead of zeros, for tests.
         save_dtype: dtype of the values in the saved file: "float32", "bfloat16" or "float16"; None keeps theirs.
@@ -114,6 +116,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
+        # How the statistics were made that the mask comes from, where it comes from some.
+        self._probed: ProbeInfo | None = None
         # What `ForgettingCallback` measured last.
         self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
@@ -172,8 +176,8 @@ class DowserConfig(PeftConfig):
         return None if self.bias == "none" else f"bias='{self.bias}'"
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data: sets become sorted lists, and a chosen mask adds its `nnz_pattern`, a save its
-        `manifest`."""
+        """The config as plain data: sets become sorted lists, a chosen mask adds its `nnz_pattern` and tells how it was
+        probed for, a save adds its `manifest`."""
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
         if self.modules_to_save:  # PEFT adds the head of the task once more at every load
             plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
@@ -181,6 +185,8 @@ class DowserConfig(PeftConfig):
             # The mask is in the file from now on; the statistics that it came from stay on this machine.
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
+        if self._probed is not None:
+            plain |= self._probed.settings()
         if self._in_use:
             plain["manifest"] = self._written
         return plain
@@ -206,15 +212,17 @@ class DowserConfig(PeftConfig):
 
     def complete_card(self, folder: Path) -> None:
         """Put on top of the model card in a folder how the adapter is loaded and what it is."""
-        probed = self.score in PROBED_SCORES
+        made = self._probed or self
+        length = f"T = {made.probe_length}" if made.probe_length else "prompts that were given"
+        probe = f"N = {made.num_probes}, R = {made.num_rademacher}, {length}"
         measured = self._forgetting or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
             "update ratio": f"{self.update_ratio:g}",
             "chosen by": f"score {self.score}, the {'lowest' if self.select == 'low' else 'highest'} by {self.scope}",
-            "probe": f"N = {self.num_probes}, R = {self.num_rademacher}, T = {self.probe_length}" if probed else "",
-            "seed": str(self.seed),
+            "probe": probe if self.score in PROBED_SCORES else "",
+            "seed": str(made.seed),
             "format": str(FORMAT),
             "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
@@ -240,7 +248,8 @@ class DowserConfig(PeftConfig):
             yield from _not_one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
         yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=1)
-        yield from _not_an_integer("probe_length", self.probe_length, at_least=2)
+        # In a saved config 0 says that the prompts were given, see `ProbeInfo`.
+        yield from _not_an_integer("probe_length", self.probe_length, at_least=2 if self.nnz_pattern is None else 0)
         yield from _not_an_integer("seed", self.seed, at_least=0)
         for name in ("probe_batch_size", "last_layers"):
             if getattr(self, name) is not None:

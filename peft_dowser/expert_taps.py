@@ -80,7 +80,7 @@ class ExpertsTap:
                 self.sensitivity = plus(self.sensitivity, self._sums(grad.abs(), share, slot, len(mask)))
             elif kept is not None:
                 for number, rows in product.rows_by_expert():
-                    found = (grad[rows].T @ kept[rows]).float()
+                    found = (grad[rows].T @ kept[rows].to(grad.dtype)).float()
                     self.gradient[number] = plus(self.gradient.get(number), found)
 
         result.register_hook(backward)

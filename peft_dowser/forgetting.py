@@ -6,30 +6,35 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import DowserConfig
-from .prompts import Prompt
+from .prompts import Prompt, Text
 from .ranks import by_all_ranks
 from .spread import is_spread
-from .upstream import Text, adapters_disabled, base_of, loss_on, measuring, read_prompts, written_prompts
+from .upstream import adapters_disabled, base_of, loss_on, measuring, read_prompts, written_prompts
 
 if TYPE_CHECKING:
     from transformers import Trainer  # slow to import
 
 logger = logging.getLogger(__name__)
 
+_LOSSES = ("forgetting", "upstream_loss")
+
 
 class ForgettingCallback(TrainerCallback):
     """Measure what a training forgets: the rise of the next-token loss on upstream texts.
 
-    At the begin of the training, at every evaluation and at the end, the log history gets an entry with
-    `upstream_loss` (mean cross-entropy per token) and `forgetting` (its rise since the baseline); where asked for, also
-    `upstream_kl`, `upstream_accuracy` and `upstream_accuracy_change`. The baseline is the base model of a `PeftModel`,
-    its adapter disabled, and otherwise the model before the training. The metrics of an evaluation get the same values
-    as `eval_...`, so `metric_for_best_model="forgetting"` with `greater_is_better=False` keeps the checkpoint that
-    forgot least. The model card of a Dowser adapter tells what was measured last. The training itself does not change:
-    neither weights, modes nor torch's generators.
+    At the begin of the training, every `every_n_steps`, at every evaluation and after the last step, the console and
+    the log history get `upstream_loss` (mean cross-entropy per token, in nats) and `forgetting` (its rise since the
+    baseline); where asked for, also `upstream_kl`, `upstream_accuracy` and `upstream_accuracy_change`. A rise of 0.01
+    nats per token is little: the perplexity of the texts grows by 1 %. 0.1 is clearly visible (11 %), and 0.7 doubles
+    the perplexity. The baseline is the base model of a `PeftModel`, its adapter disabled, and otherwise the model
+    before the training. The metrics of an evaluation get the same values as `eval_...`, so
+    `metric_for_best_model="forgetting"` with `greater_is_better=False` keeps the checkpoint that forgot least. The
+    model card of a Dowser adapter tells what was measured last. The training itself does not change: neither weights,
+    modes nor torch's generators.
 
     Args:
         texts: upstream texts, as strings for the trainer's `processing_class`, as rows of token ids, or as keyword
@@ -39,7 +44,8 @@ class ForgettingCallback(TrainerCallback):
         batch_size: texts per forward pass.
         max_length: longer texts are cut to this many tokens, except those given as keyword arguments.
         kl: also measure the mean KL(base || model) per token; needs a `PeftModel`.
-        max_forgetting: stop the training at the first evaluation that finds more forgetting.
+        every_n_steps: measure after every so many steps too, with or without an evaluation; None does not.
+        max_forgetting: stop the training at the first measurement that finds more forgetting.
         accuracy: a measure of your own, called with the model in eval mode without gradients.
         trainer: the trainer that this callback is added to. With it, the values also reach its report integrations,
             which are out of the reach of a callback.
@@ -59,6 +65,7 @@ class ForgettingCallback(TrainerCallback):
         batch_size: int = 8,
         max_length: int = 512,
         kl: bool = False,
+        every_n_steps: int | None = None,
         max_forgetting: float | None = None,
         accuracy: Callable[[Any], float] | None = None,
         trainer: "Trainer | None" = None,
@@ -73,13 +80,15 @@ class ForgettingCallback(TrainerCallback):
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, or no token has a next one, got {max_length}.")
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, or None, got {every_n_steps}.")
         if max_forgetting is not None and not 0 <= max_forgetting < math.inf:
             raise ValueError(f"max_forgetting must be a finite number of at least 0, got {max_forgetting}.")
         self.texts = texts
         self.config = DowserConfig() if config is None else config
         self.batch_size, self.max_length = batch_size, max_length
         self.kl, self.max_forgetting, self.accuracy = kl, max_forgetting, accuracy
-        self.trainer = trainer
+        self.trainer, self.every_n_steps = trainer, every_n_steps
         self.prompts: list[Prompt] = []
         self.baseline: dict[str, float] = {}
         self.current: dict[str, float] | None = None  # what the weights of this step measured
@@ -104,12 +113,22 @@ class ForgettingCallback(TrainerCallback):
             self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
         self.training = True
         if not state.global_step:
-            self._log(state, model, self._compared(model))
+            self._measure(state, control, model)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.current = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # The last step here, and not when the training has ended: now its checkpoint is not saved yet, and the progress
+        # bar, which shows what is logged, is still open.
+        is_last = control.should_training_stop or state.global_step >= state.max_steps
+        if is_last or (self.every_n_steps and state.global_step % self.every_n_steps == 0):
+            values = self._measure(state, control, model)
+            self._stop_at_bound(state, control, values["forgetting"])
 
     def on_evaluate(
         self,
@@ -122,9 +141,8 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         if not self.baseline:
             return  # an evaluation before the training
-        if self.current is None:  # several evaluation sets share one measurement
-            self._log(state, model, self._compared(model))
-        values = self.current or {}
+        # Several evaluation sets share one measurement.
+        values = self._measure(state, control, model) if self.current is None else self.current
         if metrics is not None:
             metrics.update({f"eval_{key}": value for key, value in values.items()})
         if self.training:
@@ -136,7 +154,7 @@ class ForgettingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.current is None or args.load_best_model_at_end:
-            self._log(state, model, self._compared(model))
+            self._measure(state, control, model)
         self.training, self.current = False, None
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
@@ -145,10 +163,10 @@ class ForgettingCallback(TrainerCallback):
                 "ForgettingCallback cannot let the base inside a sharded PeftModel write prompts: only a forward of "
                 "the whole gathers its weights. Pass texts=[...]."
             )
-        if self.max_forgetting is not None and args.eval_strategy == "no":
+        if self.max_forgetting is not None and args.eval_strategy == "no" and self.every_n_steps is None:
             raise ValueError(
                 f"max_forgetting={self.max_forgetting} could never stop this training: forgetting is measured at "
-                "evaluations, and eval_strategy is 'no'. Pass an eval_dataset and eval_strategy='steps' or 'epoch'."
+                "evaluations and every_n_steps, eval_strategy is 'no' and every_n_steps None. Pass every_n_steps."
             )
         best = (args.metric_for_best_model or "").removeprefix("eval_")
         if best in ("forgetting", "upstream_kl") and args.greater_is_better:
@@ -197,15 +215,25 @@ class ForgettingCallback(TrainerCallback):
             values["upstream_accuracy"] = float(self.accuracy(model))
         return values
 
-    def _log(self, state: TrainerState, model: Any, values: dict[str, float]) -> None:
-        self.current = values
+    def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> dict[str, float]:
+        """Measure a model, and tell the console, the log history and the config of the adapter."""
+        values = self.current = self._compared(model)
         for adapter_name in model.active_adapters if isinstance(model, PeftModel) else []:
             if isinstance(config := model.peft_config[adapter_name], DowserConfig):
                 config._forgetting = values  # for the model card
         if self.trainer is not None:
+            logs_later = control.should_log
             self.trainer.log(dict(values))
+            control.should_log = logs_later  # the loss of this step is still to be logged
         else:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
+        if state.is_world_process_zero:
+            others = "".join(f", {name} {value:.4g}" for name, value in values.items() if name not in _LOSSES)
+            tqdm.write(
+                f"Step {state.global_step}: forgetting {values['forgetting']:.4f} nats per token (upstream_loss "
+                f"{self.baseline['upstream_loss']:.4f} -> {values['upstream_loss']:.4f}){others}"
+            )
+        return values
 
     def _stop_at_bound(self, state: TrainerState, control: TrainerControl, forgetting: float) -> None:
         if self.max_forgetting is None or forgetting <= self.max_forgetting or control.should_training_stop:

@@ -16,7 +16,7 @@ from .gate import adapted, check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
 from .names import counts_in, is_delta
-from .notices import report_bare_experts, report_selection, report_unmatched_ratios
+from .notices import report_bare_experts, report_other_probe, report_selection, report_unmatched_ratios
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
 from .ranks import on_every_rank, rank, same_on_all_ranks
@@ -131,6 +131,7 @@ class Injection:
             statistics = self._statistics(model)
             self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
         self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
+        self.config._probed = None if statistics is None else statistics.info
         report_unmatched_ratios(self.config, self.targets)
         if by_default and not self.fused:
             report_bare_experts(fused_parameters(model))
@@ -141,13 +142,17 @@ class Injection:
             return None
         path = self.config.statistics
         if path is not None:  # rank 0 chooses
-            return on_every_rank(lambda: ProbeStatistics.load(path) if rank() == 0 else None)
+            return on_every_rank(lambda: self._loaded(model, path) if rank() == 0 else None)
         return probe_targets(model, self.targets, self.config)
+
+    def _loaded(self, model: nn.Module, path: str) -> ProbeStatistics:
+        return ProbeStatistics.load(path).named_as(self.targets, _place_of_base(model))
 
     def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
         check_materialized(model)
         masks = choose_masks(self.targets, self.config, statistics)
         if statistics is not None and self.config.statistics is not None:
+            report_other_probe(self.config, statistics.info)
             warn_of_other_weights(statistics, self._read_samples(model, self.targets), self.config.statistics)
         return masks
 
@@ -214,6 +219,12 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
             f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
             "unmerge_adapter() before adding an adapter."
         )
+
+
+def _place_of_base(model: nn.Module) -> str:
+    """Where a model with a head of transformers has its base; "" where it is the base itself."""
+    place = getattr(model, "base_model_prefix", "")
+    return place if isinstance(getattr(model, place, None), nn.Module) else ""
 
 
 def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:

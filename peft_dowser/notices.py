@@ -1,5 +1,6 @@
 """What the tuner says: warnings where something would else go unnoticed, and one line on what it has chosen."""
 
+import dataclasses
 import logging
 import warnings
 from collections.abc import Iterable, Mapping
@@ -12,6 +13,7 @@ from .config import DowserConfig
 from .layer import DowserLayer
 from .names import few
 from .ranks import digest_of
+from .statistics import ProbeInfo
 from .target import Target
 from .targets import layer_of
 
@@ -44,6 +46,21 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
             "part of them as well, set target_parameters=%s.",
             sum(target.numel for target in fused.values()) / 1e6,
             sorted({name.removeprefix(layer_of(name) + ".") for name in fused}),
+        )
+
+
+def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
+    """Say where statistics were made in another way than their config asks for."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    asked = {name: getattr(config, name) for name in info.settings()}
+    asked = {name: value for name, value in asked.items() if value not in (defaults[name], info.settings()[name])}
+    if asked:
+        logger.warning(
+            "The statistics '%s' were made with %s, and the config asks for %s. The statistics decide, and a saved "
+            "adapter tells their settings.",
+            config.statistics,
+            ", ".join(f"{name}={info.settings()[name]}" for name in asked),
+            ", ".join(f"{name}={value}" for name, value in asked.items()),
         )
 
 

@@ -75,6 +75,9 @@ class Patch:
             samples = {name: target.sample() for name, target in self._targets.items()}
             warn_of_other_base(saved.config.manifest, samples, f"Adapter '{self.name}'")
 
+    def __repr__(self) -> str:
+        return f"Patch({self.name!r}, {len(self._targets)} modules, {'' if self._written else 'not '}applied)"
+
     def apply(self) -> None:
         """Write W + D into the weights.
 

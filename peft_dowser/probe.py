@@ -10,22 +10,20 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import nn
 
 from .compiled import uncompiled
 from .config import DowserConfig
 from .modes import in_eval_mode
 from .passes import Passes, Share
-from .prompts import Prompt, prompt_length, synthetic_prompts
+from .prompts import Prompt, Text, given_prompts, prompt_length, synthetic_prompts
 from .ranks import by_all_ranks, from_rank, gather, on_every_rank, rank
 from .seeds import generators_restored
 from .spread import check_gathers, is_spread, reshard
 from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
-from .storage import differentiable, offload_hook
+from .storage import autocast_dtype, differentiable, offload_hook
 from .target import Target
 from .targets import check_is_base, resolve_targets
 
@@ -35,7 +33,7 @@ logger = logging.getLogger(__name__)
 def probe(
     model: nn.Module,
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+    prompts: Sequence[Text] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """Measure how much the output depends on every neuron, without data (Eq. 4 to 6).
@@ -46,10 +44,12 @@ def probe(
     it was: parameters, `requires_grad`, train mode, hooks, configs and random generators, also after an exception.
 
     Args:
-        model: the base model, with its weights loaded; quantities are measured in its own dtype.
+        model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
+            only where it is half and has parts that were made wider, such as norms.
         config: gives the targets, N, R, T, the seed and the batch size.
-        prompts: inputs to probe with instead of synthetic ones, one per probe: token ids, shape `(tokens,)`, or the
-            keyword arguments of the model's forward with a batch dimension of 1, such as a processor returns.
+        prompts: inputs to probe with instead of synthetic ones, one per probe: texts, for the tokenizer in the folder
+            or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
+            model's forward with a batch dimension of 1, such as a processor returns.
         statistics: an earlier probe to continue: only the prompts that it lacks are probed (those beyond its
             `num_probes`, or all that are passed), and the result covers both.
 
@@ -76,7 +76,7 @@ def probe_targets(
     model: nn.Module,
     targets: Mapping[str, Target],
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None = None,
+    prompts: Sequence[Text] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
@@ -143,7 +143,7 @@ def _able_ranks(model: nn.Module, spread: bool) -> tuple[list[int], int]:
 def _inputs(
     model: nn.Module,
     config: DowserConfig,
-    prompts: Sequence[Mapping[str, Tensor] | Tensor | Sequence[int]] | None,
+    prompts: Sequence[Text] | None,
     first: int,
 ) -> list[Prompt]:
     """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`; on the CPU.
@@ -151,10 +151,7 @@ def _inputs(
     From a GPU they would be sent with its name, for which every rank would take memory there.
     """
     if prompts is not None:
-        inputs = [_as_prompt(prompt, number) for number, prompt in enumerate(prompts)]
-        if not inputs:
-            raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
-        return _on_cpu(inputs)
+        return _on_cpu(given_prompts(model, prompts))
     if config.num_probes <= first:
         raise ValueError(
             f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
@@ -231,54 +228,31 @@ def _on_meta(model: nn.Module) -> list[str]:
     ]
 
 
-def _as_prompt(prompt: Mapping[str, Tensor] | Tensor | Sequence[int], number: int) -> Prompt:
-    if isinstance(prompt, Mapping):
-        return dict(prompt)
-    ids = torch.as_tensor(prompt, device="cpu")
-    if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
-        raise ValueError(
-            f"prompts[{number}] must be a row of token ids or a mapping of model inputs, got {ids.dtype} of shape "
-            f"{tuple(ids.shape)}."
-        )
-    return {"input_ids": ids.long()[None]}
-
-
 @contextmanager
 def left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Freeze the model, put it into eval mode, and restore everything that a probe changes."""
     reshard(model)
     # By name: an offloaded parameter is another object after every forward.
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    owner: Any = model
-    generation_config = getattr(model, "generation_config", None)
     with ExitStack() as stack:
         stack.enter_context(generators_restored())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(in_eval_mode(model))
         stack.enter_context(torch.compiler.set_stance("force_eager"))  # taps and batches would compile layers anew
         stack.enter_context(differentiable(model))
+        dtype = autocast_dtype(model)
         for device_type in _autocast_devices():
-            stack.enter_context(torch.autocast(device_type, enabled=False))
+            stack.enter_context(torch.autocast(device_type, dtype, enabled=dtype is not None))
         try:
             model.requires_grad_(False)
-            if generation_config is not None:
-                # `generate` fills what we leave open from the model's own defaults, such as beam search.
-                owner.generation_config = _only_tokens(generation_config)
             yield
         finally:
             reshard(model)
             for name in trainable:
                 model.get_parameter(name).requires_grad_(True)
-            if generation_config is not None:
-                owner.generation_config = generation_config
 
 
 def _autocast_devices() -> set[str]:
     """Where autocast may be on; not the devices of the parameters, which those of an offloaded base do not tell."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
-
-
-def _only_tokens(generation_config: GenerationConfig) -> GenerationConfig:
-    tokens = {key: value for key, value in generation_config.to_dict().items() if key.endswith("_token_id")}
-    return GenerationConfig(**tokens)

@@ -1,9 +1,10 @@
 """Prompts without data: the model writes its own from a few random tokens (Eq. 6)."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import Enum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,19 @@ from .storage import device_of
 
 logger = logging.getLogger(__name__)
 
+# A text, its token ids, or the keyword arguments of a forward, for one sample.
+Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
 # Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
 Prompt = dict[str, Tensor]
 
 # Random tokens that start a prompt, at most.
 _MAX_SEED_TOKENS = 5
+# What a model says that cannot run on tokens alone: it wants an image, sound, a language ...
+_NOT_ON_TOKENS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
+_WAY_OUT = (
+    "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
+    "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
+)
 # Prompts written together. A constant, because the prompts depend on it and must not depend on the free memory.
 _GENERATION_BATCH = 64
 
@@ -59,17 +68,19 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
         N - first prompts, on the device of the input embeddings.
 
     Raises:
-        ValueError: the model has no vocabulary, or cannot generate.
+        ValueError: the model has no vocabulary, cannot generate, or needs more than tokens, such as an image or sound.
     """
     model = _promptable(model)
     length = prompt_length(model, config)
     if length < config.probe_length:
         logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
-    if kind_of(model) is Kind.ENCODER:
-        tokens = _random_tokens(model, config, length)[first:]
-    else:
-        chunks = range(first, config.num_probes, _GENERATION_BATCH)
-        tokens = torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
+    try:
+        tokens = _written_tokens(model, config, length, first)
+    except _NOT_ON_TOKENS as error:
+        name = type(model).__name__
+        raise ValueError(
+            f"Cannot write prompts with {name}: it does not run on tokens alone ({error}). {_WAY_OUT}"
+        ) from error
     prompts = [{"input_ids": row[None]} for row in tokens]
     images = range(round(config.probe_images * first), round(config.probe_images * config.num_probes))
     if images:
@@ -79,48 +90,92 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
     if kind_of(model) is Kind.SEQ2SEQ:
-        start = _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
+        start = _decoder_start(model)
         for prompt in prompts:
             ids = prompt["input_ids"]
             prompt["decoder_input_ids"] = torch.cat([ids.new_full((1, 1), start), ids[:, :-1]], 1)
     return prompts
 
 
+def given_prompts(model: nn.Module, prompts: Sequence[Text]) -> list[Prompt]:
+    """Turn what a caller wants to probe with into inputs of the model; texts by the tokenizer that it was loaded with.
+
+    Raises:
+        ValueError: there are none, one is neither a text, a row of token ids nor a mapping, or no tokenizer is at hand.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list, got a single string; pass [text].")
+    if not len(prompts):
+        raise ValueError("prompts is empty: pass at least one prompt, or None for synthetic ones.")
+    tokenizer = _tokenizer(model) if any(isinstance(prompt, str) for prompt in prompts) else None
+    return [_as_prompt(prompt, number, tokenizer) for number, prompt in enumerate(prompts)]
+
+
+def _tokenizer(model: nn.Module) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = getattr(getattr(model, "config", None), "name_or_path", "")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"prompts has texts, and the tokenizer of {type(model).__name__} is not at hand: '{folder}', where the "
+            "model comes from, has none that loads. Pass token ids: prompts=[tokenizer(text)['input_ids'], ...]."
+        ) from error
+
+
+def _as_prompt(prompt: Text, number: int, tokenizer: Any) -> Prompt:
+    if isinstance(prompt, Mapping):
+        return dict(prompt)
+    ids = torch.as_tensor(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt, device="cpu")
+    if ids.dim() != 1 or ids.is_floating_point() or not ids.numel():
+        raise ValueError(
+            f"prompts[{number}] must be a text, a row of token ids or a mapping of model inputs, got {ids.dtype} of "
+            f"shape {tuple(ids.shape)}."
+        )
+    return {"input_ids": ids.long()[None]}
+
+
 def prompt_length(model: Any, config: DowserConfig) -> int:
     """T, or the longest prompt that the model can write where that is shorter."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = config.probe_length if limit is None else limit - _MAX_SEED_TOKENS
-    return min(config.probe_length, longest)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
+    # XLNet says -1 where it has no limit.
+    return min(config.probe_length, limit - _MAX_SEED_TOKENS) if limit > 0 else config.probe_length
 
 
 def _promptable(model: nn.Module) -> PreTrainedModel:
     """The model, if it can write prompts."""
     name = type(model).__name__
-    way_out = (
-        "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
-        "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
-    )
     if not isinstance(model, PreTrainedModel) or not _vocabulary_size(model):
-        raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {way_out}")
+        raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {_WAY_OUT}")
+    if model.main_input_name != "input_ids":
+        raise ValueError(f"Cannot write prompts for {name}: it reads {model.main_input_name}, not tokens. {_WAY_OUT}")
     if kind_of(model) is not Kind.ENCODER and not model.can_generate():
         raise ValueError(
             f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
-            f"base loaded with its head (AutoModelForCausalLM), or: {way_out[0].lower()}{way_out[1:]}"
+            "base loaded with its head (AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForImageTextToText), "
+            "save the statistics and pass DowserConfig(statistics=path): its modules are found under the names that "
+            f"they have here. Or: {_WAY_OUT[0].lower()}{_WAY_OUT[1:]}"
         )
     return model
 
 
 def _vocabulary_size(model: PreTrainedModel) -> int:
-    embeddings: Any = model.get_input_embeddings()
+    """How many tokens the model knows; 0 where it reads none."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:  # what transformers' own says where it finds none
+        return 0
+    shape = shape_of(weight) if isinstance(weight, Tensor) else ()
     size = getattr(model.config.get_text_config(), "vocab_size", 0)
-    return min(size, shape_of(embeddings.weight)[0]) if embeddings is not None and size else 0
+    return min(size, shape[0]) if len(shape) == 2 else 0  # others embed the patches of an image
 
 
 def _special_tokens(config: Any) -> Iterator[int]:
     """Ids of the tokens that are no text, from every `..._token_id` of a config and its parts."""
     for key, value in config.to_dict().items():
         if key.endswith(("_token_id", "_token_index")):
-            yield from (token for token in (value if isinstance(value, list) else [value]) if token is not None)
+            yield from (token for token in (value if isinstance(value, list | tuple) else [value]) if token is not None)
         part = vars(config).get(key)  # what differs by layer, as in Gemma 4, has no single value to ask for
         if part is not config and hasattr(part, "to_dict"):
             yield from _special_tokens(part)
@@ -143,10 +198,15 @@ def _token_id(model: PreTrainedModel, *names: str) -> int | None:
     for name in names:
         for config in _token_configs(model):
             value = getattr(config, name, None)
-            value = value[0] if isinstance(value, list) else value
+            value = value[0] if isinstance(value, list | tuple) else value
             if value is not None and 0 <= value < _vocabulary_size(model):
                 return value
     return None
+
+
+def _decoder_start(model: PreTrainedModel) -> int:
+    """The token that the decoder of a seq2seq model begins with."""
+    return _token_id(model, "decoder_start_token_id", "bos_token_id", "pad_token_id") or 0
 
 
 def _start(model: PreTrainedModel) -> list[int]:
@@ -163,6 +223,17 @@ def _text_tokens(model: PreTrainedModel) -> Tensor:
 
 def _device(model: PreTrainedModel) -> torch.device:
     return device_of(model.get_input_embeddings())
+
+
+def _written_tokens(model: PreTrainedModel, config: DowserConfig, length: int, first: int) -> Tensor:
+    """Prompts `first`, `first + 1`, ..., in rows."""
+    if kind_of(model) is Kind.ENCODER:
+        tokens = _random_tokens(model, config, length)[first:]
+        with torch.no_grad():
+            model(input_ids=tokens[:1])  # raises where that is not enough
+        return tokens
+    chunks = range(first, config.num_probes, _GENERATION_BATCH)
+    return torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
 
 
 def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:
@@ -191,7 +262,7 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
         mask[row, width - len(beginning) :] = 1
     new = length - len(start)
     seed_generators(derived_seed(config.seed, "sampling", first))
-    with torch.no_grad():
+    with torch.no_grad(), _without_defaults(model):
         generate: Any = model.generate
         written = generate(
             input_ids=ids.to(_device(model)),
@@ -200,6 +271,17 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
         )
     begin = torch.tensor(start, device=written.device, dtype=written.dtype).expand(count, -1)
     return torch.cat([begin, written[:, -new:]], 1)
+
+
+@contextmanager
+def _without_defaults(model: Any) -> Iterator[None]:
+    """Keep `generate` from taking what we leave open from the model: beam search, tokens that it forces, and more."""
+    own = model.generation_config
+    try:
+        model.generation_config = GenerationConfig()
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationConfig:
@@ -216,7 +298,7 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
         pad_token_id=pad,
         bos_token_id=_token_id(model, "bos_token_id"),
         eos_token_id=_token_id(model, "eos_token_id"),
-        decoder_start_token_id=_token_id(model, "decoder_start_token_id"),
+        decoder_start_token_id=_decoder_start(model) if kind_of(model) is Kind.SEQ2SEQ else None,
         use_cache=True,
     )
 

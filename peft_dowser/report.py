@@ -61,7 +61,7 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
     rows = [
         ("base model", facts["base_model_name_or_path"] or "not named"),
         ("update ratio asked for", f"{facts['update_ratio']:g}"),
-        ("score, end and scope of the ranking", f"{facts['score']}, {facts['select']}, {facts['scope']}"),
+        ("chosen by", f"score {facts['score']}, the {facts['select']}est by {facts['scope']}"),
         ("seed", facts["seed"]),
         ("adapted modules", f"{len(modules):,}"),
         ("trained weights", f"{facts['trained']:,} ({_percent(facts['ratio'])} of the adapted ones)"),

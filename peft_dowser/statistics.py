@@ -1,9 +1,10 @@
 """What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from .files import write_tensors
 from .manifest import is_sample, unlike_samples
-from .names import printable, quoted
+from .names import few, printable, quoted
 
 _FORMAT = "peft_dowser.statistics"
 _VERSION = 1
@@ -59,6 +60,10 @@ class ProbeInfo:
     probe_images: float
     seed: int
 
+    def settings(self) -> dict[str, Any]:
+        """Values of the fields of a `DowserConfig` that say how to probe like this."""
+        return {name: value for name, value in vars(self).items() if name != "base_model"}
+
 
 @dataclass
 class ProbeStatistics:
@@ -75,6 +80,14 @@ class ProbeStatistics:
     modules: dict[str, ModuleStatistics]
     info: ProbeInfo
     samples: dict[str, str | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        info = self.info
+        tensors = [tensor for module in self.modules.values() for tensor in vars(module).values() if tensor is not None]
+        return (
+            f"ProbeStatistics({len(self.modules)} modules, N={info.num_probes}, R={info.num_rademacher}, "
+            f"T={info.probe_length}, seed={info.seed}, {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB)"
+        )
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file.
@@ -127,6 +140,53 @@ class ProbeStatistics:
         for name, module in modules.items():
             _check_module(name, module, info.num_probes, path)
         return cls(modules, info, samples)
+
+    def named_as(self, names: Collection[str], own: str) -> "ProbeStatistics":
+        """The statistics under the names that another class of the same base gives its modules.
+
+        LlamaForCausalLM has its layers at "model.layers", LlamaModel at "layers", LlamaForQuestionAnswering at
+        "transformer.layers": what follows the prefix of the class is the same.
+
+        Args:
+            names: the modules that statistics are wanted for.
+            own: where the model has its base, such as "transformer"; "" where it is the base.
+
+        Raises:
+            ValueError: the names fit to several parts of the model that was probed, or to none.
+        """
+        known = {name.partition("[")[0] for name in (*self.samples, *self.modules)}
+        if not known.isdisjoint(names):
+            return self
+        start = f"{own}." if own else ""
+        bare = {name.removeprefix(start) for name in names}
+        parts = [name.split(".") for name in known]
+        found = {
+            "".join(f"{part}." for part in path[:depth])
+            for path in parts
+            for depth in range(len(path))
+            if ".".join(path[depth:]) in bare
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"The probe statistics are of a model that names its modules differently, and '{min(bare)}' and others "
+                f"fit to several parts of it: {few(sorted(found))}. Choose target_modules "
+                "that fit to one of them, or probe this model."
+            )
+        if not found:
+            raise ValueError(
+                f"The probe statistics have none of the {len(names)} target modules, such as '{min(names)}': they have "
+                f"{few(sorted(known))}. Probe this model, or choose target_modules among those."
+            )
+        (prefix,) = found
+
+        def renamed(name: str) -> str:
+            return start + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+        return replace(
+            self,
+            modules={renamed(name): module for name, module in self.modules.items()},
+            samples={renamed(name): sample for name, sample in self.samples.items()},
+        )
 
     def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
         """The weights that are not those that were probed, in whatever float dtype either is, by name."""

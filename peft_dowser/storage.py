@@ -1,5 +1,8 @@
 """How a base layer keeps its weight: as it is, quantized, or away from the device until a forward asks for it."""
 
+import math
+import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Conv1D
 
 from ._peft import QuantizationBackend, resolve_quantization_backend
+from .spread import shape_of
 
 
 def backend_of(layer: nn.Module, requantize: Any = None) -> QuantizationBackend | None:
@@ -44,6 +48,26 @@ def differentiable(model: nn.Module) -> Iterator[None]:
     finally:
         for module in packing:
             module.support_avx512bf16_for_cpu = True
+
+
+def autocast_dtype(model: nn.Module) -> torch.dtype | None:
+    """The half dtype of a model that runs under autocast only; None where it runs by itself.
+
+    Someone has made parts of it wider, such as its norms, as one does for training under autocast. What the class of
+    the model keeps in float32 by itself, as T5 does, does not count: its code casts for these parts.
+    """
+    kept = {
+        part
+        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for part in getattr(model, name, None) or ()
+    }
+    weights: Counter[torch.dtype] = Counter()
+    for name, parameter in model.named_parameters():
+        computes = parameter.is_floating_point() and parameter.element_size() > 1  # others are quantized
+        if computes and not any(re.search(rf"(^|\.){part}(\.|$)", name) for part in kept):
+            weights[parameter.dtype] += math.prod(shape_of(parameter))
+    most = max(weights, key=weights.__getitem__, default=torch.float32)
+    return most if len(weights) > 1 and most.itemsize == 2 else None
 
 
 def unpack(layer: Any) -> None:

@@ -67,7 +67,8 @@ class Tap:
 
     def _product(self, grad: Tensor, hidden: Tensor) -> Tensor:
         """dz^T h, shape `(out, in)`, float32."""
-        return (grad.reshape(-1, grad.shape[-1]).T @ hidden.reshape(-1, hidden.shape[-1])).float()
+        rows = hidden.reshape(-1, hidden.shape[-1]).to(grad.dtype)  # under autocast the input may be wider
+        return (grad.reshape(-1, grad.shape[-1]).T @ rows).float()
 
     def _backward(self, grad: Tensor, hidden: Tensor | None) -> None:
         if self.of_loss and hidden is not None:

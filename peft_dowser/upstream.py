@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,9 @@ from .batches import alike, collate
 from .config import DowserConfig
 from .modes import in_eval_mode
 from .probe import left_as_it_was
-from .prompts import Prompt, special_ids, synthetic_prompts
+from .prompts import Prompt, Text, special_ids, synthetic_prompts
 from .seeds import generators_restored
 
-# A text, its token ids, or the keyword arguments of a forward.
-Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
 # The label of a token that does not count, as everywhere in transformers.
 IGNORED = -100
 

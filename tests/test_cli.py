@@ -1,10 +1,12 @@
 """The command: what it writes, what it prints, and one line for every mistake of the user's."""
 
+import argparse
 import importlib
 import importlib.metadata
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from helpers import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
+import peft_dowser.cli
 from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
 from peft_dowser.cli import main
 
@@ -283,6 +286,46 @@ def test_a_config_that_is_no_model_is_refused_in_one_line(
     (tmp_path / "config.json").write_text(json.dumps(known | {"num_attention_heads": 5}))
     line = line_of([*command, str(tmp_path)], capsys)
     assert "The hidden size (32) is not a multiple of the number of attention heads (5)." in line
+
+
+COMMANDS = {
+    "probe": ["base", "-o", "probe.safetensors"],
+    "inspect": ["adapter"],
+    "diff": ["adapter", "adapter"],
+    "report": ["adapter", "-o", "page.html"],
+    "extract": ["base", "base", "-o", "folder"],
+    "plan": ["base"],
+    "merge": ["adapter", "-o", "folder"],
+    "verify": ["adapter"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ctrl_c_is_one_line(command: str, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(options: argparse.Namespace) -> None:
+        raise KeyboardInterrupt
+
+    assert COMMANDS.keys() == peft_dowser.cli._COMMANDS.keys()
+    monkeypatch.setitem(peft_dowser.cli._COMMANDS, command, interrupt)
+    assert main([command, *COMMANDS[command]]) == 130
+    assert capsys.readouterr().err == f"peft-dowser: {command} was interrupted.\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_probe_that_runs(base: Path, tmp_path: Path) -> None:
+    code = "import sys; from peft_dowser.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "probe", str(base), "-o", str(tmp_path / "p"), "--num-rademacher", "100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        told = ""
+        while "Probing" not in told:
+            told += running.stderr.read(1)
+        running.send_signal(signal.SIGINT)
+        _, rest = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert rest.endswith("peft-dowser: probe was interrupted.\n")
+    assert "Traceback" not in told + rest
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_probe_without_memory_or_a_library_is_refused_in_one_line(

@@ -1,5 +1,6 @@
 """What `ForgettingCallback` measures, against one text at a time."""
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -193,8 +194,62 @@ def test_training_stops_at_the_bound(tmp_path: Path, caplog: pytest.LogCaptureFi
         f"Training stops at step 2: the upstream loss has risen by {history(trainer, 'forgetting')[-1][1]:.4g}, "
         "more than max_forgetting=0.001."
     ]
-    with pytest.raises(ValueError, match=r"max_forgetting=1 could never stop .* eval_strategy is 'no'"):
+    with pytest.raises(ValueError, match=r"max_forgetting=1 could never stop .* Pass every_n_steps"):
         trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS, max_forgetting=1)])
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+@pytest.mark.parametrize("disable_tqdm", [False, True])
+@pytest.mark.parametrize("added", ["callbacks", "add_callback", "with its trainer"])
+def test_the_console_and_the_checkpoint_tell_every_measurement(
+    tmp_path: Path, added: str, disable_tqdm: bool, evaluated: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    options = QUIET | {"max_steps": 5, "save_strategy": "steps", "save_steps": 5, "disable_tqdm": disable_tqdm}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **options | (EVALUATED if evaluated else {}))
+    callback = ForgettingCallback(TEXTS, every_n_steps=3)
+    trainer = Trainer(
+        tiny_llama(),
+        arguments,
+        train_dataset=rows(),
+        eval_dataset=rows(2) if evaluated else None,
+        callbacks=[callback] if added == "callbacks" else None,
+    )
+    if added != "callbacks":
+        trainer.add_callback(callback)
+    callback.trainer = trainer if added == "with its trainer" else None
+    trainer.train()
+    found = history(trainer, "forgetting")
+    assert [step for step, _ in found] == ([0, 2, 3, 4, 5] if evaluated else [0, 3, 5])
+    losses = [loss for _, loss in history(trainer, "upstream_loss")]
+    expected = [
+        f"Step {step}: forgetting {rise:.4f} nats per token (upstream_loss {losses[0]:.4f} -> {loss:.4f})"
+        for (step, rise), loss in zip(found, losses, strict=True)
+    ]
+    shown = capfd.readouterr()
+    assert [line for line in shown.out.splitlines() if line.startswith("Step ")] == expected
+    assert [step for step, _ in history(trainer, "loss")] == [1, 2, 3, 4, 5]  # the losses are still logged
+    saved = json.loads((tmp_path / "checkpoint-5" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["forgetting"] for entry in saved if "forgetting" in entry] == [rise for _, rise in found]
+
+
+def test_only_the_first_rank_tells_the_console(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Other(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs) -> None:
+            state.is_world_process_zero = False
+
+    trainer, _ = trained(tiny_llama(), tmp_path, [Other(), ForgettingCallback(TEXTS)], max_steps=1)
+    assert [step for step, _ in history(trainer, "forgetting")] == [0, 1]
+    assert "forgetting" not in capfd.readouterr().out
+
+
+def test_the_bound_holds_between_evaluations_too(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+    callback = ForgettingCallback(TEXTS, max_forgetting=0.001, every_n_steps=3)
+    trainer, _ = trained(model, tmp_path, [callback], max_steps=20, learning_rate=0.1)
+    *before, (step, rise) = history(trainer, "forgetting")
+    assert trainer.state.global_step == step < 20
+    assert [step for step, _ in before] == list(range(0, step, 3))
+    assert rise > 0.001 >= max(rise for _, rise in before)
 
 
 def test_an_accuracy_of_the_users_own(tmp_path: Path) -> None:
@@ -270,6 +325,7 @@ def test_sft_with_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
         ({"texts": TEXTS, "config": config()}, "config is for the prompts that the model writes"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, .* got 1"),
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, or None, got 0"),
         ({"max_forgetting": math.nan}, "max_forgetting must be a finite number of at least 0, got nan"),
         ({"max_forgetting": -1}, "got -1"),
     ],

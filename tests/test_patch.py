@@ -31,6 +31,13 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+def test_it_shows_itself_in_one_line(tmp_path: Path) -> None:
+    patch = Patch(tiny_llama(), saved(tmp_path, 1))
+    assert repr(patch) == f"Patch({str(tmp_path)!r}, 14 modules, not applied)"
+    with patch:
+        assert repr(patch) == f"Patch({str(tmp_path)!r}, 14 modules, applied)"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_applied_it_is_the_merged_model_and_removed_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
     folder = saved(tmp_path, 1, dtype)

@@ -305,8 +305,12 @@ def test_the_meta_device_is_refused() -> None:
     ("prompts", "message"),
     [
         ([], "prompts is empty"),
-        ([torch.zeros(3)], r"prompts\[0\] must be a row of token ids"),
-        ([torch.tensor([1, 2]), torch.zeros(1, 3, dtype=torch.long)], r"prompts\[1\] must be a row of token ids"),
+        ("a text", r"prompts must be a list, got a single string; pass \[text\]"),
+        ([torch.zeros(3)], r"prompts\[0\] must be a text, a row of token ids"),
+        (
+            [torch.tensor([1, 2]), torch.zeros(1, 3, dtype=torch.long)],
+            r"prompts\[1\] must be a text, a row of token ids",
+        ),
     ],
 )
 def test_bad_prompts_are_refused(model: nn.Module, prompts: list, message: str) -> None:

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import config, set_values, tiny_llama
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peft_dowser.injection
-from peft_dowser import DowserLayer, ProbeStatistics, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, probe
 from peft_dowser.statistics import ProbeInfo
 
 MODULE = "model.layers.0.mlp.down_proj"
@@ -38,6 +38,53 @@ def contents(path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def masks(model: nn.Module) -> dict[str, Tensor]:
     return {m.module_name: m.dowser_index["default"].positions for m in model.modules() if isinstance(m, DowserLayer)}
+
+
+# What is told of them
+
+
+def test_they_show_themselves_in_one_line() -> None:
+    found = probe(tiny_llama(), config(seed=3))
+    size = sum(
+        tensor.nbytes for module in found.modules.values() for tensor in vars(module).values() if tensor is not None
+    )
+    assert repr(found) == f"ProbeStatistics(14 modules, N=4, R=2, T=12, seed=3, {size / 1e6:.1f} MB)"
+
+
+def card_line(folder: Path, fact: str) -> str:
+    return next(line for line in (folder / "README.md").read_text().splitlines() if line.startswith(f"- {fact}: "))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_a_saved_adapter_tells_how_its_statistics_were_made(
+    given: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, prompts = tmp_path / "probe.safetensors", [torch.arange(3, 3 + n) for n in (4, 7, 9)]
+    probe(tiny_llama(), config(seed=5, num_rademacher=3), prompts=prompts if given else None).save(path)
+    asked = config(seed=7, num_rademacher=3, num_probes=2, probe_length=32, statistics=str(path))
+    model = get_peft_model(tiny_llama(), asked)
+    notes = [record.getMessage() for record in caplog.records if "were made with" in record.getMessage()]
+    made = "num_probes=3, probe_length=0, seed=5" if given else "num_probes=4, probe_length=12, seed=5"
+    assert len(notes) == 1
+    assert f"made with {made}, and the config asks for num_probes=2, probe_length=32, seed=7." in notes[0]
+    first, second = tmp_path / "first", tmp_path / "second"
+    model.save_pretrained(first)
+    PeftModel.from_pretrained(tiny_llama(), first).save_pretrained(second)  # as the next one finds it
+    for folder in (first, second):
+        saved = json.loads((folder / "adapter_config.json").read_text())
+        names = ("num_probes", "num_rademacher", "probe_length", "probe_images", "seed")
+        assert [saved[name] for name in names] == ([3, 3, 0, 0.0, 5] if given else [4, 3, 12, 0.0, 5])
+        expected = "N = 3, R = 3, prompts that were given" if given else "N = 4, R = 3, T = 12"
+        assert card_line(folder, "probe") == f"- probe: {expected}"
+        assert card_line(folder, "seed") == "- seed: 5"
+
+
+def test_a_config_that_asks_for_nothing_of_its_own_is_no_matter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    probe(tiny_llama(), config(seed=5)).save(tmp_path / "probe.safetensors")
+    get_peft_model(tiny_llama(), DowserConfig(statistics=str(tmp_path / "probe.safetensors")))
+    assert not [record for record in caplog.records if "were made with" in record.getMessage()]
 
 
 # The file
