@@ -17,7 +17,7 @@ from .gate import check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
 from .names import counts_in
-from .notices import report_bare_experts, report_selection, report_unmatched_ratios
+from .notices import report_bare_experts, report_read, report_selection, report_unmatched_ratios
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
 from .ranks import on_every_rank, rank, same_on_all_ranks
@@ -118,6 +118,7 @@ class Injection:
     def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
         """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
         check_counts(counts, self.targets, self.adapter_name)
+        report_read(model, counts, self.adapter_name)
         if self.config.manifest is not None:
             self.samples = self._read_samples(model, counts)
             shapes = {name: self.targets[name].shape for name in counts}

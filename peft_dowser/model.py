@@ -27,7 +27,7 @@ from .injection import Injection, check_adapter_name
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import CODE, is_delta, named
-from .notices import report_scale, report_vanished
+from .notices import report_scale, report_untrained, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
@@ -68,6 +68,8 @@ class DowserModel(BaseTuner):
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
+            if not self._injection.config.inference_mode:
+                report_untrained([layer for _, layer in adapted(model, adapter_name)], adapter_name)
         except BaseException:
             self.peft_config.pop(adapter_name, None)
             if is_new:
