@@ -109,6 +109,7 @@ class Injection:
             warnings.warn(
                 "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
             )
+        config.ensure_weight_tying |= has_ties  # among the default targets nobody has to ask for it
         by_kind = config.target_modules is None or str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         if by_kind or has_ties or config.last_layers is not None:
             config.target_modules = set(self.targets) - set(fused)

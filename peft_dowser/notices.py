@@ -53,10 +53,10 @@ def report_read(model: nn.Module, modules: Iterable[str], adapter_name: str) -> 
     """Say which modules of a saved adapter have no effect before a merge."""
     read = {name: reader for name in modules if (reader := reader_of(model, name)) is not None}
     if read:
+        kinds = " and ".join(sorted(set(read.values())))
         warnings.warn(
-            f"Adapter '{adapter_name}' changes modules {list(read)}, but {' and '.join(sorted(set(read.values())))} may "
-            "read their weights without calling them: merge the adapter (merge_adapter, merge_and_unload), or the "
-            "change may have no effect there.",
+            f"Adapter '{adapter_name}' changes modules {list(read)}, but {kinds} may read their weights without "
+            "calling them: merge the adapter (merge_and_unload), or the change may have no effect there.",
             UserWarning,
             stacklevel=2,
         )
@@ -76,7 +76,7 @@ def report_untrained(layers: Sequence[DowserLayer], adapter_name: str) -> None:
                 _warn_of_untrained(untrained, len(known), adapter_name)
             known.clear()
         # Torch is iterating over the hooks: only the last one can be removed from among them, others wait for a step.
-        if not known and next(reversed(handle.hooks_dict_ref())) == handle.id:
+        if not known and next(reversed(handle.hooks_dict_ref() or {}), None) == handle.id:
             handle.remove()
 
     handle = register_optimizer_step_post_hook(after_step)
@@ -87,7 +87,7 @@ def report_untrained(layers: Sequence[DowserLayer], adapter_name: str) -> None:
 def _untrained(
     optimizer: torch.optim.Optimizer, known: list["weakref.ref[DowserLayer]"], adapter_name: str
 ) -> list[str] | None:
-    """Names of the layers without a gradient; None where the step was that of other weights, and the adapter is there."""
+    """Names of the layers without a gradient; None where the step was one of other weights."""
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     layers = [layer for reference in known if (layer := reference()) is not None]
     values = {layer.module_name: layer.values(adapter_name) for layer in layers if adapter_name in layer.dowser_values}

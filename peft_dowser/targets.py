@@ -24,8 +24,8 @@ from .spread import shape_of
 from .storage import backend_of
 from .target import Target, is_falcons, is_plain
 
-# Linears of a language model, or modules around them, that route tokens to experts; never adapted by default.
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
+# Linears of a language model, or modules around them, that route tokens to experts or streams; no default targets.
+_ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -46,7 +46,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     parameters = _target_parameters(model, config)
-    if config.target_modules is None:
+    by_default = config.target_modules is None
+    if by_default:
         names = _default_targets(model)
         if config.layers_to_transform is not None:
             names = _in_layers(names, config.layers_to_transform)
@@ -69,7 +70,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         names = [name for name in names if name in kept]
         parameters = {name: target for name, target in parameters.items() if name in kept}
     targets = {name: _target(name, model.get_submodule(name)) for name in names} | parameters
-    if config.ensure_weight_tying:
+    if config.ensure_weight_tying or by_default:  # layers that share weights are adapted alike
         targets = _with_ties(model, targets)
     _check_untied(model, targets)
     _check_contiguous(targets)

@@ -4,10 +4,10 @@ import ast
 import copy
 import gc
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ import torch.nn.functional as F
 import transformers
 from groups import on_ranks
 from helpers import config, tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import _global_optimizer_post_hooks, register_optimizer_step_post_hook
-from trainings import QUIET, rows
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
+from trainings import trained as trained_by_trainer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peft_dowser import DowserConfig
@@ -55,7 +55,7 @@ def built(kind: str) -> nn.Module:
 @pytest.mark.parametrize("kind", KERNELS)
 def test_what_a_kernel_reads_is_no_default_target_and_refused_by_name(kind: str) -> None:
     model, read = built(kind), KERNELS[kind][1]
-    given = config(ensure_weight_tying=True)  # for Zamba 2
+    given = config()
     leaves = {name.rpartition(".")[2] for name in resolve_targets(model, given)}
     assert leaves and not leaves & set(read)
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
@@ -66,7 +66,7 @@ def test_what_a_kernel_reads_is_no_default_target_and_refused_by_name(kind: str)
             message = rf"\.{name}'.*\] cannot be trained: \w+ may read their weights.*Take \['{name}'\] out of target"
             with pytest.raises(ValueError, match=message):
                 resolve_targets(model, given)
-    given.target_modules = "all-linear"
+    given.target_modules, given.ensure_weight_tying = "all-linear", True  # for the shared layers of Zamba 2
     with pytest.warns(UserWarning, match=rf"\.{read[-1]}'.*\] are left out: \w+ may read their weights"):
         assert not {name.rpartition(".")[2] for name in resolve_targets(model, given)} & set(read)
 
@@ -155,8 +155,8 @@ def with_closure(model: nn.Module) -> None:
 
 
 def by_trainer(model: nn.Module) -> None:
-    arguments = TrainingArguments(output_dir=os.devnull, max_steps=2, gradient_accumulation_steps=2, **QUIET)
-    Trainer(model=model, args=arguments, train_dataset=rows()).train()
+    with TemporaryDirectory() as folder:
+        trained_by_trainer(model, Path(folder), [], gradient_accumulation_steps=2)
 
 
 WAYS: dict[str, Callable[[nn.Module], None]] = {
@@ -202,9 +202,8 @@ def test_nothing_is_said_where_all_values_train(way: str, caplog: pytest.LogCapt
     assert not _global_optimizer_post_hooks
 
 
-def test_an_adapter_of_transformers_itself_is_watched_too(caplog: pytest.LogCaptureFixture) -> None:
-    model = reading_llama()
-    model.add_adapter(config(score="random"))
+def test_an_adapter_in_a_plain_model_is_watched_too(caplog: pytest.LogCaptureFixture) -> None:
+    model = inject_adapter_in_model(config(score="random"), reading_llama())
     trained(model.train())
     assert [message.startswith(NAMED) for message in said(caplog)] == [True]
 
@@ -265,7 +264,8 @@ def test_nothing_waits_for_an_adapter_that_is_gone(end: str) -> None:
     model = get_peft_model(tiny_llama(), config(score="random"))
     if end == "delete":
         model.add_adapter("other", config(score="random", inference_mode=True))
-        model.delete_adapter("default")
+        with pytest.warns(UserWarning, match="Adapter default was active"):
+            model.delete_adapter("default")
         trained(tiny_llama(), steps=1)
     else:
         model = getattr(model, end)()
