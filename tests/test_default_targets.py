@@ -24,7 +24,7 @@ def named(head: str) -> list[str]:
     return sorted({name for names in listed for name in ([names] if isinstance(names, str) else names)})
 
 
-# Classes without a tower: those of images alone, and Evolla, whose encoder of proteins reads ids as that of a text does.
+# Classes without a tower: those of images alone, and Evolla, whose encoder of proteins reads ids as one of texts does.
 TOWERLESS = {*named("IMAGE_CLASSIFICATION"), "EvollaForProteinText2Text"} - {"ShieldGemma2ForImageClassification"}
 CLASSES = sorted({name for head in HEADS for name in named(head)})
 

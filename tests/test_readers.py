@@ -104,13 +104,20 @@ class ReadingMLP(LlamaMLP):
         return F.linear(hidden, self.down_proj.weight) if self.training else self.down_proj(hidden)
 
 
+class AlwaysReadingMLP(LlamaMLP):
+    """Reads it everywhere, so that a probe does not reach it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.act_fn(self.gate_proj(x)) * self.up_proj(x), self.down_proj.weight)
+
+
 READ = "model.layers.1.mlp.down_proj"
 NAMED = f"Adapter 'default': 1 of 14 modules got no gradient in the first optimizer step: ['{READ}']. "
 
 
-def reading_llama() -> nn.Module:
+def reading_llama(kind: type[LlamaMLP] = ReadingMLP) -> nn.Module:
     model = tiny_llama()
-    model.model.layers[1].mlp.__class__ = ReadingMLP
+    model.model.layers[1].mlp.__class__ = kind
     return model
 
 
@@ -200,6 +207,14 @@ def test_nothing_is_said_where_all_values_train(way: str, caplog: pytest.LogCapt
     WAYS[way](model)
     assert not said(caplog)
     assert not _global_optimizer_post_hooks
+
+
+def test_what_the_probe_has_not_reached_has_no_values_that_could_be_reported(caplog: pytest.LogCaptureFixture) -> None:
+    base = reading_llama(AlwaysReadingMLP)
+    with pytest.warns(UserWarning, match=rf"1 of the target modules stay frozen: {READ} \("):
+        model = get_peft_model(base, config())
+    trained(model.train())
+    assert not said(caplog)
 
 
 def test_an_adapter_in_a_plain_model_is_watched_too(caplog: pytest.LogCaptureFixture) -> None:
