@@ -82,3 +82,9 @@ def is_scaled_embedding(module: nn.Module) -> bool:
 def without_adapters(model: Any) -> None:
     """Note on a model that PEFT adapts it no more, which transformers would believe of it otherwise."""
     model._hf_peft_config_loaded = False
+
+
+def kept_in_float32(model: nn.Module) -> set[str]:
+    """Parts of names of the parameters that a class of transformers keeps in float32 whatever dtype is asked for."""
+    names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    return {part for name in names for part in getattr(model, name, None) or ()}

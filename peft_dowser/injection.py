@@ -16,7 +16,13 @@ from .gate import adapted, check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
 from .names import counts_in, is_delta
-from .notices import report_bare_experts, report_other_probe, report_selection, report_unmatched_ratios
+from .notices import (
+    report_bare_experts,
+    report_other_probe,
+    report_read,
+    report_selection,
+    report_unmatched_ratios,
+)
 from .probe import check_materialized, probe_targets
 from .provenance import compare, warn_of_other_weights
 from .ranks import on_every_rank, rank, same_on_all_ranks
@@ -110,6 +116,7 @@ class Injection:
             warnings.warn(
                 "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
             )
+        config.ensure_weight_tying |= has_ties  # among the default targets nobody has to ask for it
         by_kind = config.target_modules is None or str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         if by_kind or has_ties or config.last_layers is not None:
             config.target_modules = set(self.targets) - set(fused)
@@ -119,6 +126,7 @@ class Injection:
     def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
         """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
         check_counts(counts, self.targets, self.adapter_name)
+        report_read(model, counts, self.adapter_name)
         if self.config.manifest is not None:
             self.samples = self._read_samples(model, counts)
             shapes = {name: self.targets[name].shape for name in counts}

@@ -28,7 +28,7 @@ from .injection import Injection, check_adapter_name, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
 from .mixed_batch import check_names, mixed_batch
 from .names import is_delta
-from .notices import report_not_finite, report_scale, report_vanished
+from .notices import report_not_finite, report_scale, report_untrained, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
@@ -97,6 +97,8 @@ class DowserModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
             config._chosen_with = config.settings()
+            if not config.inference_mode:
+                report_untrained([layer for _, layer in adapted(model, adapter_name)], adapter_name)
         except BaseException:
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)

@@ -3,16 +3,21 @@
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ._peft import get_pattern_key
 from ._transformers import is_experts
 from .config import DowserConfig
 from .layer import DowserLayer
 from .names import few
-from .ranks import digest_of
+from .ranks import digest_of, rank
+from .readers import reader_of
 from .statistics import ProbeInfo
 from .target import Target
 from .targets import layer_of
@@ -62,6 +67,68 @@ def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
             ", ".join(f"{name}={info.settings()[name]}" for name in asked),
             ", ".join(f"{name}={value}" for name, value in asked.items()),
         )
+
+
+def report_read(model: nn.Module, modules: Iterable[str], adapter_name: str) -> None:
+    """Say which modules of a saved adapter have no effect before a merge."""
+    read = {name: reader for name in modules if (reader := reader_of(model, name)) is not None}
+    if read:
+        kinds = " and ".join(sorted(set(read.values())))
+        warnings.warn(
+            f"Adapter '{adapter_name}' changes modules {list(read)}, but {kinds} may read their weights without "
+            "calling them: merge the adapter (merge_and_unload), or the change may have no effect there.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def report_untrained(layers: Sequence[DowserLayer], adapter_name: str) -> None:
+    """Say once, after the first optimizer step, which layers of an adapter got no gradient in it.
+
+    No optimizer is known to a tuner, so a hook waits for the step of any. It keeps no layer alive, and goes with the
+    step or with the layers.
+    """
+    known = [weakref.ref(layer) for layer in layers]
+
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if known and (untrained := _untrained(optimizer, known, adapter_name)) is not None:
+            if untrained and rank() == 0:
+                _warn_of_untrained(untrained, len(known), adapter_name)
+            known.clear()
+        # Torch is iterating over the hooks: only the last one can be removed from among them, others wait for a step.
+        if not known and next(reversed(handle.hooks_dict_ref() or {}), None) == handle.id:
+            handle.remove()
+
+    handle = register_optimizer_step_post_hook(after_step)
+    for layer in layers[:1]:
+        weakref.finalize(layer, handle.remove)
+
+
+def _untrained(
+    optimizer: torch.optim.Optimizer, known: list["weakref.ref[DowserLayer]"], adapter_name: str
+) -> list[str] | None:
+    """Names of the layers without a gradient; None where the step was one of other weights."""
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for reference in known if (layer := reference()) is not None]
+    values = {layer.module_name: layer.values(adapter_name) for layer in layers if adapter_name in layer.dowser_values}
+    # Of a flat parameter that FSDP1 has cut into pieces, a rank may have nothing of these values.
+    ours = {name: value for name, value in values.items() if id(value) in stepped and value.numel()}
+    untrained = [name for name, value in ours.items() if value.grad is None]
+    waits = values and len(untrained) == len(ours)
+    return None if waits else untrained
+
+
+def _warn_of_untrained(untrained: list[str], total: int, adapter_name: str) -> None:
+    logger.warning(
+        "Adapter '%s': %d of %d modules got no gradient in the first optimizer step: %s. They may train later where "
+        "this batch did not need them, as it is with some experts, or with an image tower on text. Otherwise the model "
+        "reads their weights without calling them, or makes no use of them, and they will never train: leave them out "
+        "(exclude_modules).",
+        adapter_name,
+        len(untrained),
+        total,
+        untrained,
+    )
 
 
 def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers import Conv1D
 
 from ._peft import QuantizationBackend, resolve_quantization_backend
+from ._transformers import kept_in_float32
 from .spread import shape_of
 
 
@@ -56,11 +57,7 @@ def autocast_dtype(model: nn.Module) -> torch.dtype | None:
     Someone has made parts of it wider, such as its norms, as one does for training under autocast. What the class of
     the model keeps in float32 by itself, as T5 does, does not count: its code casts for these parts.
     """
-    kept = {
-        part
-        for name in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
-        for part in getattr(model, name, None) or ()
-    }
+    kept = kept_in_float32(model)
     weights: Counter[torch.dtype] = Counter()
     for name, parameter in model.named_parameters():
         computes = parameter.is_floating_point() and parameter.element_size() > 1  # others are quantized

@@ -9,7 +9,7 @@ from typing import cast
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import NoMatchingPeftModuleError
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
@@ -18,14 +18,13 @@ from ._peft import AuxiliaryTrainingWrapper, _maybe_include_all_linear_layers, c
 from ._transformers import is_experts, is_falcons, is_scaled_embedding, still_tied_weights, tied_weights
 from .compiled import uncompiled, usual_modules, usual_name
 from .config import DowserConfig
+from .readers import reader_of
 from .spread import shape_of
 from .storage import backend_of
 from .target import Target, is_plain
 
-# Linears of a language model, or modules around them, that route tokens to experts; never adapted by default.
-_ROUTERS = {"gate", "router", "shared_expert_gate"}
-# Modules of torch that read the weights of their linears: the second one wherever it has a faster way in eval mode.
-_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+# Linears of a language model, or modules around them, that route tokens to experts or streams; no default targets.
+_ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 _LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -60,13 +59,15 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         Targets by name, in the order of the model: modules first, then fused parameters.
 
     Raises:
-        ValueError: no default exists for this model, nothing is matched, a target parameter is not fused, a weight is
-            tied to that of another module or not contiguous, or `last_layers` cannot be met.
+        ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its
+            module, a target parameter is not fused, a weight is tied to that of another module or not contiguous, or
+            `last_layers` cannot be met.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     model = uncompiled(model)
     parameters = _target_parameters(model, config)
-    if config.target_modules is None:
+    by_default = config.target_modules is None
+    if by_default:
         names = _default_targets(model)
         if config.layers_to_transform is not None:
             names = _in_layers(names, config.layers_to_transform)
@@ -78,6 +79,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         if config.target_modules is not asked:
             config.target_modules = _less_whole(config)
     names = _matching(model, config)
+    if config.nnz_pattern is None:  # a saved adapter may have values there all the same, and be merged
+        names = _called(model, names, by_name=str(asked).lower() != INCLUDE_LINEAR_LAYERS_SHORTHAND)
     if not names and config.layers_to_transform is not None:
         anywhere = copy.copy(config)
         anywhere.layers_to_transform = anywhere.layers_pattern = None
@@ -89,7 +92,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         names = [name for name in names if name in kept]
         parameters = {name: target for name, target in parameters.items() if name in kept}
     targets = {name: _target(name, model.get_submodule(name)) for name in names} | parameters
-    if config.ensure_weight_tying:
+    if config.ensure_weight_tying or by_default:  # layers that share weights are adapted alike
         targets = _with_ties(model, targets)
     _check_untied(model, targets)
     _check_contiguous(targets)
@@ -128,19 +131,32 @@ def _adaptable_names(model: nn.Module) -> list[str]:
 
 
 def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
-    """The modules that a config names, less those that are not called: an adapter would change nothing."""
-    names = [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
-    parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
-    uncalled = [name for name, parent in parents.items() if isinstance(parent, _READERS)]
-    if uncalled:
-        kinds = " and ".join(sorted({type(parents[name]).__name__ for name in uncalled}))
-        warnings.warn(
-            f"Target modules {uncalled} are left out: {kinds} may read their weights without calling them, so an "
-            "adapter would change nothing before a merge.",
-            UserWarning,
-            stacklevel=2,
+    """The modules that a config names."""
+    return [name for name in _adaptable_names(model) if check_target_module_exists(config, name)]
+
+
+def _called(model: nn.Module, names: list[str], by_name: bool) -> list[str]:
+    """The modules that are called; others are left out with a warning, and refused if `by_name` asks for them alone."""
+    read = {name: reader for name in names if (reader := reader_of(model, name)) is not None}
+    if not read:
+        return names
+    called = [name for name in names if name not in read]
+    reason = (
+        f"{' and '.join(sorted(set(read.values())))} may read their weights without calling them, so an adapter would "
+        "change nothing before a merge"
+    )
+    refused = sorted({_leaf(name) for name in read} - {_leaf(name) for name in called}) if by_name else []
+    if refused:
+        raise ValueError(
+            f"Target modules {[name for name in read if _leaf(name) in refused]} cannot be trained: {reason}. Take "
+            f"{refused} out of target_modules, or put them into exclude_modules."
         )
-    return [name for name in names if name not in uncalled]
+    warnings.warn(f"Target modules {list(read)} are left out: {reason}.", UserWarning, stacklevel=2)
+    return called
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _less_whole(config: DowserConfig) -> set[str]:
@@ -156,24 +172,26 @@ def _default_targets(model: nn.Module) -> set[str]:
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} is not a transformers model, "
             "so there is no default."
         )
-    language_model = _language_model(model)
-    modules = usual_modules(model)
-    start = next(name for name, module in modules.items() if uncompiled(module) is uncompiled(language_model))
-    vision = tuple(
-        name + "."
+    text = _text_part(model)
+    whole = uncompiled(model if model.config.is_encoder_decoder else text)
+    modules = {name: uncompiled(module) for name, module in usual_modules(model).items()}
+    start = next(f"{name}." if name else "" for name, module in modules.items() if module is whole)
+    towers = tuple(
+        f"{name}."
         for name, module in modules.items()
-        if name and isinstance(uncompiled(module), PreTrainedModel) and module.main_input_name == "pixel_values"
+        if name and _is_tower(module, model) and all(inner is not text for inner in module.modules())
     )
-    prefix = f"{start}." if start else ""
-    names = {
+    linears = {
         name
         for name in _adaptable_names(model)
-        if name.startswith(prefix)
-        and not (vision and name.startswith(vision))
+        if name.startswith(start)
         and _LAYER_INDEX.search(name)
         and _ROUTERS.isdisjoint(name.split("."))
         and _is_linear(model.get_submodule(name))
+        and reader_of(model, name) is None
     }
+    # A model of images or sound alone is all tower.
+    names = {name for name in linears if not name.startswith(towers)} or linears
     if not names:
         raise ValueError(
             f"Please specify `target_modules` in `peft_config`: {type(model).__name__} has no linear modules in "
@@ -232,13 +250,18 @@ def _short(name: str) -> str:
     return name.removeprefix(layer_of(name) + ".")
 
 
-def _language_model(model: PreTrainedModel) -> nn.Module:
-    """The text decoder; the whole model where it has an encoder for text."""
-    if model.config.is_encoder_decoder:
-        return model
-    decoder = model.get_decoder()
-    inside = decoder is not None and any(module is decoder for module in model.modules())
-    return cast(nn.Module, decoder) if inside else model
+def _text_part(model: PreTrainedModel) -> nn.Module:
+    """The part that has the config of the text, which writes it where a part reads and another writes."""
+    config = model.config.get_text_config(decoder=True)
+    parts = (module for module in model.modules() if getattr(module, "config", None) is config)
+    return next(parts, model)
+
+
+def _is_tower(module: nn.Module, model: PreTrainedModel) -> bool:
+    """Whether a part of a model reads images or sound, and no text."""
+    if isinstance(module, PreTrainedModel):
+        return "text" not in (module.input_modalities or ())
+    return getattr(module, "config", model.config) is getattr(model.config, "vision_config", None)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -357,7 +380,7 @@ def _check_matched(targets: set[str] | list[str] | str, names: list[str], model:
     asked = [targets] if isinstance(targets, str) else sorted(targets)
     known = _adaptable_names(model)
     if not names:
-        leaves = sorted({name.rpartition(".")[2] for name in known if _is_linear(model.get_submodule(name))})
+        leaves = sorted({_leaf(name) for name in known if _is_linear(model.get_submodule(name))})
         raise NoMatchingPeftModuleError(
             f"Target modules {asked} not found in the base model, or all of them are excluded. Its linear modules are "
             f"called {leaves}; change target_modules or exclude_modules."

@@ -9,7 +9,15 @@ from helpers import config, set_values
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
 
 from peft_dowser import DeltaFormatError, DowserLayer, Patch, merge, probe, verify
 from peft_dowser.tied import Tied
@@ -202,3 +210,26 @@ def test_a_damaged_file_leaves_the_plain_base(tmp_path: Path) -> None:
     with pytest.raises(DeltaFormatError, match="not finite"):
         PeftModel.from_pretrained(base, tmp_path)
     assert type(base.lm_head) is nn.Linear and torch.equal(logits(base), before)
+
+
+def zamba2() -> Zamba2ForCausalLM:
+    """Its layers 1 and 3 share a transformer."""
+    torch.manual_seed(0)
+    mamba = {"mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 4, "chunk_size": 8, "num_mem_blocks": 1}
+    layers = {"layers_block_type": ["mamba", "hybrid"] * 2, "hybrid_layer_ids": [1, 3], "num_hidden_layers": 4}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "adapter_rank": 4, "vocab_size": 64}
+    tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    return Zamba2ForCausalLM(Zamba2Config(**mamba, **layers, **sizes, **tokens)).eval()
+
+
+def test_layers_that_share_weights_are_default_targets_with_one_delta(tmp_path: Path) -> None:
+    model = get_peft_model(zamba2(), config())
+    set_values(model)
+    layers = model.model.model.layers
+    shared, other = (layers[number].shared_transformer.self_attn.q_proj for number in (1, 3))
+    assert isinstance(shared, DowserLayer) and isinstance(other, Tied) and other.layer is shared
+    found = logits(model.eval())
+    assert not torch.equal(found, logits(zamba2()))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(zamba2(), tmp_path)), found)
+    assert torch.equal(logits(model.merge_and_unload()), found)
