@@ -298,7 +298,7 @@ def test_every_architecture_that_generates_text_is_probed(mapping: str) -> None:
 
 
 def generates(model: Any) -> bool:
-    """Whether transformers alone lets it write on from tokens, of which some are padding."""
+    """Whether transformers alone runs it on tokens, and lets it write on from some with padding."""
     if not model.can_generate():
         return False
     ids = torch.tensor([[10, 11, 12], [13, 14, 15]])
@@ -306,6 +306,7 @@ def generates(model: Any) -> bool:
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:
         mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        model(input_ids=ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=plain).shape[0] == 2
     except (RuntimeError, ImportError):
         raise
