@@ -969,3 +969,9 @@ def test_experts_are_refused_in_mixed_batches(names: list[str]) -> None:
         ValueError, match="changes the fused weights of experts, where the rows of a batch cannot be told"
     ):
         model(input_ids=torch.tensor([[1, 5, 9], [1, 20, 3]]), adapter_names=names)
+
+
+def test_cuda_graphs_leave_experts_out() -> None:
+    """Their ops ask for the rows of each expert, which a capture does not allow."""
+    for op in (torch.ops.dowser.experts.default, torch.ops.dowser.experts_grads.default):
+        assert torch.Tag.cudagraph_unsafe in op.tags
