@@ -346,7 +346,8 @@ class Linear(nn.Module, DowserLayer):
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the adapters' D; y = base_layer(x) + x D^T where the layer `is_additive`."""
-        base, transposed = self.get_base_layer(), self.target.transposed
+        base: Any = self.get_base_layer()
+        transposed = self.target.transposed
         values = [self.scaled_values(name) for name in active]
         positions = [self.index(name).decoded() for name in active]
         here = self._in_its_dtype(x.to(positions[0].device))  # where accelerate moves it for the base layer
