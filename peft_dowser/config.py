@@ -109,6 +109,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
+        # Whether it was read from a file: a mask is then never chosen by it.
+        self._from_file = False
         # What `ForgettingCallback` measured last.
         self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
@@ -145,7 +147,9 @@ class DowserConfig(PeftConfig):
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if path.is_file():
             check_readable(path)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._from_file = True
+        return config
 
     @property
     def saved_nnz(self) -> dict[str, int] | None:
@@ -239,7 +243,7 @@ class DowserConfig(PeftConfig):
                 yield from _no_expression(name, value)
         for name, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
             value = getattr(self, name)
-            if not (value is None or _is_list(value, str)):
+            if not (value is None or (_is_list(value, str) and all(value))):
                 yield f"{name} must be a list of {kind} names, got {value!r}"
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
         if not (layers is None or _is_index(layers) or _is_list(layers, int)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -23,17 +23,19 @@ from .embedding import Embedding
 from .engines import complete, leave_positions_to_us
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
+from .guard import differ
 from .injection import Injection, check_adapter_name
 from .layer import DowserLayer, Linear, dowser_layers
+from .loading import current_load
 from .mixed_batch import check_names, mixed_batch
-from .names import CODE, is_delta, named
+from .names import CODE, VALUES, is_delta, named
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
 from .rehearsal import note_merged_everywhere, prepare_merge, unmerge_everywhere
 from .storage import backend_of
 from .tied import Tied
-from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
+from .whole import check_unmerged_embeddings, fitted, own_biases
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class DowserModel(BaseTuner):
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
         self.peft_config[adapter_name] = self._injection.config
         is_new = not adapted(model, adapter_name)
+        if is_new and (load := current_load()) is not None:
+            load.guards.append(self._injection.guard)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -314,13 +318,19 @@ class DowserModel(BaseTuner):
         code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        remapped = with_names_in(model, remapped)
-        whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
-        guard = next((layer.index(adapter_name).guard for _, layer in layers), None)
-        with guard or nullcontext():
-            check_file(layers, adapter_name, remapped)
-            check_whole_tensors(model, adapter_name, config, whole, f"Adapter '{adapter_name}'")
-        for _, layer in layers:
-            layer.release(adapter_name)
-        return remapped
+        check_file(layers, adapter_name, remapped, state_dict.keys())
+        deltas = {key: tensor for key, tensor in remapped.items() if is_delta(key)}
+        state = model.state_dict()
+        whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
+        if (load := current_load()) is not None:
+            load.keep(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
+        return _as_loaded(deltas, layers, adapter_name) | whole
+
+
+def _as_loaded(
+    deltas: Mapping[str, Tensor], layers: Sequence[tuple[str, DowserLayer]], adapter_name: str
+) -> dict[str, Tensor]:
+    """The deltas with their values in the dtypes of the layers, which PEFT would take from the file."""
+    dtypes = {name + named(VALUES, adapter_name): layer.values(adapter_name).dtype for name, layer in layers}
+    return {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in deltas.items()}
