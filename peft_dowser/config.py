@@ -109,8 +109,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
-        # Whether it was read from a file: a mask is then never chosen by it.
-        self._from_file = False
+        # Whether it was read from a file that should have counts and has none: no mask is chosen by it.
+        self._lacks_counts = False
         # What `ForgettingCallback` measured last.
         self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
@@ -147,8 +147,8 @@ class DowserConfig(PeftConfig):
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if path.is_file():
             check_readable(path)
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config._from_file = True
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._lacks_counts = isinstance(config, cls) and config.nnz_pattern is None
         return config
 
     @property

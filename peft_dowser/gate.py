@@ -73,7 +73,7 @@ def check_file(
         name, layer = named_layer
         index = layer.index(adapter_name)
         try:
-            check_values(state_dict[name + values], index.nnz, layer.dowser_values[adapter_name].weight.dtype)
+            check_values(state_dict[name + values], index.nnz, layer.values(adapter_name).dtype)
             return index.read(state_dict[name + code])
         except DeltaFormatError as error:
             raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error

@@ -25,14 +25,14 @@ class Guard:
         ]
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    def replaced(self) -> Iterator[tuple[str, Tensor, Tensor]]:
-        """The tensors in whose place there are others, with other content: the name, what was there, and what is."""
+    def replaced(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors in whose place there are others, with other content, and their names."""
         names = {module: name for name, module in self.model.named_modules()}
         for module, _, parameters, buffers in self._state:
             for name, before in (parameters | buffers).items():
                 now = module._parameters.get(name, module._buffers.get(name))
                 if module in names and now is not None and before is not None and differ(before, now):
-                    yield f"{names[module]}.{name}", before, now
+                    yield f"{names[module]}.{name}", before
 
     def restore(self) -> None:
         """Take the adapter out of the model, and put back what was replaced."""
@@ -40,14 +40,10 @@ class Guard:
             warnings.simplefilter("ignore")  # PEFT announces the next active adapter
             for module, *_ in self._state:
                 _delete(module, self.adapter_name)
-        for module, children, parameters, buffers in self._state:
-            for now, before in (
-                (module._modules, children),
-                (module._parameters, parameters),
-                (module._buffers, buffers),
-            ):
+        for module, *before in self._state:
+            for now, then in zip((module._modules, module._parameters, module._buffers), before, strict=True):
                 now.clear()
-                now.update(before)
+                now.update(then)  # type: ignore[arg-type]
         for parameter, requires_grad in self._trainable:
             parameter.requires_grad_(requires_grad)
         _forget(self.model, self.adapter_name)

@@ -82,7 +82,7 @@ class Injection:
         config._in_use = True
         counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
         load = current_load()
-        if counts is None and twin is None and (load is not None or given._from_file):
+        if counts is None and twin is None and (load is not None or given._lacks_counts):
             counts = config._selected = _counts_beside(load, adapter_name)
         return cls(adapter_name, config, Guard(model, adapter_name), twin, counts)
 

@@ -11,19 +11,21 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
+from peft.utils import PeftType, load_peft_weights
 from torch import Tensor, nn
 from transformers.integrations.peft import PeftAdapterMixin
 
+from ._registry import NAME
 from .codec import DeltaFormatError
 from .config import DowserConfig
 from .gate import check_loaded
 from .guard import Guard
 from .names import few
-from .whole import check_replaced, saved_names
+from .whole import check_foreign, saved_names
 
 
 @dataclass
@@ -131,6 +133,8 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _load_adapter_of_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
     def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with _loading() as load:
             try:
@@ -143,25 +147,44 @@ def _load_adapter_of_transformers(original: Callable[..., Any]) -> Callable[...,
                     "says, which the report above names. It was edited, or belongs to another base model."
                 ) from error
             for guard in load.guards:
-                _check_end(guard, report)
+                _check_end(guard, report, signature.bind(self, *args, **kwargs).arguments)
             return report
 
     return load_adapter
 
 
-def _check_end(guard: Guard, report: Any) -> None:
+def _check_end(guard: Guard, report: Any, given: Mapping[str, Any]) -> None:
     """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
 
-    It shows the file to nobody, and puts every tensor whose name the model has in its place.
+    It shows the file to nobody, puts every tensor whose name the model has in its place, and converts it to any dtype.
+
+    Args:
+        guard: what the model was before.
+        report: what transformers says of the load.
+        given: the arguments of `load_adapter`.
 
     Raises:
         DeltaFormatError: tensors are missing, or others than those of the adapter were replaced.
     """
     model, name = guard.model, guard.adapter_name
     check_loaded(model, name)
-    check_replaced(model, name, list(guard.replaced()), list(report.unexpected_keys))
+    config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
+    tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
+    check_foreign(model, name, [replaced for replaced, _ in guard.replaced()])
     if lacking := sorted(set(report.missing_keys) & set(saved_names(model, name).values())):
         raise DeltaFormatError(_lacks(lacking, name))
+
+
+def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The tensors in the file that transformers has loaded."""
+    if given.get("adapter_state_dict") is not None:
+        return given["adapter_state_dict"]
+    config = given.get("load_config")
+    options = getattr(config, "download_kwargs", {}) | (given.get("adapter_kwargs") or {}) | given.get("kwargs", {})
+    known = {key: options[key] for key in ("subfolder", "revision", "cache_dir", "token") if options.get(key)}
+    name = given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None)
+    return load_peft_weights(str(name), device="cpu", **known)
 
 
 def _lacks(keys: list[str], adapter_name: str) -> str:

@@ -5,7 +5,7 @@ modules that its config says it trains, and the embeddings, which PEFT saves whe
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -47,30 +47,15 @@ def fitted(
     return found
 
 
-def check_replaced(
-    model: nn.Module, adapter_name: str, replaced: Sequence[tuple[str, Tensor, Tensor]], unknown: Sequence[str]
-) -> None:
-    """Refuse an adapter that was loaded with tensors that it does not train, or that do not fit.
-
-    Args:
-        model: the model that it was loaded into.
-        adapter_name: its name.
-        replaced: the tensors of the base that were replaced: the name, what was there, and what is.
-        unknown: names of the tensors in the file that the model does not have.
+def check_foreign(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
+    """Refuse an adapter whose load has replaced tensors of the base that it does not train.
 
     Raises:
-        DeltaFormatError: loading has overwritten something else, or there is nothing of this name.
+        DeltaFormatError: it has.
     """
-    state, where = model.state_dict(), f"Adapter '{adapter_name}'"
-    brought = _brought(model, adapter_name, state)
-    keys = [name for name, _, _ in replaced] + [key for key in unknown if not is_delta(key)]
-    names = _names_of(keys, brought)
-    if foreign := [key for key in keys if key not in names]:
-        raise DeltaFormatError(f"{where}: {foreign_problem(foreign)}")
-    new = [(name, state[name], state[name]) for name in saved_names(model, adapter_name).values()]
-    for name, before, now in (*replaced, *new):
-        if problem := misfit(now, before):
-            raise DeltaFormatError(f"{where}: the tensor {name[:200]!r} {problem}")
+    names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
+    if foreign := [name for name in replaced if name not in names]:
+        raise DeltaFormatError(f"Adapter '{adapter_name}': {foreign_problem(foreign)}")
 
 
 def misfit(tensor: Tensor, own: Tensor) -> str | None:
@@ -107,22 +92,21 @@ def check_whole_modules(model: nn.Module, config: DowserConfig) -> None:
     lists = {next(iter(embeddings), "embed_tokens"): tokens} if isinstance(tokens, list) else tokens
     for end, indices in lists.items():
         for name, module in model.named_modules():
-            if name.endswith(end) and (rows := _rows(module)) is not None:
-                _check_tokens(name, indices, rows)
+            if name.endswith(end) and not isinstance(module, AuxiliaryTrainingWrapper):
+                _check_tokens(name, indices, module)
 
 
 _HOLDERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
 
 
-def _rows(module: nn.Module) -> int | None:
-    """How many tokens the weight of a module has; None where it has no such weight."""
-    while isinstance(module, AuxiliaryTrainingWrapper | DowserLayer | Tied):
-        module = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module.base_layer
-    weight = module._parameters.get("weight")
-    return None if weight is None or weight.dim() != 2 else weight.shape[0]
-
-
-def _check_tokens(name: str, indices: Sequence[int], rows: int) -> None:
+def _check_tokens(name: str, indices: Sequence[int], module: nn.Module) -> None:
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(
+            f"trainable_token_indices names module '{name}', a {type(module).__name__}, which has no row for every "
+            "token. Name the embeddings or the output head."
+        )
+    rows = weight.shape[0]
     outside = [index for index in indices if not 0 <= index < rows]
     if outside or len(set(indices)) < len(indices):
         problem = f"{outside[:5]} are no tokens" if outside else "tokens are listed twice"
@@ -159,15 +143,16 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
         adapter_name: name of the adapter.
         state: names of all tensors of the model.
     """
-    config = model.peft_config[adapter_name]  # type: ignore[index]
-    others = [f".{name}." for name in model.peft_config if name != adapter_name]  # type: ignore[union-attr]
+    configs = cast(Mapping[str, DowserConfig], model.peft_config)
+    bias = configs[adapter_name].bias
+    others = [f".{name}." for name in configs if name != adapter_name]
     embeddings = tuple(f"{name}." for name, _ in _embedding_modules(model))
     own = {*saved_names(model, adapter_name).values()}
-    if config.bias == "dowser_only":
+    if bias == "dowser_only":
         own |= {f"{name}.base_layer.bias" for name, _ in adapted(model, adapter_name)}
     brought = {}
     for name in state:
-        is_own = name in own or name.startswith(embeddings) or (config.bias == "all" and f".{name}".endswith(".bias"))
+        is_own = name in own or name.startswith(embeddings) or (bias == "all" and f".{name}".endswith(".bias"))
         if is_own and not is_delta(name) and not any(other in f"{name}." for other in others):
             plain = _plain(name.removesuffix(f".{adapter_name}"))
             brought[plain] = name
