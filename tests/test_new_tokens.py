@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import set_values
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:ensure_weight_tying=True has no effect"),
     pytest.mark.filterwarnings("ignore:Unsupported layer type"),
 ]
+PREFIX = "base_model.model."
 NEW = [96, 97, 98, 99]
 TRAINED = {
     "modules_to_save, both": {"modules_to_save": ["embed_tokens", "lm_head"]},
@@ -36,6 +37,8 @@ TRAINED = {
     "targets, embeddings": {"target_modules": ["q_proj", "embed_tokens"], "ensure_weight_tying": True},
     "targets, head": {"target_modules": ["q_proj", "lm_head"], "ensure_weight_tying": True},
 }
+# PEFT makes, saves and loads it, with any method, but has no forward for it.
+MUTE = (True, "tokens and head, as TRL")
 COMBINATIONS = list(product((False, True), ("auto", True, False), TRAINED))
 
 
@@ -110,13 +113,18 @@ def test_what_peft_writes_loads(
 ) -> None:
     model = trained(resized(folder, tied), **TRAINED[name])
     model.save_pretrained(tmp_path, save_embedding_layers=save_embeddings)
-    expected = logits(model)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = None if (tied, name) == MUTE else logits(model)
     loaders: list[Callable] = [by_peft, by_resuming, by_transformers]
     for load in loaders:
-        assert torch.equal(logits(load(resized(folder, tied), tmp_path, TRAINED[name])), expected), load.__name__
+        loaded = load(resized(folder, tied), tmp_path, TRAINED[name])
+        found = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+        assert found.keys() == {key.removeprefix("" if isinstance(loaded, PeftModel) else PREFIX) for key in tensors}
+        assert all(torch.equal(found.get(key, found.get(key.removeprefix(PREFIX))), tensors[key]) for key in tensors)
+        assert expected is None or torch.equal(logits(loaded), expected), load.__name__
 
 
-@pytest.mark.parametrize(("tied", "name"), list(product((False, True), TRAINED)))
+@pytest.mark.parametrize(("tied", "name"), [pair for pair in product((False, True), TRAINED) if pair != MUTE])
 def test_a_checkpoint_of_the_trainer_is_resumed_from(tied: bool, name: str, folder: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 5, 96, 99], "labels": [1, 5, 96, 99]}] * 4
     options = {"report_to": [], "per_device_train_batch_size": 1, "use_cpu": True, "disable_tqdm": True, "seed": 0}
