@@ -315,7 +315,8 @@ ODD += [[3, 3], [10], {}, {"up": 24}, {"words": [0]}, {"": [1]}, {"up": [1, 4]},
 
 
 def _odd_field(settings: dict[str, Any], generator: random.Random) -> None:
-    settings[generator.choice(sorted(settings))] = generator.choice(ODD)
+    # PEFT reads the type before it knows whose file it is.
+    settings[generator.choice(sorted(settings.keys() - {"peft_type"}))] = generator.choice(ODD)
 
 
 def _odd_whole(settings: dict[str, Any], generator: random.Random) -> None:
