@@ -111,6 +111,8 @@ class DowserConfig(PeftConfig):
         self._in_use = False
         # Whether it was read from a file that should have counts and has none: no mask is chosen by it.
         self._lacks_counts = False
+        # Whether it is being written beside the file of its adapter.
+        self._is_saving = False
         # What `ForgettingCallback` measured last.
         self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
@@ -174,7 +176,8 @@ class DowserConfig(PeftConfig):
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
         if self._in_use:
-            plain["manifest"] = self._written
+            # Only beside the file that it describes: programs that write the config first, or alone, have an older one.
+            plain["manifest"] = self._written if self._is_saving else None
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -182,7 +185,11 @@ class DowserConfig(PeftConfig):
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
-            super().save_pretrained(work, **kwargs)
+            self._is_saving = True
+            try:
+                super().save_pretrained(work, **kwargs)
+            finally:
+                self._is_saving = False
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         self.complete_card(folder)
 

@@ -28,7 +28,7 @@ from .injection import Injection, check_adapter_name
 from .layer import DowserLayer, Linear, dowser_layers
 from .loading import current_load
 from .mixed_batch import check_names, mixed_batch
-from .names import CODE, VALUES, is_delta, named
+from .names import CODE, PREFIX, VALUES, is_delta, named
 from .notices import report_scale, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
@@ -314,11 +314,14 @@ class DowserModel(BaseTuner):
         cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
+        layers = adapted(model, adapter_name)
+        if layers and layers[0][0].startswith(PREFIX) and not any(key.startswith(PREFIX) for key in state_dict):
+            # It was saved from a model with the adapter in it but no PeftModel around it, as diffusers does.
+            state_dict = {PREFIX + key: tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         code = named(CODE, adapter_name)
         # PEFT leaves out the buffers that are no part of a state dict, see `state.Index`.
         remapped = {key.replace(CODE, code) if key.endswith(CODE) else key: t for key, t in remapped.items()}
-        layers = adapted(model, adapter_name)
         check_file(layers, adapter_name, remapped, state_dict.keys())
         deltas = {key: tensor for key, tensor in remapped.items() if is_delta(key)}
         state = model.state_dict()

@@ -1,5 +1,6 @@
 """A load of a saved adapter: any that fails leaves the model as it was, and none chooses a mask."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from bad_files import Before, edit_config, edit_tensors
+from bad_files import Before, Small, edit_config, edit_tensors
 from helpers import config, set_values, tiny_llama
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
@@ -332,10 +334,6 @@ class Plain(nn.Module):
         return None
 
 
-class PlainWithoutHead(Plain):
-    get_output_embeddings = None  # type: ignore[assignment]
-
-
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers")
 @pytest.mark.filterwarnings("ignore:Could not identify embedding")
 @pytest.mark.parametrize("save_embeddings", ["auto", True, False])
@@ -377,3 +375,27 @@ def test_auto_classes_are_watched_too(tmp_path: Path) -> None:
     edit_tensors(tmp_path / "adapter", lambda found: found | {HEAD: torch.ones(64, 32).bool()})
     with pytest.raises(DeltaFormatError, match=r"is torch\.bool"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("saves", [1, 2])
+def test_what_diffusers_writes_loads(saves: int, tmp_path: Path) -> None:
+    """`save_lora_adapter` of diffusers puts the config, written before the tensors, into the header of their file."""
+    model = inject_adapter_in_model(DowserConfig(score="random", target_modules=["up", "down"]), Small())
+    for seed in range(saves):
+        set_values(model, seed=seed)
+        config_of_file = model.peft_config["default"].to_dict()
+        header = {"lora_adapter_metadata": json.dumps(config_of_file, indent=2, sort_keys=True)}
+        save_file(get_peft_model_state_dict(model), tmp_path / "pytorch_lora_weights.safetensors", header)
+    with safe_open(tmp_path / "pytorch_lora_weights.safetensors", framework="pt") as file:
+        written = json.loads(file.metadata()["lora_adapter_metadata"])
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    x = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
+    injected = inject_adapter_in_model(DowserConfig.from_peft_type(**written), Small())
+    set_peft_model_state_dict(injected, tensors)
+    assert torch.equal(injected(x), model(x))
+    wrapped = get_peft_model(Small(), DowserConfig.from_peft_type(**written))
+    set_peft_model_state_dict(wrapped, tensors)
+    assert torch.equal(wrapped(x), model(x))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(written))
+    assert torch.equal(PeftModel.from_pretrained(Small(), tmp_path)(x), model(x))
