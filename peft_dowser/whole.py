@@ -144,7 +144,8 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
     bias = configs[adapter_name].bias
     others = [f".{name}." for name in configs if name != adapter_name]
     embeddings = tuple(f"{name}." for name, _ in _embedding_modules(model))
-    own = {*saved_names(model, adapter_name).values()}
+    saved = saved_names(model, adapter_name)
+    own = {*saved.values()}
     if bias == "dowser_only":
         own |= {f"{name}.base_layer.bias" for name, _ in adapted(model, adapter_name)}
     brought = {}
@@ -154,7 +155,7 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
             plain = _plain(name.removesuffix(f".{adapter_name}"))
             brought[plain] = name
             brought.setdefault(_bare(plain), name)
-    return brought
+    return brought | {key.removeprefix(PREFIX): name for key, name in saved.items()}
 
 
 def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]:
