@@ -155,7 +155,8 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
             plain = _plain(name.removesuffix(f".{adapter_name}"))
             brought[plain] = name
             brought.setdefault(_bare(plain), name)
-    return brought | {key.removeprefix(PREFIX): name for key, name in saved.items()}
+    # Under their whole names, so that the original of a module is not taken for the adapter's copy.
+    return brought | {PREFIX + key.removeprefix(PREFIX): name for key, name in saved.items()}
 
 
 def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]:
@@ -167,7 +168,8 @@ def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]
     found = {}
     for key in keys:
         plain = _plain(key)
-        name = key if key in known else brought.get(plain) or brought.get(_bare(plain))
+        kinds = (PREFIX + key.removeprefix(PREFIX), plain, _bare(plain))
+        name = key if key in known else next((brought[kind] for kind in kinds if kind in brought), None)
         if name is not None:
             found[key] = name
     return found
