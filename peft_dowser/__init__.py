@@ -2,7 +2,8 @@
 
 Importing this package registers the method with PEFT; then `get_peft_model(model, DowserConfig(...))`, TRL's trainers,
 `save_pretrained`, `from_pretrained` and `merge_and_unload` work as they do for LoRA. It also lets `push_to_hub` keep
-the model cards of Dowser adapters; nothing else of PEFT changes.
+the model cards of Dowser adapters, and the methods that load one undo what they did where they fail; nothing else of
+PEFT changes.
 """
 
 from ._peft import ensure_peft_type
@@ -18,6 +19,7 @@ from .extract import extract  # noqa: E402
 from .forgetting import ForgettingCallback  # noqa: E402
 from .hotswap import hotswap  # noqa: E402
 from .layer import DowserLayer  # noqa: E402
+from .loading import watch_loads  # noqa: E402
 from .merging import merge, verify  # noqa: E402
 from .model import DowserModel  # noqa: E402
 from .patch import Patch  # noqa: E402
@@ -47,3 +49,4 @@ __all__ = [
 
 register(DowserConfig, DowserModel)
 keep_cards(DowserConfig)
+watch_loads()

@@ -94,9 +94,9 @@ def adapters_of(wrapper: AuxiliaryTrainingWrapper) -> Collection[str]:
     return wrapper._adapters
 
 
-def saved_names(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> Collection[str]:
-    """The names, in the wrapper, of the tensors that a file of the adapter has."""
-    return wrapper.adapter_state_dict_load_map(adapter_name).values()
+def saved_names_in(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, str]:
+    """The names, in the wrapper, of the tensors that a file of the adapter has, by their names in the file."""
+    return wrapper.adapter_state_dict_load_map(adapter_name)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from .names import CODE, PREFIX, VALUES, base_name, is_delta, quoted
 from .provenance import check_modules, check_shapes, unlike
 from .target import Target
 from .targets import resolve_targets
-from .whole import foreign_tensors, missing_tensors, whole_in_base
+from .whole import foreign_tensors, misfit, missing_tensors
 
 # More than any weight has: thousands of times a position in such a one still fits 64 bits.
 _MOST_ENTRIES = 2**50
@@ -179,7 +178,7 @@ class SavedAdapter:
             if problem := self._other_problem(base, name):
                 yield f"{self._where}: {problem}"
         known = [name for name in self.others if name in base.tensors]
-        if problem := foreign_tensors(self.config, known, self.counts, whole_in_base(base.model, self.config)):
+        if problem := foreign_tensors(self.config, known, self.counts, base.model):
             yield f"{self._where}: {problem}"
         if problem := missing_tensors(self.config, self.others, base.model):
             yield f"{self._where}: {problem}"
@@ -231,12 +230,8 @@ class SavedAdapter:
                 f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "
                 "can only be merged in memory, with merge_and_unload()."
             )
-        tensor = self.other(name)
-        if tuple(tensor.shape) != base.shape(name) or not tensor.is_floating_point():
-            return f"{shown} is {tensor.dtype} of shape {tuple(tensor.shape)}, the base has shape {base.shape(name)}."
-        if not bool(torch.isfinite(tensor).all()):
-            return f"{shown} has entries that are not finite."
-        return None
+        problem = misfit(self.other(name), base.read(name))
+        return problem and f"the tensor {shown} {problem}"
 
 
 def _is_shape(shape: Any) -> TypeGuard[list[int]]:

@@ -108,8 +108,13 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     return positions
 
 
-def check_values(values: Tensor, nnz: int) -> None:
+def check_values(values: Tensor, nnz: int, dtype: torch.dtype = torch.float32) -> None:
     """Refuse values of another number or kind than `nnz` finite floating-point ones.
+
+    Args:
+        values: the values as they are in the file.
+        nnz: how many there have to be.
+        dtype: what they are about to become, and have to be finite in.
 
     Raises:
         DeltaFormatError: they are not.
@@ -119,9 +124,18 @@ def check_values(values: Tensor, nnz: int) -> None:
             f"expected {nnz} floating-point values, the file has {values.dtype} of shape {tuple(values.shape)}; the "
             "adapter in the file was made with another update_ratio or base model"
         )
-    integers, exponent = _EXPONENTS[values.dtype]
-    if bool(((_array(values.detach().view(integers)) & exponent) == exponent).any()):
+    if not is_finite(values, dtype):
         raise DeltaFormatError("the file has values that are not finite")
+
+
+def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all floating-point entries of a tensor are finite, also once they are converted to `dtype`."""
+    if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
+        tensor = tensor.to(dtype)
+    if tensor.dtype not in _EXPONENTS:  # of float8, which torch does not ask
+        return bool(tensor.float().isfinite().all())
+    integers, exponent = _EXPONENTS[tensor.dtype]
+    return not bool(((_array(tensor.detach().view(integers)) & exponent) == exponent).any())
 
 
 def _is_mask(numel: int, nnz: int) -> bool:

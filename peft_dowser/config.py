@@ -118,6 +118,10 @@ class DowserConfig(PeftConfig):
         self._in_use = False
         # How the statistics were made that the mask comes from, where it comes from some.
         self._probed: ProbeInfo | None = None
+        # Whether it was read from a file that should have counts and has none: no mask is chosen by it.
+        self._lacks_counts = False
+        # Whether it is being written beside the file of its adapter.
+        self._is_saving = False
         # What `ForgettingCallback` measured last.
         self._forgetting: dict[str, float] | None = None
         # The manifest of what was saved last: no field either, for a later save has other values.
@@ -154,7 +158,9 @@ class DowserConfig(PeftConfig):
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if path.is_file():
             check_readable(path)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config._lacks_counts = isinstance(config, cls) and config.nnz_pattern is None
+        return config
 
     def settings(self) -> dict[str, Any]:
         """A copy of the values that decide which weights train; PEFT changes others after the choice."""
@@ -188,7 +194,8 @@ class DowserConfig(PeftConfig):
         if self._probed is not None:
             plain |= self._probed.settings()
         if self._in_use:
-            plain["manifest"] = self._written
+            # Only beside the file that it describes: programs that write the config first, or alone, have an older one.
+            plain["manifest"] = self._written if self._is_saving else None
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -206,7 +213,11 @@ class DowserConfig(PeftConfig):
                 stacklevel=2,
             )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
-            super().save_pretrained(work, **kwargs)
+            self._is_saving = True
+            try:
+                super().save_pretrained(work, **kwargs)
+            finally:
+                self._is_saving = False
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         self.complete_card(folder)
 
@@ -270,7 +281,7 @@ class DowserConfig(PeftConfig):
                 yield from _no_expression(name, value)
         for name, kind in (("modules_to_save", "module"), ("target_parameters", "parameter")):
             value = getattr(self, name)
-            if not (value is None or _is_list(value, str)):
+            if not (value is None or (_is_list(value, str) and all(value))):
                 yield f"{name} must be a list of {kind} names, got {value!r}"
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
         if not (layers is None or _is_index(layers) or _is_list(layers, int)):

@@ -41,7 +41,12 @@ def is_count(nnz: object) -> TypeGuard[int]:
     return isinstance(nnz, int) and not isinstance(nnz, bool) and nnz > 0
 
 
-def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, state_dict: Mapping[str, Tensor]) -> None:
+def check_file(
+    layers: Sequence[tuple[str, DowserLayer]],
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    names: Collection[str],
+) -> None:
     """Check every tensor of a saved adapter against the layers that it is loaded into.
 
     The positions that this decodes are left with the layers, which so need not decode them again.
@@ -50,6 +55,7 @@ def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, sta
         layers: those that carry the adapter, with their names in the model.
         adapter_name: its name.
         state_dict: its tensors, as the model calls them.
+        names: their names in the file.
 
     Raises:
         ValueError: the adapter is merged.
@@ -58,13 +64,16 @@ def check_file(layers: Sequence[tuple[str, DowserLayer]], adapter_name: str, sta
     check_unmerged([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
-    check_keys([name + part for name, _ in layers for part in (values, code)], state_dict, where)
+    expected = [name + part for name, _ in layers for part in (values, code)]
+    check_keys(expected, state_dict, where)
+    if odd := [key for key in expected if key in names]:  # a file does not know how its adapter will be called
+        raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
 
     def read(named_layer: tuple[str, DowserLayer]) -> Tensor:
         name, layer = named_layer
         index = layer.index(adapter_name)
         try:
-            check_values(state_dict[name + values], index.nnz)
+            check_values(state_dict[name + values], index.nnz, layer.values(adapter_name).dtype)
             return index.read(state_dict[name + code])
         except DeltaFormatError as error:
             raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
@@ -108,25 +117,20 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
         )
 
 
-def check_loaded(model: nn.Module, adapter_name: str) -> bool:
-    """Refuse an adapter of which a part was loaded.
-
-    Returns:
-        Whether it was loaded as a whole; False where none of its tensors was.
-    """
+def check_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that was not loaded, or not as a whole."""
     missing, loaded = [], 0
     for name, layer in adapted(model, adapter_name):
         has_values = not cast(Values, layer.dowser_values[adapter_name]).awaited
         has_code = layer.index(adapter_name).positions is not None
         missing += [f"{name}{part}" for part, found in ((VALUES, has_values), (CODE, has_code)) if not found]
         loaded += has_values + has_code
-    if loaded and missing:
+    if missing:
         raise DeltaFormatError(
             f"Adapter '{adapter_name}': {len(missing)} of {loaded + len(missing)} Dowser tensors were not loaded: "
             f"{few(missing)}. The file lacks them, or has them in another shape; it is incomplete, or belongs to "
             "another adapter or base model."
         )
-    return loaded > 0
 
 
 def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:

@@ -71,6 +71,12 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
                 f"Adapter '{name}' also trains {also}, which hotswap does not replace. Use load_adapter() and "
                 "delete_adapter()."
             )
+    if saved.others:
+        raise ValueError(
+            f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
+            f"{next(iter(saved.others))[:100]!r}, which hotswap does not replace. Use load_adapter() and "
+            "delete_adapter()."
+        )
     if different := sorted(layers.keys() ^ saved.counts.keys()):
         raise ValueError(
             f"Adapter '{saved.name}' is not for the modules of adapter '{adapter_name}'; {len(different)} differ: "

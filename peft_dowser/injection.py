@@ -11,10 +11,12 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from ._peft import bare_base
+from .codec import DeltaFormatError
 from .config import PROBED_SCORES, DowserConfig
 from .gate import adapted, check_counts
 from .guard import Guard
 from .layer import DowserLayer, dowser_layers
+from .loading import Load, current_load
 from .names import counts_in, is_delta
 from .notices import (
     report_bare_experts,
@@ -31,6 +33,7 @@ from .spread import check_whole
 from .statistics import ProbeStatistics
 from .target import Target
 from .targets import fused_parameters, resolve_targets
+from .whole import check_whole_modules
 
 # By task, the heads that PEFT trains as a whole, and puts into `modules_to_save` only when the adapter is there.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -84,7 +87,10 @@ class Injection:
             config._written = config._forgetting = None
         config._in_use = True
         counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
-        return cls(adapter_name, config, Guard(model, adapter_name, config), twin, counts)
+        load = current_load()
+        if counts is None and twin is None and (load is not None or config._lacks_counts):
+            counts = config._selected = _counts_beside(load, adapter_name)
+        return cls(adapter_name, config, Guard(model, adapter_name), twin, counts)
 
     @property
     def fused(self) -> list[str]:
@@ -94,6 +100,7 @@ class Injection:
     def prepare(self, model: nn.Module) -> None:
         """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
         self.config.check()
+        check_whole_modules(model, self.config)
         _check_unmerged(model, is_chosen=self.twin is None and self.counts is None)
         check_whole(model)
         self.targets = resolve_targets(model, self.config)
@@ -185,7 +192,7 @@ class Injection:
             layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
         elif self.counts is not None:
             known = config.manifest["modules"][layer.module_name]["code_sha256"] if config.manifest else None
-            layer.add_placeholder(name, self.counts[layer.module_name], self.guard, known)
+            layer.add_placeholder(name, self.counts[layer.module_name], known)
         layer.set_adapter(active, inference_mode=config.inference_mode)
 
 
@@ -200,6 +207,22 @@ def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
         )
     if heads := _LATE_HEADS.get(config.task_type or ""):
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
+def _counts_beside(load: Load | None, adapter_name: str) -> dict[str, int]:
+    """The counts of a saved adapter whose config has none: those of the config beside its file.
+
+    Raises:
+        DeltaFormatError: there are none. A mask is then not chosen instead: it would be a stranger who decides what is
+            probed, how long, and which files are read for it.
+    """
+    if load is None or load.counts is None:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}': its config came from a file, but has no nnz_pattern, so nothing tells which "
+            "weights it trains. adapter_config.json was edited, or is not that of a saved adapter. To make a new "
+            "adapter, make a new DowserConfig."
+        )
+    return dict(load.counts)
 
 
 def check_adapter_name(adapter_name: str) -> None:

@@ -17,7 +17,7 @@ from .entries import checksum, merged_entries, write_entries_
 from .mixed_rows import by_adapter
 from .postmerge import Delta
 from .sparse_linear import Weight, add_delta_, in_autocast, refuse_tangents, sparse_linear
-from .state import Guard, Index, Values
+from .state import Index, Values
 from .storage import has_own_forward, offload_hook
 from .target import Target
 
@@ -136,13 +136,12 @@ class DowserLayer(BaseTunerLayer):
             values.normal_(std=float(target.read().float().std()))
         self._add(adapter_name, values, encode(positions, target.numel), positions)
 
-    def add_placeholder(self, adapter_name: str, nnz: int, guard: Guard, code_digest: str | None = None) -> None:
+    def add_placeholder(self, adapter_name: str, nnz: int, code_digest: str | None = None) -> None:
         """Add an adapter whose positions and values a file will fill in.
 
         Args:
             adapter_name: its name.
             nnz: number of its values.
-            guard: what has to agree before they are used.
             code_digest: SHA-256 of the index code in the file, where it is known.
 
         Raises:
@@ -158,11 +157,7 @@ class DowserLayer(BaseTunerLayer):
         device = target.device
         code = torch.zeros(code_length(numel, nnz), dtype=torch.uint8, device=device)
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
-        self._add(adapter_name, values, code, None, code_digest, guard)
-
-    def release(self, adapter_name: str) -> None:
-        """Let an adapter be used, whatever its guard says."""
-        cast(Values, self.dowser_values[adapter_name]).guard = self.index(adapter_name).guard = None
+        self._add(adapter_name, values, code, None, code_digest)
 
     def fill(self, adapter_name: str, delta: Delta, code: Tensor) -> None:
         """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
@@ -183,12 +178,11 @@ class DowserLayer(BaseTunerLayer):
         code: Tensor,
         positions: Tensor | None,
         code_digest: str | None = None,
-        guard: Guard | None = None,
     ) -> None:
         numel = self.target.numel
         self.scaling[adapter_name] = 1.0
-        self.dowser_values[adapter_name] = Values(values, guard)
-        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest, guard)
+        self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
+        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.

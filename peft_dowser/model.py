@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -24,10 +24,12 @@ from .embedding import Embedding
 from .engines import complete, leave_positions_to_us, with_usual_names
 from .experts import Experts, FusedParameter
 from .gate import adapted, check_file
+from .guard import differ
 from .injection import Injection, check_adapter_name, prepare_for_task
 from .layer import DowserLayer, Linear, dowser_layers
+from .loading import current_load
 from .mixed_batch import check_names, mixed_batch
-from .names import is_delta
+from .names import PREFIX, VALUES, is_delta, named
 from .notices import report_not_finite, report_scale, report_untrained, report_vanished
 from .provenance import described
 from .quantized import QuantizedLinear
@@ -36,7 +38,7 @@ from .state import Values
 from .storage import backend_of
 from .targets import check_is_base
 from .tied import Tied
-from .whole import check_unmerged_embeddings, check_whole_tensors, own_biases, with_names_in
+from .whole import check_unmerged_embeddings, fitted, own_biases
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +94,8 @@ class DowserModel(BaseTuner):
         before = dict(vars(config))
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
         is_new = not adapted(model, adapter_name)
+        if is_new and (load := current_load()) is not None:
+            load.guards.append(self._injection.guard)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -355,14 +359,24 @@ class DowserModel(BaseTuner):
         cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """The gate: the whole file is checked against the model before a single tensor is loaded."""
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        remapped = with_names_in(model, with_usual_names(model, remapped, adapter_name))
-        whole = [key for key in remapped if not is_delta(key)]
         layers = adapted(model, adapter_name)
-        guard = next((layer.index(adapter_name).guard for _, layer in layers), None)
-        with guard or nullcontext():
-            check_file(layers, adapter_name, remapped)
-            check_whole_tensors(model, adapter_name, config, whole, f"Adapter '{adapter_name}'")
-        for _, layer in layers:
-            layer.release(adapter_name)
-        return remapped
+        if layers and layers[0][0].startswith(PREFIX) and not any(key.startswith(PREFIX) for key in state_dict):
+            # It was saved from a model with the adapter in it but no PeftModel around it, as diffusers does.
+            state_dict = {PREFIX + key: tensor for key, tensor in state_dict.items()}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped = with_usual_names(model, remapped, adapter_name)
+        check_file(layers, adapter_name, remapped, state_dict.keys())
+        deltas = {key: tensor for key, tensor in remapped.items() if is_delta(key)}
+        state = model.state_dict()
+        whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
+        if (load := current_load()) is not None:
+            load.keep(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
+        return _as_loaded(deltas, layers, adapter_name) | whole
+
+
+def _as_loaded(
+    deltas: Mapping[str, Tensor], layers: Sequence[tuple[str, DowserLayer]], adapter_name: str
+) -> dict[str, Tensor]:
+    """The deltas with their values in the dtypes of the layers, which PEFT would take from the file."""
+    dtypes = {name + named(VALUES, adapter_name): layer.values(adapter_name).dtype for name, layer in layers}
+    return {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in deltas.items()}

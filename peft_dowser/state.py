@@ -1,9 +1,8 @@
 """What an adapter keeps for one target: its values and their positions, and how a saved file fills them in."""
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +20,6 @@ _NOT_LOADED = (
 logger = logging.getLogger(__name__)
 
 
-class Guard(AbstractContextManager[None], Protocol):
-    """Watches over a model into which a saved adapter is loaded, see `guard.Guard`."""
-
-    def settle(self) -> None: ...
-
-
 class Values(nn.Module):
     """The trained values of one adapter.
 
@@ -34,25 +27,22 @@ class Values(nn.Module):
         weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
         may_be_narrow: whether the user was told already that they train in less than float32.
-        guard: what has to agree before they are used; None where they come from no file, or it has agreed.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, values: Tensor, guard: Guard | None) -> None:
+    def __init__(self, values: Tensor, awaited: bool = False) -> None:
         super().__init__()
-        self.guard = guard
         self.may_be_narrow = False
         self.awaited = False
         self.weight = nn.Parameter(values)
-        self.awaited = guard is not None
+        self.awaited = awaited
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and self.awaited:  # how transformers loads a parameter
             if not value.is_meta:
                 value = nn.Parameter(_owned(value), value.requires_grad)
-                with self.guard or nullcontext():
-                    check_values(value, self.weight.numel())
+                check_values(value, self.weight.numel())
             self.awaited = False
         super().__setattr__(name, value)
 
@@ -60,13 +50,13 @@ class Values(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         loaded = state_dict.get(prefix + "weight")
         if loaded is not None:
-            self.awaited, self.guard = False, None
+            self.awaited = False
             if not loaded.is_meta and self.weight.data_ptr() == loaded.data_ptr():
                 self.weight.data = _owned(loaded)
 
     def fill(self, values: Tensor) -> None:
         """Take other values, shape `(nnz,)`; the same parameter stays, and its memory where the number does."""
-        self.awaited, self.guard = False, None
+        self.awaited = False
         if values.shape == self.weight.shape:
             self.weight.data.copy_(values)
         else:
@@ -79,8 +69,6 @@ class Values(nn.Module):
         Raises:
             DeltaFormatError: this is a placeholder, and no file was loaded into it, or one that does not fit.
         """
-        if self.guard is not None:
-            self.guard.settle()
         if self.awaited:
             raise DeltaFormatError(f"This adapter has no values yet: {_NOT_LOADED}")
         return self.weight
@@ -117,7 +105,6 @@ class Index(nn.Module):
         written: dtype and `entries.checksum` of what that merge wrote; None while unmerged, or merged briefly.
         writes: how often code and positions had been written in place when they last agreed.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
-        guard: as in `Values`.
         checked: a code that was read already, and its positions; None unless a load is under way.
     """
 
@@ -132,10 +119,8 @@ class Index(nn.Module):
         nnz: int,
         numel: int,
         code_digest: str | None = None,
-        guard: Guard | None = None,
     ) -> None:
         super().__init__()
-        self.guard = guard
         self.nnz = nnz
         self.numel = numel
         self.digest = None
@@ -163,13 +148,6 @@ class Index(nn.Module):
             self.code = code
         else:
             self._decode(code)
-        if code is not None:
-            self.guard = None
-
-    def train(self, mode: bool = True) -> "Index":
-        if self.guard is not None:  # transformers' `load_adapter` ends with this
-            self.guard.settle()
-        return super().train(mode)
 
     def _decode(self, source: Tensor | None) -> None:
         """Fill in the positions of the code, which was taken from `source`; those of a code that was read stay."""
@@ -179,15 +157,13 @@ class Index(nn.Module):
         elif checked is not None and (source is checked[0] or torch.equal(checked[0].to(self.code.device), self.code)):
             self.positions = checked[1].to(self.code.device)
         else:
-            with self.guard or nullcontext():
-                self.positions = self.read(self.code)
+            self.positions = self.read(self.code)
         if self.positions is not None:
             self.digest = None  # another file may follow
             self.writes = self._count_writes()
 
     def fill(self, code: Tensor, positions: Tensor) -> None:
         """Take other positions with their code; in the same memory where their number stays."""
-        self.guard = None
         if self.positions is not None and positions.shape == self.positions.shape:
             self.code.copy_(code)
             self.positions.copy_(positions)
@@ -214,8 +190,6 @@ class Index(nn.Module):
             DeltaFormatError: this is a placeholder, and no file was loaded into it, or one that does not fit.
             ValueError: something has written into them.
         """
-        if self.guard is not None:
-            self.guard.settle()
         if self.positions is None:
             raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
         if not torch.compiler.is_compiling():

@@ -1033,6 +1033,8 @@ def test_experts_in_a_loop_of_anybody_are_adapted() -> None:
     x = torch.randn(5, 8)
     found = model(x)
     assert torch.equal(found, model.merge_and_unload()(x))
+
+
 def test_cuda_graphs_leave_experts_out() -> None:
     """Their ops ask for the rows of each expert, which a capture does not allow."""
     for op in (torch.ops.dowser.experts.default, torch.ops.dowser.experts_grads.default):

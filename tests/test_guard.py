@@ -1,7 +1,5 @@
-"""transformers' own `load_adapter` loads whatever a file names: the guard takes it all back, or all of it is right."""
+"""transformers' own `load_adapter` loads whatever a file names: what is not right is taken back before it returns."""
 
-import copy
-import pickle
 import random
 import re
 from collections.abc import Callable
@@ -9,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import CONFIG, DAMAGES, FILE, Before, base_holds, edit_config, edit_tensors
+from bad_files import CONFIG, DAMAGES, FILE, Before, edit_config, edit_tensors
 from helpers import config, set_values, tiny_llama
 from peft import get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
@@ -53,14 +51,8 @@ def with_first(is_trainable: bool) -> PreTrainedModel:
 
 
 def refused(base: PreTrainedModel, folder: Path, is_trainable: bool, message: str) -> None:
-    """Load the adapter, or use it where transformers has told us nothing of the end of loading."""
-    with pytest.raises((DeltaFormatError, RuntimeError), match=message) as caught:
+    with pytest.raises(DeltaFormatError, match=message):
         base.load_adapter(str(folder), "loaded", is_trainable=is_trainable)
-        assert is_trainable
-        base.train()
-    if caught.type is RuntimeError:  # transformers' own report of a tensor of another shape
-        with pytest.raises(DeltaFormatError, match="were not loaded"):
-            base.train()
 
 
 def large(tensors: dict[str, Tensor], name: str) -> None:
@@ -75,8 +67,8 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "both missing": (lambda t: (t.pop(VALUES), t.pop(CODE)), "2 of 4 Dowser tensors were not loaded"),
     "code with all bits": (lambda t: t[CODE].fill_(255), "index code"),
     "code with another bit": (lambda t: t[CODE].__setitem__(0, int(t[CODE][0]) ^ 1), "index code"),
-    "code short": (lambda t: t.update({CODE: t[CODE][1:].clone()}), "not loaded|ignore_mismatched_sizes"),
-    "values short": (lambda t: t.update({VALUES: t[VALUES][1:].clone()}), "values that|not loaded|ignore_mismatched"),
+    "code short": (lambda t: t.update({CODE: t[CODE][1:].clone()}), "of other shapes than its config"),
+    "values short": (lambda t: t.update({VALUES: t[VALUES][1:].clone()}), "of other shapes than its config"),
     **{
         name: (lambda t, key=key: large(t, LAYER + key), "has 1 tensors that the adapter does not train: '.*layers.0")
         for name, key in FOREIGN.items()
@@ -85,7 +77,8 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: (large(t, LAYER + FOREIGN["norm"]), t[VALUES].fill_(float("nan"))),
         "not finite",
     ),
-    "only a norm": (lambda t: (t.clear(), large(t, LAYER + FOREIGN["norm"])), "does not train"),
+    "only a norm": (lambda t: (t.clear(), large(t, LAYER + FOREIGN["norm"])), "4 of 4 Dowser tensors were not loaded"),
+    "nothing of ours": (lambda t: (t.clear(), large(t, "lm_head.weight")), "4 of 4 Dowser tensors were not loaded"),
 }
 
 
@@ -136,13 +129,9 @@ def test_no_mutant_harms_a_model_of_transformers(damage: Callable, folder: Path)
         try:
             base.load_adapter(str(folder))
             logits(base)
-        except DeltaFormatError as error:
+        except (DeltaFormatError, SafetensorError, OSError):  # the latter of a file that cannot be read at all
             refused += 1
-            assert base_holds(untouched), number
-            assert "yet" in str(error) or untouched.holds(), number
-        except (SafetensorError, OSError):  # of a file that cannot be read at all
-            refused += 1
-            assert base_holds(untouched), number
+            assert untouched.holds(), number
     assert refused
 
 
@@ -156,16 +145,6 @@ def test_an_auto_class_refuses_too(tmp_path: Path) -> None:
     edit_tensors(tmp_path / "adapter", lambda found: large(found, LAYER + FOREIGN["norm"]))
     with pytest.raises(DeltaFormatError, match="has 1 tensors that the adapter does not train"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
-
-
-def test_nothing_of_ours_in_a_file_is_refused_when_the_adapter_is_used(folder: Path) -> None:
-    base = tiny_llama(layers=1)
-    untouched = Before(base)
-    edit_tensors(folder, lambda found: {"lm_head.lora_A.weight": torch.zeros(2, 2)})
-    base.load_adapter(str(folder))
-    with pytest.raises(DeltaFormatError, match="has no values yet"):
-        logits(base)
-    assert base_holds(untouched)
 
 
 @pytest.mark.parametrize("settings", [{"bias": "all"}, {"bias": "dowser_only"}, {"modules_to_save": ["mlp.up_proj"]}])
@@ -185,54 +164,6 @@ def test_whole_tensors_of_the_adapter_are_loaded(settings: dict, tmp_path: Path)
     loaded = base()
     loaded.load_adapter(str(tmp_path))
     assert torch.equal(logits(loaded), logits(model.eval()))
-
-
-def renewed(base: nn.Module) -> None:
-    """Give a norm a Parameter of the same content, as those do who place or tie weights."""
-    norm = base.get_submodule("model.norm")
-    norm.weight = nn.Parameter(norm.weight.detach().clone())
-
-
-CHANGES: dict[str, Callable[[PreTrainedModel], object]] = {
-    "resized": lambda base: base.resize_token_embeddings(80),
-    "cast": lambda base: base.bfloat16(),
-    "replaced by its equal": renewed,
-    "state loaded": lambda base: base.load_state_dict(
-        {name: tensor.clone() for name, tensor in base.state_dict().items()}, assign=True
-    ),
-    "state of another": lambda base: base.load_state_dict(
-        {name: tensor + 1 if "norm" in name else tensor.clone() for name, tensor in base.state_dict().items()},
-        assign=True,
-    ),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_the_user_changes_before_the_first_use_is_no_attack(change: Callable, folder: Path) -> None:
-    base = tiny_llama(layers=1)
-    base.load_adapter(str(folder), is_trainable=True)
-    change(base)
-    base.train()
-    assert logits(base.eval()).isfinite().all()
-
-
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_a_copy_made_before_the_first_use_is_guarded_too(copier: Callable, folder: Path) -> None:
-    base = tiny_llama(layers=1)
-    edit_tensors(folder, lambda found: large(found, LAYER + FOREIGN["norm"]))
-    base.load_adapter(str(folder), is_trainable=True)
-    twin = copier(base)
-    for model in (twin, base):
-        with pytest.raises(DeltaFormatError, match="does not train"):
-            model.train()
-        assert torch.equal(logits(model.eval()), logits(tiny_llama(layers=1)))
-
-
-def test_an_adapter_in_use_holds_no_guard(folder: Path) -> None:
-    base = tiny_llama(layers=1)
-    base.load_adapter(str(folder))
-    layers = [module for module in base.modules() if isinstance(module, DowserLayer)]
-    assert [layer.index("default").guard for layer in layers] == [None] * 2
 
 
 def test_eval_before_the_file_is_loaded_is_allowed(folder: Path) -> None:

@@ -1,15 +1,16 @@
-"""How SHiRA, Super-Tuning and Dowser save an adapter of one small model, and which of their files are well-formed.
+"""How SHiRA, Super-Tuning and Dowser save an adapter of a small model, and which of their files are well-formed.
 
 Also how a model was, to tell whether a damaged file has changed it.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, ShiraConfig, SupertuningConfig, get_peft_model
+from peft import PeftConfig, PeftModel, ShiraConfig, SupertuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ TARGETS = ["up", "down"]
 MARGIN = 64
 WIDTHS = {"up": 12, "down": 20}
 NUMEL = 240
+# How the methods call what they put into a module.
+PARTS = ("dowser_", "shira_", "supertuning_")
 
 
 class Small(nn.Module):
@@ -40,6 +43,28 @@ class Small(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.down(self.up(x).relu()))
+
+
+class Worded(Small):
+    """`Small` after embeddings, and a layer that nothing ever trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.fixed = nn.Embedding(10, 12), nn.Linear(12, 12, bias=False)
+        generator = torch.Generator().manual_seed(2)
+        for layer in (self.words, self.fixed):
+            memory = torch.randn(layer.weight.numel() + 2 * MARGIN, generator=generator)
+            self.memory.append(memory)
+            layer.weight = nn.Parameter(memory[MARGIN:-MARGIN].view(layer.weight.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.fixed(x) + self.words(torch.arange(len(x))))
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def get_output_embeddings(self) -> None:
+        return None
 
 
 class Before:
@@ -85,7 +110,10 @@ class Format:
         write: the tensor of positions of a weight of so many columns, also of impossible ones.
         read: its inverse; None where a tensor holds no positions. Whole numbers of any dtype are positions.
         ordered: whether positions must increase.
-        digests: whether the config holds digests of the positions.
+        digests: whether the config holds digests of the positions, and a damaged file keeps them.
+        base: makes the base.
+        whole: whether the adapter has whole tensors beside its deltas, and digests are made anew for a damaged file.
+        low_cpu_mem_usage: how it is loaded.
     """
 
     config: Callable[[], PeftConfig]
@@ -95,17 +123,23 @@ class Format:
     read: Callable[[Tensor, int], list[int] | None]
     ordered: bool = False
     digests: bool = False
+    base: Callable[[], nn.Module] = Small
+    whole: bool = False
+    low_cpu_mem_usage: bool = False
+
+    def load(self, base: nn.Module, folder: Path) -> PeftModel:
+        return PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=self.low_cpu_mem_usage)
 
     def save(self, folder: Path) -> None:
-        """An adapter of `Small`, with values as if it had been trained."""
-        model = get_peft_model(Small(), self.config())
+        """An adapter of the base, with values as if it had been trained."""
+        model = get_peft_model(self.base(), self.config())
         generator = torch.Generator().manual_seed(1)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, save_embedding_layers=self.whole)
         settings = json.loads((folder / CONFIG).read_text())
-        if "manifest" in settings and not self.digests:
+        if "manifest" in settings and not (self.digests or self.whole):
             del settings["manifest"]
             (folder / CONFIG).write_text(json.dumps(settings))
 
@@ -115,7 +149,14 @@ class Format:
             found = load_file(path)
         except SafetensorError:
             return False
-        return found.keys() == original.keys() and all(
+        return (
+            found.keys() == original.keys()
+            and all(_whole_is_well_formed(found[key], original[key]) for key in whole_keys(original))
+            and self._deltas_are_well_formed(found, original)
+        )
+
+    def _deltas_are_well_formed(self, found: dict[str, Tensor], original: dict[str, Tensor]) -> bool:
+        return all(
             self._values_are_well_formed(found[_key(module, self.values)], original[_key(module, self.values)])
             and self._index_is_well_formed(found[_key(module, self.index)], original[_key(module, self.index)], module)
             for module in TARGETS
@@ -124,7 +165,7 @@ class Format:
     @staticmethod
     def _values_are_well_formed(found: Tensor, original: Tensor) -> bool:
         same_kind = found.is_floating_point() and found.shape == original.shape
-        return same_kind and bool(found.double().isfinite().all())
+        return same_kind and bool(found.float().isfinite().all())
 
     def _index_is_well_formed(self, found: Tensor, original: Tensor, module: str) -> bool:
         if found.shape != original.shape or found.dtype == torch.bool or not bool(found.double().isfinite().all()):
@@ -135,6 +176,17 @@ class Format:
         if positions is None or (self.ordered and positions != sorted(positions)):
             return False
         return len(set(positions)) == len(positions) and all(0 <= position < NUMEL for position in positions)
+
+
+def whole_keys(tensors: Iterable[str]) -> list[str]:
+    """Names of the tensors that are no part of a delta."""
+    modules = tuple(f"base_model.model.{module}.{part}" for module in TARGETS for part in PARTS)
+    return sorted(key for key in tensors if not key.startswith(modules))
+
+
+def _whole_is_well_formed(found: Tensor, original: Tensor) -> bool:
+    is_float = found.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return is_float and found.shape == original.shape and bool(found.float().isfinite().all())
 
 
 def _key(module: str, end: str) -> str:
@@ -196,16 +248,23 @@ def _read_code(code: Tensor, width: int) -> list[int] | None:
     return [((one - number) << LOW_BITS) + (low >> LOW_BITS * number & 7) for number, one in enumerate(ones)]
 
 
-def _dowser(digests: bool) -> Format:
+def _dowser(digests: bool, low_cpu_mem_usage: bool = False, **whole: Any) -> Format:
     return Format(
-        config=lambda: DowserConfig(update_ratio=0.1, score="random", target_modules=TARGETS),
+        config=lambda: DowserConfig(update_ratio=0.1, score="random", target_modules=TARGETS, **whole),
         values="dowser_values.weight",
         index="dowser_index.code",
         write=_write_code,
         read=_read_code,
         ordered=True,
         digests=digests,
+        base=Worded if whole else Small,
+        whole=bool(whole),
+        low_cpu_mem_usage=low_cpu_mem_usage,
     )
+
+
+# A module, tokens and biases that train as a whole; PEFT saves the embeddings with them.
+WHOLE: dict[str, Any] = {"modules_to_save": ["head"], "trainable_token_indices": [1, 4], "bias": "all"}
 
 
 FORMATS = {
@@ -225,4 +284,6 @@ FORMATS = {
     ),
     "Dowser": _dowser(digests=True),
     "Dowser, its digests removed": _dowser(digests=False),
+    "Dowser, whole tensors and config": _dowser(digests=False, **WHOLE),
+    "Dowser, the same with `low_cpu_mem_usage`": _dowser(digests=False, low_cpu_mem_usage=True, **WHOLE),
 }

@@ -9,7 +9,8 @@ loaded with `PeftModel.from_pretrained` on a fresh model, used for a forward, an
 `safe_merge`. Every mutant comes to one of these:
 
 - refused: an error that says what is wrong, and nothing has changed: a ValueError, KeyError, RuntimeError or
-  SafetensorError that names the file, its header, a module or a tensor; modules, flags and all bits are as before.
+  SafetensorError that names the file, its header, a module, a tensor or a field of the config; modules, flags and all
+  bits are as before.
 - half-way: an error while loading that leaves modules of the base replaced; the weights are as before.
 - late: an error only in the forward or the merge; the weights are as before.
 - unclear: any other error while loading.
@@ -19,16 +20,20 @@ loaded with `PeftModel.from_pretrained` on a fresh model, used for a forward, an
   in spite of an error.
 - crashed: the process died, was silent for 10 seconds, or wanted another gigabyte.
 - well-formed: loads, and is as well-formed as the original, with other values, or with other positions where nothing
-  in the file gives that away. Indices in another order are such, where the method has no order.
+  in the file gives that away. Indices in another order are such, where the method has no order. An edited config is
+  such where it merges to the bits of the original.
 
 Mutants are tried in forked processes, eight in each. Where one dies or comes to harm, each of its eight is tried again
 in a process of its own, and only that counts. Dowser's adapter is tried twice: its manifest has a digest of the
 positions, which gives much of the damage away; without it, as in files of before manifests, the other checks have to
-hold. What a write outside a weight hits is chance, so where there are such writes, "accepted", "harmed" and "crashed"
-differ by a few from run to run. Needs Linux.
+hold. The last two rows are of an adapter that also has a module, tokens, biases and embeddings as whole tensors; what
+is changed there is sealed: digests, counts and manifest are those of the changed file. What a write outside a weight
+hits is chance, so where there are such writes, "accepted", "harmed" and "crashed" differ by a few from run to run.
+Needs Linux.
 """
 
 import argparse
+import json
 import os
 import random
 import re
@@ -44,11 +49,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from formats import CONFIG, FILE, FORMATS, TARGETS, Before, Format, Small
-from mutations import MUTATIONS
-from peft import PeftModel
+from formats import CONFIG, FILE, FORMATS, TARGETS, Before, Format
+from mutations import mutations_of
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -56,34 +60,44 @@ from measure import into_readme, report
 
 BEGIN, END = "<!-- mutants -->\n", "<!-- /mutants -->"
 OUTCOMES = ("refused", "half-way", "late", "unclear", "accepted", "harmed", "crashed", "well-formed")
+MERGED = "merged.safetensors"
 WARNED = "accepted with a warning"
 CLEAR = (ValueError, KeyError, RuntimeError, SafetensorError)
-WHERE = re.compile(rf"{re.escape(FILE)}|header|base_model\.model\.|module '")
+# What an error names: a file, a tensor, a module, or a field of the config.
+PLACES = (FILE, CONFIG, "header", "base_model.model.", "module '", "modules that", "manifest", "config", "DowserConfig")
+PLACES += ("target_modules", "target_parameters", "modules_to_save", "task type")
+WHERE = re.compile("|".join(map(re.escape, PLACES)))
 SECONDS, BYTES, TOGETHER = 10, 1 << 30, 8
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
 
 
-def outcome(folder: Path, well_formed: bool) -> str:
-    """Load, compute and merge; what came of it."""
-    base = Small()
+def outcome(form: Format, folder: Path, well_formed: bool | None) -> str:
+    """Load, compute and merge; what came of it. Where it is not known whether it is well-formed, its bits decide."""
+    base = form.base()
     before = Before(base)
+    besides = [name for name in before.bits if form.whole and not name.startswith("fixed")]
     loaded = warned = False
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            model = PeftModel.from_pretrained(base, folder)
+            model = form.load(base, folder)
             loaded, warned = True, bool(caught)
-            if not before.weights_hold():
+            if not before.weights_hold(besides):
                 return "harmed"
             with torch.no_grad():
                 model(X)
-            model.merge_and_unload()
+            merged = model.merge_and_unload().state_dict()
     except MemoryError:
         return "crashed"
     except Exception as error:
         return _of_error(error, before, loaded)
-    if not before.margins_hold() or not before.weights_hold(besides=[f"{name}.weight" for name in TARGETS]):
+    if not before.margins_hold() or not before.weights_hold([*besides, *(f"{name}.weight" for name in TARGETS)]):
         return "harmed"
+    if well_formed is None:
+        expected = load_file(folder.parent / "original" / MERGED)
+        well_formed = merged.keys() == expected.keys() and all(
+            torch.equal(merged[key], expected[key]) for key in merged
+        )
     if well_formed:
         return "well-formed"
     return WARNED if warned else "accepted"
@@ -99,15 +113,15 @@ def _of_error(error: Exception, before: Before, loaded: bool) -> str:
     return "refused" if isinstance(error, CLEAR) and WHERE.search(str(error)) else "unclear"
 
 
-def outcomes(folders: Sequence[Path], well_formed: Sequence[bool]) -> list[str]:
+def outcomes(form: Format, folders: Sequence[Path], well_formed: Sequence[bool | None]) -> list[str]:
     """What comes of some mutants, tried in processes that may die."""
-    found = _in_process(folders, well_formed)
+    found = _in_process(form, folders, well_formed)
     if len(folders) > 1 and not {"crashed", "harmed"}.isdisjoint(found):
-        return [_in_process([one], [well])[0] for one, well in zip(folders, well_formed, strict=True)]
+        return [_in_process(form, [one], [well])[0] for one, well in zip(folders, well_formed, strict=True)]
     return found
 
 
-def _in_process(folders: Sequence[Path], well_formed: Sequence[bool]) -> list[str]:
+def _in_process(form: Format, folders: Sequence[Path], well_formed: Sequence[bool | None]) -> list[str]:
     """The outcomes of a process that tries one mutant after the other; all "crashed" from where it dies or hangs."""
     reading, writing = os.pipe()
     child = os.fork()
@@ -115,7 +129,7 @@ def _in_process(folders: Sequence[Path], well_formed: Sequence[bool]) -> list[st
         try:
             _limit_memory()
             for folder, well in zip(folders, well_formed, strict=True):
-                os.write(writing, (outcome(folder, well) + "\n").encode())
+                os.write(writing, (outcome(form, folder, well) + "\n").encode())
         finally:  # whatever corrupted memory makes of this process, it must not go on in the parent's place
             os._exit(0)
     os.close(writing)
@@ -140,41 +154,48 @@ def _limit_memory() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def mutants(form: Format, number: int, work: Path) -> Iterator[tuple[str, Path, bool]]:
-    """Damaged copies of a saved adapter: the kind of damage, the folder, and whether the file is well-formed still."""
+def mutants(form: Format, number: int, work: Path) -> Iterator[tuple[str, Path, bool | None]]:
+    """Damaged copies of a saved adapter: the kind of damage, the folder, and whether the file is well-formed still.
+
+    Whether an edited config is, only the bits of the merged model can tell: None.
+    """
     form.save(work / "original")
-    original, content = load_file(work / "original" / FILE), (work / "original" / FILE).read_bytes()
+    original = load_file(work / "original" / FILE)
+    settings = json.loads((work / "original" / CONFIG).read_text())
+    save_file(form.load(form.base(), work / "original").merge_and_unload().state_dict(), work / "original" / MERGED)
+    mutations = list(mutations_of(form).items())
     for one in range(number):
-        kind, mutate = list(MUTATIONS.items())[one % len(MUTATIONS)]
+        kind, mutate = mutations[one % len(mutations)]
         folder = work / str(one % TOGETHER)
         folder.mkdir(exist_ok=True)
-        shutil.copyfile(work / "original" / CONFIG, folder / CONFIG)
         generator = random.Random(f"{kind} {one}")
         while True:
-            (folder / FILE).write_bytes(content)
+            for name in (FILE, CONFIG):
+                shutil.copyfile(work / "original" / name, folder / name)
             mutate(folder, form, generator)
-            if (folder / FILE).read_bytes() != content:
+            is_other_file = (folder / FILE).read_bytes() != (work / "original" / FILE).read_bytes()
+            if is_other_file or json.loads((folder / CONFIG).read_text()) != settings:
                 break
-        yield kind, folder, form.is_well_formed(folder / FILE, original)
+        yield kind, folder, form.is_well_formed(folder / FILE, original) if is_other_file else None
 
 
 def tried(name: str, number: int) -> dict[str, Counter[str]]:
     """How often each kind of damage to a method's adapter came to which outcome."""
-    counts: dict[str, Counter[str]] = {kind: Counter() for kind in MUTATIONS}
+    counts: dict[str, Counter[str]] = {kind: Counter() for kind in mutations_of(FORMATS[name])}
     with tempfile.TemporaryDirectory() as folder:
-        waiting: list[tuple[str, Path, bool]] = []
+        waiting: list[tuple[str, Path, bool | None]] = []
         for mutant in mutants(FORMATS[name], number, Path(folder)):
             waiting.append(mutant)
             if len(waiting) == TOGETHER:
-                _count(waiting, counts)
-        _count(waiting, counts)
+                _count(FORMATS[name], waiting, counts)
+        _count(FORMATS[name], waiting, counts)
     return counts
 
 
-def _count(waiting: list[tuple[str, Path, bool]], counts: dict[str, Counter[str]]) -> None:
+def _count(form: Format, waiting: list[tuple[str, Path, bool | None]], counts: dict[str, Counter[str]]) -> None:
     if waiting:
         kinds, folders, well_formed = zip(*waiting, strict=True)
-        for kind, found in zip(kinds, outcomes(folders, well_formed), strict=True):
+        for kind, found in zip(kinds, outcomes(form, folders, well_formed), strict=True):
             counts[kind][found] += 1
         waiting.clear()
 

@@ -1,13 +1,15 @@
 """The ways in which a saved adapter is damaged: the same for every method, each from a seeded generator."""
 
+import hashlib
 import json
 import random
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
-from formats import FILE, NUMEL, TARGETS, WIDTHS, Format, keys_of
+from formats import CONFIG, FILE, NUMEL, TARGETS, WIDTHS, Format, keys_of, whole_keys
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -171,3 +173,216 @@ MUTATIONS: dict[str, Mutation] = {
     "other bytes in the header": _of_bytes(_header_bytes),
     "other fields in the header": _of_bytes(_header_fields),
 }
+
+
+# Of an adapter with whole tensors. Whoever changes its file on purpose also changes what the config says of it.
+
+
+def seal(folder: Path, form: Format) -> None:
+    """Make counts, digests and numbers in the config those of the file, as far as the file has the tensors."""
+    tensors, settings = load_file(folder / FILE), json.loads((folder / CONFIG).read_text())
+    for module in TARGETS:
+        values, index = (tensors.get(key) for key in keys_of(form, module))
+        entry = settings["manifest"]["modules"][module]
+        if values is not None:
+            entry["values_sha256"] = _digest(values)
+            entry["nnz"] = settings["nnz_pattern"][module] = values.numel()
+        if index is not None:
+            entry["code_sha256"] = _digest(index)
+    (folder / CONFIG).write_text(json.dumps(settings))
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())).hexdigest()
+
+
+def _sealed(mutate: Mutation) -> Mutation:
+    def mutate_and_seal(folder: Path, form: Format, generator: random.Random) -> None:
+        mutate(folder, form, generator)
+        seal(folder, form)
+
+    return mutate_and_seal
+
+
+def _of_whole(change: Callable[[Tensors, str, random.Random], None]) -> Mutation:
+    """Other whole tensors; the change gets the name of one."""
+
+    def mutate(folder: Path, form: Format, generator: random.Random) -> None:
+        tensors = load_file(folder / FILE)
+        change(tensors, generator.choice(whole_keys(tensors)), generator)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / FILE)
+
+    return mutate
+
+
+def _whole_not_finite(tensors: Tensors, key: str, generator: random.Random) -> None:
+    number = generator.choice([float("nan"), float("inf"), -float("inf")])
+    tensors[key].view(-1)[generator.randrange(tensors[key].numel())] = number
+
+
+def _whole_wrong_shape(tensors: Tensors, key: str, generator: random.Random) -> None:
+    shape = list(tensors[key].shape)
+    at = generator.randrange(len(shape))
+    kind = generator.randrange(3)
+    if kind == 0:
+        shape[at] = generator.choice([0, 1, shape[at] - 1, shape[at] + 1, 2 * shape[at]])
+    elif kind == 1:
+        shape.insert(at, 1)
+    else:
+        shape = [tensors[key].numel()] if len(shape) > 1 else [1, *shape]
+    tensors[key] = torch.full(shape, 7.0)
+
+
+def _whole_wrong_dtype(tensors: Tensors, key: str, generator: random.Random) -> None:
+    dtypes = [torch.complex64, torch.bool, torch.int64, torch.int32, torch.uint8, torch.float8_e4m3fn, torch.float64]
+    tensors[key] = tensors[key].to(generator.choice(dtypes))
+    if tensors[key].dtype == torch.float64:
+        tensors[key] += 1e300
+
+
+def _whole_missing(tensors: Tensors, key: str, generator: random.Random) -> None:
+    # What PEFT saves a second time, the embeddings and biases may be left out.
+    names = ["head.weight", "head.bias", "words.token_adapter.trainable_tokens_delta"]
+    del tensors[f"base_model.model.{generator.choice(names)}"]
+
+
+def _whole_renamed(tensors: Tensors, key: str, generator: random.Random) -> None:
+    name = generator.choice(
+        [
+            key + "x",
+            key.replace("base_model.model.", "base_model.model.x."),
+            key.replace(".head.", ".headx.") + ".default",
+        ]
+    )
+    tensors[name] = tensors.pop(key)
+
+
+def _whole_extra(tensors: Tensors, key: str, generator: random.Random) -> None:
+    name = generator.choice(
+        [
+            "fixed.weight",
+            "fixed.bias",
+            "up.base_layer.weight",
+            "head.original_module.weight",
+            "nowhere.bias",
+            "x.weight",
+        ]
+    )
+    tensors[f"base_model.model.{name}"] = torch.full((20, 12) if "up." in name else (12, 12), 7.0)
+
+
+def _values_become_infinite(tensors: Tensors, values: str, index: str, generator: random.Random) -> None:
+    tensors[values] = tensors[values].double() + generator.choice([1e39, -1e300])
+
+
+def _named_by_adapter(tensors: Tensors, values: str, index: str, generator: random.Random) -> None:
+    key = generator.choice([values, index])
+    stem, _, leaf = key.rpartition(".")
+    tensors[f"{stem}.default.{leaf}"] = tensors.pop(key)
+
+
+def _of_config(change: Callable[[dict[str, Any], random.Random], None]) -> Mutation:
+    def mutate(folder: Path, form: Format, generator: random.Random) -> None:
+        settings = json.loads((folder / CONFIG).read_text())
+        change(settings, generator)
+        (folder / CONFIG).write_text(json.dumps(settings))
+
+    return mutate
+
+
+ODD = [
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**70,
+    1.5,
+    1e300,
+    "",
+    "x",
+    "up",
+    "(",
+    [],
+    [""],
+    ["up"],
+    ["head", "fixed"],
+    [None],
+    [0],
+    [-1],
+]
+ODD += [[3, 3], [10], {}, {"up": 24}, {"words": [0]}, {"": [1]}, {"up": [1, 4]}, [[]], [{}]]
+
+
+def _odd_field(settings: dict[str, Any], generator: random.Random) -> None:
+    # PEFT reads the type before it knows whose file it is.
+    settings[generator.choice(sorted(settings.keys() - {"peft_type"}))] = generator.choice(ODD)
+
+
+def _odd_whole(settings: dict[str, Any], generator: random.Random) -> None:
+    changes: list[tuple[str, list[Any]]] = [
+        ("modules_to_save", [None, [""], ["up"], ["words"], ["head", "fixed"], ["head", ""], ["fixed"], "head", [3]]),
+        (
+            "trainable_token_indices",
+            [None, [-1, 4], [1, 1], [1, 10], [1], [1, 4, 5], {"fixed": [1, 4]}, {"head": [0, 1]}],
+        ),
+        ("bias", ["none", "dowser_only", "lora_only", None, ["all"]]),
+        ("ensure_weight_tying", [True, None, 1]),
+        (
+            "target_modules",
+            [["up"], ["head"], ["nope"], None, "all-linear", "up|down|head", [""], ["up", "down", "fixed"]],
+        ),
+        ("exclude_modules", [["up"], "up", [""], [3], "("]),
+    ]
+    field, values = generator.choice(changes)
+    settings[field] = generator.choice(values)
+
+
+def _odd_counts(settings: dict[str, Any], generator: random.Random) -> None:
+    counts, modules = settings["nnz_pattern"], settings["manifest"]["modules"]
+    module = generator.choice(TARGETS)
+    kind = generator.randrange(4)
+    if kind == 0:
+        settings["nnz_pattern"] = generator.choice([None, {}, [], 24, {"up": 24}, {"": 24}])
+    elif kind == 1:
+        counts[module] = modules[module]["nnz"] = generator.choice(
+            [0, -1, 1, 23, 25, 240, 241, 2**62, 24.0, True, "24"]
+        )
+    elif kind == 2:
+        name = generator.choice(["head", "fixed", "words", "nope", "", "up.x", module + " "])
+        counts[name], modules[name] = counts.pop(module), modules.pop(module)
+    else:
+        entry = modules[module]
+        field = generator.choice(sorted(entry.keys() - {"values_sha256", "base_sample"}))
+        entry[field] = generator.choice([value for value in [None, -1, [], [240], [12, 20], "00", {}, True, 1.5]])
+
+
+def _odd_manifest(settings: dict[str, Any], generator: random.Random) -> None:
+    settings["manifest"] = generator.choice(
+        [{}, [], "x", 1, {"format": 1}, {"format": 2, "modules": {}}, {"modules": {}}]
+    )
+
+
+WHOLE_MUTATIONS: dict[str, Mutation] = {
+    "whole tensor not finite": _sealed(_of_whole(_whole_not_finite)),
+    "whole tensor of another shape": _sealed(_of_whole(_whole_wrong_shape)),
+    "whole tensor of another dtype": _sealed(_of_whole(_whole_wrong_dtype)),
+    "whole tensor missing": _sealed(_of_whole(_whole_missing)),
+    "whole tensor renamed": _sealed(_of_whole(_whole_renamed)),
+    "a whole tensor more": _sealed(_of_whole(_whole_extra)),
+    "index out of range, sealed": _sealed(_of_positions(_out_of_range)),
+    "one index twice, sealed": _sealed(_of_positions(_duplicate)),
+    "unsorted indices, sealed": _sealed(_of_positions(_unsorted)),
+    "wrong length, sealed": _sealed(_of_tensors(_wrong_length)),
+    "wrong shape, sealed": _sealed(_of_tensors(_wrong_shape)),
+    "values that become infinite, sealed": _sealed(_of_tensors(_values_become_infinite)),
+    "named as in a model, sealed": _sealed(_of_tensors(_named_by_adapter)),
+    "odd field of the config": _of_config(_odd_field),
+    "odd whole modules in the config": _of_config(_odd_whole),
+    "odd counts in the config": _of_config(_odd_counts),
+    "odd manifest in the config": _of_config(_odd_manifest),
+}
+
+
+def mutations_of(form: Format) -> dict[str, Mutation]:
+    return WHOLE_MUTATIONS if form.whole else MUTATIONS
