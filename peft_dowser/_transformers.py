@@ -28,6 +28,9 @@ from transformers.initialization import no_init_weights
 # Where accelerate spreads the weights that rank 0 alone has loaded.
 from transformers.integrations.fsdp import is_fsdp_enabled
 
+# Its `load_adapter` puts tensors into a model before anybody has seen the file.
+from transformers.integrations.peft import PeftAdapterMixin
+
 # The task of a model, by the name of its class.
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

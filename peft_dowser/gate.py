@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .codec import DeltaFormatError, check_values
 from .layer import DowserLayer
-from .names import CODE, VALUES, few, is_delta, named
+from .names import CODE, PREFIX, VALUES, few, is_delta, named
 from .state import Values
 from .target import Target
 from .threads import side_by_side
@@ -66,7 +66,9 @@ def check_file(
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
-    if odd := [key for key in expected if key in names]:  # a file does not know how its adapter will be called
+    found = {name.removeprefix(PREFIX) for name in names}
+    # A file does not know how its adapter will be called.
+    if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
         raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
 
     def read(named_layer: tuple[str, DowserLayer]) -> Tensor:

@@ -1,8 +1,8 @@
 """A load of a saved adapter: whatever stops it, the model is what it was, and it never chooses a mask.
 
 PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes them
-out again when that fails. So the three methods that load an adapter are watched: beside `_peft` the
-one place that changes PEFT. With any other method of PEFT they do what they did before.
+out again when that fails. So the three methods that load an adapter are watched: with `_peft` the only places that
+change PEFT. With any other method of PEFT they do what they did before.
 """
 
 import inspect
@@ -17,9 +17,9 @@ import torch
 from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
 from peft.utils import PeftType, load_peft_weights
 from torch import Tensor, nn
-from transformers.integrations.peft import PeftAdapterMixin
 
 from ._peft import NAME
+from ._transformers import PeftAdapterMixin
 from .codec import DeltaFormatError
 from .config import DowserConfig
 from .gate import check_loaded
