@@ -591,7 +591,7 @@ def flip(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tenso
         (lambda t: {k: v for k, v in t.items() if f"{UP}.dowser_index" not in k}, "has 27; missing: "),
         (lambda t: t | {"base_model.model.x.dowser_values.weight": torch.ones(3)}, "that this adapter has not: "),
         (lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(3)}, "neither a Dowser tensor nor a tensor of"),
-        (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(3)}, "the base has shape (64, 32)"),
+        (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(3)}, "has shape (3,), the model's has (64, 32)"),
         (lambda t: t | {"base_model.model.lm_head.weight": torch.full((64, 32), float("inf"))}, "not finite"),
     ],
 )

@@ -243,9 +243,10 @@ def test_tailor_is_its_formula(block: int, alpha: float, compensation: str | Non
     assert changed.mean() > 0.5 if sign else not changed.any()
 
 
-@pytest.mark.parametrize("damping", [0.001, 0.5])
-def test_tailor_damps_the_hessian(damping: float) -> None:
-    base, tuned = matrices(torch.bfloat16)
+# Little damping leaves an ill-conditioned inverse, and entries of bfloat16 that tie within the rounding of float32.
+@pytest.mark.parametrize(("damping", "dtype"), [(0.001, torch.float32), (0.5, torch.bfloat16)])
+def test_tailor_damps_the_hessian(damping: float, dtype: torch.dtype) -> None:
+    base, tuned = matrices(dtype)
     kept, difference = by_formula(base, tuned, hessian(), 0.2, 0.8, damping, 4, -1)
     found = dense(tailor(base, tuned, hessian(), 0.2, damping=damping, block=4), base.shape)
     np.testing.assert_allclose(found, np.where(kept, difference, 0), rtol=1e-4, atol=1e-4)

@@ -56,5 +56,5 @@ def test_only_tensors_on_the_cpu_are_read_side_by_side(on_cpu: bool, monkeypatch
         tensors[name + named(CODE, "default")] = layer.index("default").code
     if not on_cpu:
         tensors["lm_head.weight"] = torch.empty(2, device="meta")
-    check_file(layers, "default", tensors)
+    check_file(layers, "default", tensors, ())
     assert together == ([14] if on_cpu else [])
