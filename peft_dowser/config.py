@@ -19,7 +19,6 @@ from .card import complete_card
 from .codec import DeltaFormatError
 from .manifest import FORMAT, check_manifest, check_readable
 from .names import few
-from .statistics import ProbeInfo
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
 # Those that need statistics of the model.
@@ -116,8 +115,8 @@ class DowserConfig(PeftConfig):
         self.modules_to_tie: set[str] | None = None
         # Whether a model has it: the manifest that came with the file is then that of the past.
         self._in_use = False
-        # How the statistics were made that the mask comes from, where it comes from some.
-        self._probed: ProbeInfo | None = None
+        # The settings of the probe that the mask comes from, by field, where it comes from one.
+        self._probed: dict[str, Any] | None = None
         # Whether it was read from a file that should have counts and has none: no mask is chosen by it.
         self._lacks_counts = False
         # Whether it is being written beside the file of its adapter.
@@ -192,7 +191,7 @@ class DowserConfig(PeftConfig):
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
         if self._probed is not None:
-            plain |= self._probed.settings()
+            plain |= self._probed
         if self._in_use:
             # Only beside the file that it describes: programs that write the config first, or alone, have an older one.
             plain["manifest"] = self._written if self._is_saving else None
@@ -223,9 +222,9 @@ class DowserConfig(PeftConfig):
 
     def complete_card(self, folder: Path) -> None:
         """Put on top of the model card in a folder how the adapter is loaded and what it is."""
-        made = self._probed or self
-        length = f"T = {made.probe_length}" if made.probe_length else "prompts that were given"
-        probe = f"N = {made.num_probes}, R = {made.num_rademacher}, {length}"
+        made = vars(self) | (self._probed or {})
+        length = f"T = {made['probe_length']}" if made["probe_length"] else "prompts that were given"
+        probe = f"N = {made['num_probes']}, R = {made['num_rademacher']}, {length}"
         measured = self._forgetting or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
@@ -233,7 +232,7 @@ class DowserConfig(PeftConfig):
             "update ratio": f"{self.update_ratio:g}",
             "chosen by": f"score {self.score}, the {'lowest' if self.select == 'low' else 'highest'} by {self.scope}",
             "probe": probe if self.score in PROBED_SCORES else "",
-            "seed": str(made.seed),
+            "seed": str(made["seed"]),
             "format": str(FORMAT),
             "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }

@@ -146,7 +146,7 @@ class Injection:
             statistics = self._statistics(model)
             self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
         self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
-        self.config._probed = None if statistics is None else statistics.info
+        self.config._probed = None if statistics is None else statistics.info.settings()
         report_unmatched_ratios(self.config, self.targets)
         if by_default and not self.fused:
             report_bare_experts(fused_parameters(model))
