@@ -20,7 +20,8 @@ from peft import PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig, metrics, probe
+from peft_dowser import DowserConfig, probe
+from peft_dowser.evaluation import metrics
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 sys.path.insert(0, str(TINY_LLAVA))

@@ -10,22 +10,22 @@ from ._peft import ensure_peft_type
 
 ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
-from . import arithmetic, metrics, postmerge, scores  # noqa: E402
+from . import baselines, delta, evaluation  # noqa: E402
 from ._peft import keep_cards, register  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
-from .codec import DeltaFormatError  # noqa: E402
 from .config import DowserConfig  # noqa: E402
-from .extract import extract  # noqa: E402
-from .forgetting import ForgettingCallback  # noqa: E402
-from .hotswap import hotswap  # noqa: E402
-from .layer import DowserLayer  # noqa: E402
-from .loading import watch_loads  # noqa: E402
-from .merging import merge, verify  # noqa: E402
-from .model import DowserModel  # noqa: E402
-from .patch import Patch  # noqa: E402
-from .probe import probe  # noqa: E402
-from .spider import SpiderCallback  # noqa: E402
-from .statistics import ProbeStatistics  # noqa: E402
+from .delta.codec import DeltaFormatError  # noqa: E402
+from .evaluation.forgetting import ForgettingCallback  # noqa: E402
+from .files.extraction import extract  # noqa: E402
+from .files.inspection import diff, inspect  # noqa: E402
+from .files.merging import merge, verify  # noqa: E402
+from .files.planning import plan  # noqa: E402
+from .layers.layer import DowserLayer  # noqa: E402
+from .probing.run import probe  # noqa: E402
+from .probing.statistics import ProbeStatistics  # noqa: E402
+from .tuner.loading import watch_loads  # noqa: E402
+from .tuner.model import DowserModel  # noqa: E402
+from .tuner.switching import Patch, hotswap  # noqa: E402
 
 __all__ = [
     "DeltaFormatError",
@@ -35,18 +35,23 @@ __all__ = [
     "ForgettingCallback",
     "Patch",
     "ProbeStatistics",
-    "SpiderCallback",
-    "arithmetic",
+    "baselines",
+    "delta",
+    "diff",
+    "evaluation",
     "extract",
     "hotswap",
+    "inspect",
     "merge",
-    "metrics",
-    "postmerge",
+    "plan",
     "probe",
-    "scores",
     "verify",
 ]
 
 register(DowserConfig, DowserModel)
 keep_cards(DowserConfig)
 watch_loads()
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__all__", "__doc__", "__version__"]

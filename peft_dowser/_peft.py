@@ -1,8 +1,8 @@
 # ruff: noqa: F401
 """The one place that touches what PEFT does not promise to keep: private names, and the list of its methods.
 
-Each name has its reason beside it; `tests/test_private_names.py` names those that have moved. `DowserModel` overrides
-private methods of `BaseTuner` besides, which the same test compares.
+Each name has its reason beside it; `tests/scenarios/test_private_names.py` names those that have moved. `DowserModel`
+overrides private methods of `BaseTuner` besides, which the same test compares.
 """
 
 import os

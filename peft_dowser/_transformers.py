@@ -1,8 +1,8 @@
 # ruff: noqa: F401
 """The one place that touches what transformers does not promise to keep: private and undocumented names.
 
-Each name has its reason beside it; `tests/test_private_names.py` names those that have moved. One more is in `fused`,
-which does without transformers: an op of `torch.ops.transformers`.
+Each name has its reason beside it; `tests/scenarios/test_private_names.py` names those that have moved. `base.fused`,
+which does without transformers, has one more: an op of `torch.ops.transformers`.
 """
 
 from typing import Any

@@ -87,7 +87,7 @@ def _is_importable(module: str) -> bool:
 
 def _probe(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
-    from peft_dowser.probe import probe
+    from peft_dowser.probing.run import probe
 
     config = DowserConfig(
         num_probes=options.num_probes,
@@ -111,7 +111,7 @@ def _probe(options: argparse.Namespace) -> None:
 
 
 def _extract(options: argparse.Namespace) -> None:
-    from peft_dowser.extract import extract
+    from peft_dowser.files.extraction import extract
 
     counts = extract(
         options.base,
@@ -129,7 +129,7 @@ def _extract(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
-    from peft_dowser.plan import OPTIMIZERS, bytes_per_weight, plan
+    from peft_dowser.files.planning import OPTIMIZERS, bytes_per_weight, plan
 
     found = plan(
         options.model,
@@ -167,14 +167,14 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from peft_dowser.merging import merge
+    from peft_dowser.files.merging import merge
 
     counts = merge(options.adapter, options.output, base=options.base, max_shard_size=options.max_shard_size)
     print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from peft_dowser.merging import verify
+    from peft_dowser.files.merging import verify
 
     try:
         problems = verify(options.adapter, base=options.base, merged=options.merged)
@@ -218,14 +218,14 @@ def _load(name: str) -> Any:
     """Load a model with the class that its config names."""
     from transformers import AutoConfig
 
-    from peft_dowser.checkpoints import model_class
+    from peft_dowser.files.checkpoint import model_class
 
     return model_class(AutoConfig.from_pretrained(name), name).from_pretrained(name, dtype="auto")
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from peft_dowser.inspection import inspect
-    from peft_dowser.names import printable
+    from peft_dowser.delta.format import printable
+    from peft_dowser.files.inspection import inspect
 
     found = inspect(options.adapter, base=options.base)
     if options.json:
@@ -245,8 +245,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _diff(options: argparse.Namespace) -> None:
-    from peft_dowser.diff import diff, total
-    from peft_dowser.names import printable
+    from peft_dowser.delta.format import printable
+    from peft_dowser.files.inspection import diff
+    from peft_dowser.files.inspection import total_overlap as total
 
     found = diff(options.a, options.b)
     together = total(found.values())
@@ -261,7 +262,7 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from peft_dowser.report import report
+    from peft_dowser.report.page import report
 
     _check_output(Path(options.output))
     report(options.adapter, options.output, statistics=options.statistics)
@@ -270,7 +271,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _line(message: object) -> str:
     """A message in one line, whatever names it quotes."""
-    from peft_dowser.names import printable
+    from peft_dowser.delta.format import printable
 
     return printable(" ".join(str(message).split()))
 

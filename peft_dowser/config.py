@@ -14,18 +14,22 @@ from typing import Any
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
-from ._peft import NAME
+from ._peft import NAME, get_pattern_key
 from .card import complete_card
-from .codec import DeltaFormatError
-from .manifest import FORMAT, check_manifest, check_readable
-from .names import few
+from .delta.codec import DeltaFormatError
+from .delta.format import FORMAT, check_manifest, check_readable, few
 
 SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
+
 # Those that need statistics of the model.
 PROBED_SCORES = ("dowser", "wanda", "gradient")
+
 SELECTS = ("low", "high")
+
 SCOPES = ("matrix", "row", "layer", "model")
+
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+
 BIASES = ("none", "all", "dowser_only")
 
 
@@ -333,3 +337,9 @@ def _not_one_of(name: str, value: Any, known: tuple[str, ...]) -> Iterator[str]:
 def _not_an_integer(name: str, value: Any, at_least: int) -> Iterator[str]:
     if not _is_index(value) or value < at_least:
         yield f"{name} must be an integer of at least {at_least}, got {value!r}"
+
+
+def ratio_of(name: str, config: DowserConfig) -> float:
+    """The update ratio of a target."""
+    key = get_pattern_key(list(config.ratio_pattern), name)
+    return config.ratio_pattern.get(key, config.update_ratio)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from helpers import config, set_values, tiny_llama
 from huggingface_hub import ModelCard
+from models import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 

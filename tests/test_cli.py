@@ -15,7 +15,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from models import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
@@ -336,7 +336,7 @@ def test_a_probe_without_memory_or_a_library_is_refused_in_one_line(
         def fail(*args, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr(importlib.import_module("peft_dowser.probe"), "probe", fail)
+        monkeypatch.setattr(importlib.import_module("peft_dowser.probing.run"), "probe", fail)
         line = line_of(["probe", str(base), "-o", str(tmp_path / "probe.safetensors")], capsys)
         assert line == f"peft-dowser: {error}"
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import config, set_values, tiny_llama
+from models import config, set_values, tiny_llama
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from peft_dowser import DowserConfig, DowserLayer
-from peft_dowser.layer import dowser_layers
+from peft_dowser.layers.layer import dowser_layers
 
 IDS = torch.arange(1, 13).view(1, 12)
 

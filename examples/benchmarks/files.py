@@ -27,9 +27,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from safetensors.torch import load_file, save_file
 
 from peft_dowser import DowserConfig, DowserModel
-from peft_dowser.codec import decode
-from peft_dowser.layer import DowserLayer
-from peft_dowser.state import Index
+from peft_dowser.delta.codec import decode
+from peft_dowser.layers.layer import DowserLayer
+from peft_dowser.layers.state import Index
 
 # Method, hidden size, layers, dtype of the base, and repetitions in one process.
 RUNS = (
@@ -138,5 +138,5 @@ def peft_alone() -> Iterator[None]:
             (Index, "_decode", lambda index, code: None),
         ):
             patches.enter_context(patch.object(owner, name, instead))
-        patches.enter_context(patch("peft_dowser.injection.compare"))
+        patches.enter_context(patch("peft_dowser.tuner.injection.compare"))
         yield

@@ -1,7 +1,7 @@
 """A whole fine-tuning of a model of a billion parameters in bfloat16, and the peak of memory at each of its stages.
 
 The model is random, with the shape of TinyLlama-1.1B; all linears of its layers are adapted. The peaks are those of the
-whole process, Python and libraries included, beside what `peft_dowser.plan` says a step takes.
+whole process, Python and libraries included, beside what `peft_dowser.files.planning` says a step takes.
 """
 
 import gc
@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dowser import DowserConfig, probe
-from peft_dowser.plan import plan
+from peft_dowser.files.planning import plan
 
 
 def architecture(layers: int, hidden: int) -> LlamaConfig:

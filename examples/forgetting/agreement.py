@@ -18,11 +18,12 @@ from sources import TINY_LLAVA, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel, ProcessorMixin
 
-from peft_dowser import DowserConfig, ProbeStatistics, probe, scores
-from peft_dowser.masks import select, trained_count
-from peft_dowser.metrics import hamming, random_hamming, spearman
-from peft_dowser.seeds import derived_seed
-from peft_dowser.statistics import ModuleStatistics
+from peft_dowser import DowserConfig, ProbeStatistics, probe
+from peft_dowser.delta.masks import select, trained_count
+from peft_dowser.delta.seeds import derived_seed
+from peft_dowser.evaluation.metrics import hamming, random_hamming, spearman
+from peft_dowser.probing import scores
+from peft_dowser.probing.statistics import ModuleStatistics
 
 RATIO = 0.1
 REAL_PROMPTS = 512

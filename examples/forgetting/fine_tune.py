@@ -14,7 +14,7 @@ from tasks import accuracy
 from torch import nn
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainingArguments
 
-from peft_dowser.sparse_linear import add_delta_
+from peft_dowser.delta.apply import add_delta_
 
 BATCH = 32
 CALIBRATION = 64  # examples of the task, for the methods that need data

@@ -15,10 +15,12 @@ from sources import Batch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from peft_dowser import DowserConfig, SpiderCallback, probe
-from peft_dowser.grafting import learn_graft
-from peft_dowser.postmerge import Delta, dare, graft, tailor, top_delta, wise_ft
-from peft_dowser.seeds import derived_seed
+from peft_dowser import DowserConfig, probe
+from peft_dowser.baselines import SpiderCallback
+from peft_dowser.baselines.grafting import learn_graft
+from peft_dowser.baselines.postmerge import dare, graft, tailor, top_delta, wise_ft
+from peft_dowser.delta.apply import Delta
+from peft_dowser.delta.seeds import derived_seed
 
 PROBE = {"num_probes": 64, "num_rademacher": 8, "probe_length": 24}
 ALPHA = 0.5  # of WiSE-FT, halfway to the fine-tuned model

@@ -12,7 +12,7 @@ from grids import HARSH_RATE, RATE, SEQUENCE, SWEEP_SEED, choose_rates
 from methods import AFTERWARDS, DENSE
 from scipy.stats import ttest_rel
 
-from peft_dowser import metrics
+from peft_dowser.evaluation import metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -222,7 +222,7 @@ def _read_flat(index: Tensor, width: int) -> list[int] | None:
     return [int(number) for number in numbers] if all(number.is_integer() for number in numbers) else None
 
 
-# Dowser's index code (peft_dowser/FORMAT.md) for 24 of 240 weights: 3 low bits of each position, then the high parts.
+# Dowser's index code (peft_dowser/delta/FORMAT.md) for 24 of 240 weights: 3 low bits of each, then the high parts.
 LOW_BITS, LOW_BYTES, HIGH_BYTES = 3, 9, 7
 
 

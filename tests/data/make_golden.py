@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import peft_dowser
 from peft_dowser import DowserConfig
-from peft_dowser.manifest import FORMAT
+from peft_dowser.delta.format import FORMAT
 
 FOLDER = Path(__file__).parent
 SHAPES = {"up": (48, 16), "down": (16, 48), "out": (24, 16)}

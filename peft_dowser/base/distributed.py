@@ -1,0 +1,163 @@
+"""Several ranks: bases whose weights are sharded over them, and work that one rank does for all.
+
+The hooks of a sharded base gather the weights of a module for its forward and for its backward. All ranks must take
+part in that, and in the same order: wherever weights of such a base are used, every rank does the same.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar, cast
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
+    return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether a model is sharded, even while some or all of its weights are gathered."""
+    sharding = FSDPModule | FullyShardedDataParallel
+    return (
+        is_zero3(model)
+        or any(isinstance(module, sharding) for module in model.modules())
+        or any(is_sharded(parameter) for parameter in model.parameters())
+    )
+
+
+def is_zero3(model: nn.Module) -> bool:
+    """Whether it is sharded by DeepSpeed ZeRO-3, even while some or all of its weights are gathered."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def shape_of(parameter: Tensor) -> tuple[int, ...]:
+    """Shape of the whole."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def gathered(parameter: Tensor) -> Tensor:
+    """A parameter itself, or the whole of a sharded one, a temporary for which all ranks must ask."""
+    if isinstance(parameter, DTensor):
+        # FSDP2 may keep its parts on the CPU, which the connection between the ranks may not reach.
+        part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
+        return part.full_tensor()
+    if not is_sharded(parameter):
+        return parameter
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach()  # DeepSpeed gives the parameter other storage afterwards, and leaves this one alone
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 has gathered; what is set on those, such as `requires_grad`, does not last."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a model whose weights are spread over ranks.
+
+    Raises:
+        ValueError: the model is sharded.
+    """
+    if is_spread(model):
+        raise ValueError(
+            f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "
+            "accelerator.prepare or deepspeed.initialize, and outside deepspeed.zero.Init. Where the base can only be "
+            "probed sharded, run probe(model, config) on all its ranks, .save(path) what it returns on one of them, "
+            "and make the adapter with DowserConfig(statistics=path)."
+        )
+
+
+def check_gathers(model: nn.Module) -> None:
+    """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
+
+    Raises:
+        ValueError: weights are sharded by something else than FSDP2 or an engine of DeepSpeed.
+    """
+    modules = list(model.modules())
+    units = [module for module in modules if isinstance(module, FSDPModule)]
+    by_fsdp2 = {id(parameter) for unit in units for parameter in unit.parameters()}
+    by_others = (isinstance(p, DTensor) and not (id(p) in by_fsdp2 and _is_plain(p)) for p in model.parameters())
+    no_engine = is_zero3(model) and not any(hasattr(module, "ds_id") for module in modules)
+    if no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others):
+        raise ValueError(
+            f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
+            "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
+        )
+
+
+def _is_plain(parameter: DTensor) -> bool:
+    """Whether it is sharded once: over all ranks, or over a group of them, of which other groups are copies (HSDP)."""
+    return all(placement.is_replicate() for placement in parameter.placements[:-1])
+
+
+def _sharded(model: nn.Module) -> str:
+    names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    first = f", '{names[0]}' the first of {len(names)}" if names else ""
+    return f"Parameters of {type(model).__name__} are sharded over the ranks{first}"
+
+
+def rank() -> int:
+    """Number of this rank; 0 outside a distributed run."""
+    return dist.get_rank() if _is_distributed() else 0
+
+
+def gather(part: T) -> list[T]:
+    """What every rank has, in the order of the ranks. All ranks must call it."""
+    if not _is_distributed():
+        return [part]
+    parts: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, part)
+    return cast(list[T], parts)
+
+
+def on_every_rank(work: Callable[[], T]) -> T:
+    """Do some work on every rank; an error on one of them is raised on all, so that none waits for it for ever."""
+    result: list[T] = []
+    failure: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as error:
+        if not _is_distributed():
+            raise
+        failure = error
+    failures = [error for error in gather(failure) if error is not None]
+    if failures:
+        raise failures[0] if failure is None else failure
+    return result[0]
+
+
+def from_rank(source: int, work: Callable[[], T]) -> T:
+    """Do some work on one rank and hand the result to all; an error is raised on all."""
+    if not _is_distributed():
+        return work()
+    result = on_every_rank(lambda: work() if rank() == source else None)
+    return cast(T, _sent(result, source))
+
+
+def by_all_ranks(work: Callable[[], T]) -> T:
+    """Do some work in which all ranks must take part, and hand the result of rank 0 to all.
+
+    An error is raised where it happens: the other ranks wait in the middle of the work, and cannot be told.
+    """
+    result = work()
+    return _sent(result, 0) if _is_distributed() else result
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _sent(value: T, source: int) -> T:
+    """The value that rank `source` has."""
+    box = [value]
+    dist.broadcast_object_list(box, src=source)
+    return box[0]

@@ -1,0 +1,214 @@
+"""Model Grafting with a learned mask: which fine-tuned entries to graft onto the base, learned on the task's loss."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..base.untouched import in_eval_mode
+from ..delta.apply import Delta
+from ..delta.codec import position_dtype
+from ..delta.seeds import derived_seed
+from .postmerge import graft
+
+
+def model_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss that a transformers model computes itself from a batch with labels."""
+    return model(**batch).loss
+
+
+def learn_graft(
+    model: nn.Module,
+    tuned: Mapping[str, Tensor],
+    batches: Iterable[Any],
+    update_ratio: float,
+    steps: int = 10,
+    learning_rate: float = 1e7,
+    beta: float = 10.0,
+    seed: int = 0,
+    loss: Callable[[nn.Module, Any], Tensor] = model_loss,
+) -> dict[str, Delta]:
+    """Learn which entries of D = W - W* to graft onto the base (Model Grafting, Panigrahi et al. 2023).
+
+    The weight is W* + g o D with g = b + (1 - 2b) sigmoid(S - beta), where b is the base patch, `postmerge.graft`. The
+    logits S start uniform in [0, 1), so g starts near b, and take plain gradient steps on the mean loss. Of the masks
+    g > 1/2 before and after every step the one with the lowest loss is kept; the base patch is the first of them.
+
+    Args:
+        model: the model with the base weights W*. Its weights, modes and gradients are in the end what they were.
+        tuned: fine-tuned weights W by parameter name; parameters not named stay at the base.
+        batches: inputs with their targets, kept in a list; every step goes through all of them.
+        update_ratio: rho of the base patch, in (0, 1]. The learned mask may keep more or fewer entries.
+        steps: gradient steps.
+        learning_rate: of the logits; large, because sigmoid'(S - beta) is small.
+        beta: how far every entry starts from changing sides.
+        seed: of the initial logits.
+        loss: mean loss of a model on one batch, a scalar.
+
+    Returns:
+        One delta per parameter of `tuned`, in that order; some may be empty.
+
+    Raises:
+        ValueError: an argument is out of range, a name or a shape does not fit the model, or no mask has a finite loss.
+
+    Note: the model runs in eval mode. Holds W*, D, S, b and one gradient of the tuned parameters, all dense, and the
+    best mask; this is the cost of the method.
+    """
+    batches = list(batches)
+    _check(batches, steps, learning_rate, beta)
+    grafts = _grafts(model, tuned, update_ratio, seed)
+    best, masks = math.inf, [one.patch for one in grafts]
+    with in_eval_mode(model), _borrowed(model, grafts):
+        for step in range(steps + 1):
+            if step:
+                _descend(model, grafts, batches, loss, learning_rate, beta)
+            candidate = [one.mask(beta) for one in grafts]
+            found = _mean_loss(model, grafts, candidate, batches, loss)
+            if found < best:
+                best, masks = found, candidate
+    if best == math.inf:
+        raise ValueError("The loss is not finite, whatever the mask. Check the batches and the fine-tuned weights.")
+    return {name: one.delta(mask) for name, one, mask in zip(tuned, grafts, masks, strict=True)}
+
+
+@dataclass
+class _Graft:
+    """One parameter that is grafted.
+
+    Attributes:
+        parameter: the model's own, whose data hold the grafted weight while the mask is learned.
+        origin: W*, a copy.
+        difference: D, float32.
+        patch: b, bool.
+        logits: S, float32.
+    """
+
+    parameter: nn.Parameter
+    origin: Tensor
+    difference: Tensor
+    patch: Tensor
+    logits: Tensor
+
+    def share(self, beta: float) -> Tensor:
+        """g, between 0 and 1."""
+        return (self.patch.float() - torch.sigmoid(self.logits - beta)).abs_()
+
+    def mask(self, beta: float) -> Tensor:
+        """g rounded."""
+        return self.patch ^ (self.logits > beta)
+
+    def put(self, share: Tensor) -> None:
+        """Write W* + share o D into the parameter."""
+        self.parameter.data.copy_(self.origin + share * self.difference)
+
+    def slope(self, gradient: Tensor, beta: float) -> Tensor:
+        """dL/dS = (1 - 2b) o (dL/dW o D) o sigmoid'(S - beta)."""
+        sigmoid = torch.sigmoid(self.logits - beta)
+        sign = 1 - 2 * self.patch.float()
+        return sign * gradient * self.difference * sigmoid * (1 - sigmoid)
+
+    def delta(self, mask: Tensor) -> Delta:
+        """D at the entries of a mask."""
+        positions = mask.view(-1).nonzero().view(-1)
+        return Delta(positions.to(position_dtype(mask.numel())), self.difference.view(-1)[positions])
+
+
+def _grafts(model: nn.Module, tuned: Mapping[str, Tensor], update_ratio: float, seed: int) -> list[_Graft]:
+    parameters = dict(model.named_parameters())
+    for name, weight in tuned.items():
+        if name not in parameters:
+            raise ValueError(f"'{name}' is no parameter of the model; tuned must map its parameter names to weights.")
+        parameter = parameters[name]
+        if parameter.shape != weight.shape or parameter.dtype != weight.dtype:
+            raise ValueError(
+                f"Parameter '{name}' is {parameter.dtype} of shape {tuple(parameter.shape)}, but the fine-tuned weight "
+                f"is {weight.dtype} of shape {tuple(weight.shape)}."
+            )
+    names = list(tuned)
+    moved = {name: tuned[name].to(parameters[name].device) for name in names}
+    patches = graft([lambda name=name: (parameters[name], moved[name]) for name in names], update_ratio)
+    return [
+        _start(parameters[name], moved[name], patch, derived_seed(seed, "graft", name))
+        for name, patch in zip(names, patches, strict=True)
+    ]
+
+
+def _start(parameter: nn.Parameter, tuned: Tensor, patch: Delta, seed: int) -> _Graft:
+    origin = parameter.detach().clone()
+    mask = torch.zeros(parameter.numel(), dtype=torch.bool, device=parameter.device)
+    mask[patch.positions.long()] = True
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+    return _Graft(
+        parameter=parameter,
+        origin=origin,
+        difference=tuned.detach().float() - origin.float(),
+        patch=mask.view(parameter.shape),
+        logits=logits.to(parameter.device),
+    )
+
+
+@contextmanager
+def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
+    """Make the grafted parameters the only ones that require a gradient; put everything back."""
+    required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        model.requires_grad_(False)
+        for one in grafts:
+            one.parameter.requires_grad_(True)
+        yield
+    finally:
+        for one in grafts:
+            one.parameter.data.copy_(one.origin)
+        for parameter, before in required:
+            parameter.requires_grad_(before)
+
+
+def _descend(
+    model: nn.Module,
+    grafts: list[_Graft],
+    batches: list[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    learning_rate: float,
+    beta: float,
+) -> None:
+    """One gradient step on the logits."""
+    for one in grafts:
+        one.put(one.share(beta))
+    totals = [torch.zeros_like(one.logits) for one in grafts]
+    for batch in batches:
+        with torch.enable_grad():
+            value = loss(model, batch)
+        gradients = torch.autograd.grad(value, [one.parameter for one in grafts])
+        for total, gradient in zip(totals, gradients, strict=True):
+            total += gradient
+    for one, total in zip(grafts, totals, strict=True):
+        one.logits -= learning_rate * one.slope(total / len(batches), beta)
+
+
+def _mean_loss(
+    model: nn.Module,
+    grafts: list[_Graft],
+    masks: list[Tensor],
+    batches: list[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+) -> float:
+    for one, mask in zip(grafts, masks, strict=True):
+        one.put(mask)
+    with torch.no_grad():
+        return sum(float(loss(model, batch)) for batch in batches) / len(batches)
+
+
+def _check(batches: list[Any], steps: int, learning_rate: float, beta: float) -> None:
+    if not batches:
+        raise ValueError("batches is empty; a graft is learned on at least one batch.")
+    if steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate must be a finite number above 0, got {learning_rate!r}.")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta must be a finite number, got {beta!r}.")

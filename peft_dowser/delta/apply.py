@@ -1,0 +1,144 @@
+"""The one rule by which a sparse delta is added to a weight, and what a write of its sums replaces."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# Entries of a delta added or written at a time: bounds the temporaries, which so stay in the cache of a CPU. On a GPU
+# each block costs the launch of its kernels.
+_DELTA_BLOCK = 1 << 18
+
+_DELTA_BLOCK_ON_GPU = 1 << 22
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+# The fraction of vanished values from which on a merge says so.
+_NOTEWORTHY = 0.01
+
+
+class Delta(NamedTuple):
+    """A sparse delta of one matrix.
+
+    Attributes:
+        positions: flat positions, strictly increasing, shape `(nnz,)`, int32 (int64 above 2**31 - 1 entries).
+        values: what is added to the base at these positions, shape `(nnz,)`, float32.
+
+    Note: an unscaled value is the float32 nearest to W - W*. In a float16, bfloat16 or float32 base, W* plus it is W
+    bit for bit wherever W lies between W* / 2 and 2 W*; elsewhere it may be off by 2**-24 |D| and a rounding, which no
+    float32 can mend.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+
+def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Add a sparse delta to a weight in place: w <- round(float32(w) + delta), rounded once to the dtype of `weight`.
+
+    This is the one rule by which forward, backward and merge form W + D.
+
+    Args:
+        weight: contiguous weight, any float dtype; written at `positions` only.
+        positions: distinct flat positions, shape `(nnz,)`, int32 or int64.
+        values: the delta at these positions, shape `(nnz,)`, any float dtype.
+    """
+    flat = weight.view(-1)
+    # Written as integers of the same size: `scatter_` of those takes half as long as `index_copy_`.
+    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+    for at, delta in zip(delta_blocks(positions), delta_blocks(values), strict=True):
+        at = at.long()
+        bits.scatter_(0, at, entries_plus(flat.index_select(0, at), delta).view(bits.dtype))
+
+
+def entries_plus(entries: Tensor, values: Tensor) -> Tensor:
+    """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`.
+
+    Note: computed in the wider dtype of both, at least float32, and rounded once to that of `entries`, in one kernel.
+        It is an addition everywhere; the atomic one of `index_add_` takes subnormal numbers for 0 on a GPU.
+    """
+    return torch.add(entries, values, out=torch.empty_like(entries))
+
+
+def delta_blocks(entries: Tensor) -> Sequence[Tensor]:
+    """Entries of a delta, or their positions, as many as are worked on at a time."""
+    return entries.split(_DELTA_BLOCK if entries.device.type == "cpu" else _DELTA_BLOCK_ON_GPU)
+
+
+@dataclass(frozen=True)
+class MergedEntries:
+    """What a merge does to the entries of a weight at the positions of a delta.
+
+    Attributes:
+        originals: what is there, shape `(nnz,)`.
+        sums: W + D, rounded as `add_delta_` rounds it, shape `(nnz,)`, in the dtype of the weight.
+    """
+
+    originals: Tensor
+    sums: Tensor
+
+    def vanished(self, values: Tensor) -> int:
+        """How many of the values, shape `(nnz,)`, are not 0 and change nothing."""
+        return int(((self.sums == self.originals) & (values != 0)).count_nonzero())
+
+    def not_finite(self) -> int:
+        """How many sums are not finite."""
+        if bool(torch.isfinite(self.sums.sum(dtype=torch.promote_types(self.sums.dtype, torch.float32)))):
+            return 0  # much the faster test, and false only where a sum of finite numbers overflows
+        return int((~torch.isfinite(self.sums)).count_nonzero())
+
+    def check_finite(self, adapter_name: str, module: str) -> None:
+        """Refuse sums that are not finite.
+
+        Raises:
+            ValueError: there are some; the message names adapter and module.
+        """
+        if bad := self.not_finite():
+            raise ValueError(
+                f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
+                f"{self.sums.dtype} into module '{module}'. The adapter or the base is broken, or the values are too "
+                "large for the dtype of the base; nothing was merged into this module."
+            )
+
+
+def merged_entries(weight: Tensor, positions: Tensor, values: Tensor) -> MergedEntries:
+    """Compute what a merge would write; the weight is read only.
+
+    Args:
+        weight: contiguous weight, any float dtype.
+        positions: distinct flat positions, shape `(nnz,)`, int32 or int64.
+        values: the delta at these positions, shape `(nnz,)`, any float dtype.
+    """
+    originals = weight.view(-1).index_select(0, positions)
+    return MergedEntries(originals, entries_plus(originals, values))
+
+
+def write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
+    """Write entries into a weight in place."""
+    bits = _BITS[weight.element_size()]  # `scatter_` of integers takes half as long as `index_copy_`
+    flat = weight.view(-1).view(bits)
+    for at, entry in zip(delta_blocks(positions), delta_blocks(entries.view(bits)), strict=True):
+        flat.scatter_(0, at.long(), entry)
+
+
+def checksum(entries: Tensor) -> int:
+    """The sum of the bits of all entries as integers: another one where any single entry was changed."""
+    return int(entries.contiguous().view(_BITS[entries.element_size()]).sum(dtype=torch.int64))
+
+
+def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:
+    """Say once how many trained values a merge has rounded away; a few of many always are."""
+    lost = sum(counts[0] for layer in vanished for counts in layer.values())
+    total = sum(counts[1] for layer in vanished for counts in layer.values())
+    if lost and lost >= _NOTEWORTHY * total:
+        logger.warning(
+            "%d of %d merged values (%.1f %%) are too small to change a weight in the dtype of the base.",
+            lost,
+            total,
+            100 * lost / total,
+        )

@@ -1,0 +1,286 @@
+"""A saved adapter as data: the names of its tensors, its manifest, and safe files. See FORMAT.md."""
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .._version import __version__
+from .codec import DeltaFormatError
+
+# The format that this release writes; it reads this one and all older ones.
+FORMAT = 1
+
+_SAMPLES = 16
+
+# Fractional parts of i times this number over 2^64 are spread evenly, and follow no rows or columns of a matrix.
+_GOLDEN = 0x9E3779B97F4A7C15
+
+# What a checkpoint is commonly cast to.
+_CASTS = (torch.bfloat16, torch.float16)
+
+# How a saved adapter calls the tensors of a module: its values and its index code.
+PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
+
+# Where the files of an output folder are until all of them are complete.
+_WORK = ".unfinished"
+
+# Without which nothing loads a model or an adapter.
+_LAST = ("config.json", "adapter_config.json")
+
+
+def check_manifest(manifest: Any) -> None:
+    """Refuse a manifest of a newer format, or one that is none.
+
+    Raises:
+        DeltaFormatError: this release cannot read the adapter.
+    """
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool):
+        version = 0
+    if version > FORMAT:
+        raise DeltaFormatError(
+            f"the adapter is in format {version}, written by {str(manifest.get('written_by'))[:50]!r}; this release of "
+            f"peft-dowser reads up to format {FORMAT}: upgrade it"
+        )
+    modules = manifest.get("modules") if version > 0 else None
+    if not isinstance(modules, dict) or not all(isinstance(entry, dict) for entry in modules.values()):
+        raise DeltaFormatError(
+            "manifest must be what save_pretrained writes, with a format and modules; adapter_config.json was edited"
+        )
+
+
+def check_readable(path: Path) -> None:
+    """Refuse a file of tensors that is not whole; only its header is read.
+
+    Raises:
+        DeltaFormatError: as `open_tensors`.
+    """
+    try:
+        with ExitStack() as files:
+            open_tensors(path, files)
+    except ValueError as error:
+        raise DeltaFormatError(str(error)) from error
+
+
+def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:
+    """What a manifest says of one module.
+
+    Args:
+        code: its index code, as in the file.
+        values: its values, as in the file.
+        shape: shape of the base weight as it is stored.
+        sample: `base_sample` of the unmodified base weight.
+    """
+    return {
+        "shape": list(shape),
+        "nnz": values.numel(),
+        "code_sha256": digest(code),
+        "values_sha256": digest(values),
+        "base_sample": sample,
+    }
+
+
+def manifest(modules: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The manifest of an adapter, from its entries by module."""
+    return {"format": FORMAT, "written_by": f"peft-dowser {__version__}", "modules": dict(modules)}
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of the bytes of a tensor, in hexadecimal."""
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
+
+
+def check_code(code: Tensor, expected: str) -> None:
+    """Refuse an index code that is not the one of the manifest, by its digest.
+
+    Raises:
+        DeltaFormatError: it is another one.
+    """
+    if digest(code) != expected:
+        raise DeltaFormatError(
+            "the index code is not the one that the manifest in adapter_config.json describes; the two files are not "
+            "of one save, or were edited"
+        )
+
+
+def base_sample(weight: Tensor) -> str | None:
+    """Sixteen entries of a weight, rounded to float32, little-endian, in hexadecimal; None where it has no real ones.
+
+    They are entries and not their hash, so that the same weight in another dtype can be recognized.
+    """
+    if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
+        return None
+    # Not through a flat view, which a weight that is stored transposed does not have.
+    sample = weight.detach().take(_sampled(weight.numel()).to(weight.device)).float().cpu()
+    return sample.numpy().tobytes().hex()
+
+
+@cache
+def _sampled(numel: int) -> Tensor:
+    """Where in a weight of `numel` entries the sample is taken."""
+    return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
+
+
+def is_sample(text: Any) -> bool:
+    """Whether this can be what `base_sample` has written."""
+    return isinstance(text, str) and re.fullmatch(f"[0-9a-f]{{{8 * _SAMPLES}}}", text) is not None
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two samples are of one weight, be it that either or both were cast to another float dtype.
+
+    Equal, or equal after rounding to a dtype that one of them is in already; of bfloat16 and float16, neither of which
+    holds the other, equal within the rounding of both.
+    """
+    if one == other:
+        return True
+    a, b = _numbers(one), _numbers(other)
+    for dtype in _CASTS:
+        rounded_a, rounded_b = a.to(dtype).float(), b.to(dtype).float()
+        if torch.equal(rounded_a, rounded_b) and (torch.equal(rounded_a, a) or torch.equal(rounded_b, b)):
+            return True
+    mixed = (_is(a, torch.bfloat16) and _is(b, torch.float16)) or (_is(b, torch.bfloat16) and _is(a, torch.float16))
+    return mixed and torch.allclose(a, b, rtol=2**-7, atol=2**-24)
+
+
+def unlike_samples(then: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
+    """Names in `now` whose sample is of another weight than that in `then`; where either is unknown nothing is said."""
+    pairs = ((name, then.get(name), sample) for name, sample in now.items())
+    return [name for name, old, new in pairs if old is not None and new is not None and not same_base(old, new)]
+
+
+def _numbers(sample: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(sample), dtype=torch.float32)
+
+
+def _is(numbers: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(numbers.to(dtype).float(), numbers)
+
+
+def named(part: str, adapter_name: str) -> str:
+    """How the state dict of a model, which has several adapters, calls what a file calls `VALUES` or `CODE`."""
+    stem, _, leaf = part.rpartition(".")
+    return f"{stem}.{adapter_name}.{leaf}"
+
+
+def is_delta(key: str) -> bool:
+    """Whether a tensor is a part of a delta; the others are biases and modules that were trained as a whole."""
+    return ".dowser_values." in key or ".dowser_index." in key
+
+
+def base_name(key: str) -> str:
+    """How the base model calls a tensor that is no part of a delta."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def counts_in(state_dict: Mapping[str, Tensor] | None) -> dict[str, int] | None:
+    """Trained weights by module, read off the tensors of a saved adapter."""
+    if state_dict is None:
+        return None
+    return {key.removesuffix(VALUES): value.numel() for key, value in state_dict.items() if key.endswith(VALUES)}
+
+
+def quoted(name: object) -> str:
+    """A name from a stranger's file in a message: its first letters, in quotes."""
+    return f"'{printable(str(name)[:100])}'"
+
+
+def printable(text: str) -> str:
+    """A stranger's text with everything escaped that would move the cursor, begin a line or change what is shown."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def few(names: list[str]) -> str:
+    """The first names of a list that may be long and come from a stranger's file."""
+    shown = ", ".join(quoted(name) for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def open_tensors(path: Path, files: ExitStack) -> Any:
+    """Open a safetensors file, of which only the header is read.
+
+    Args:
+        path: the file.
+        files: closes it.
+
+    Raises:
+        ValueError: it is not a safetensors file, not of the length that its header says, or has tensors of a dtype that
+            torch does not know.
+    """
+    try:
+        file = files.enter_context(safe_open(path, framework="pt"))
+        for key in {file.get_slice(key).get_dtype(): key for key in file.keys()}.values():
+            file.get_tensor(key)  # memory of the file, which is not read
+    except SafetensorError as error:
+        raise ValueError(
+            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({printable(str(error))}). It "
+            "is incomplete or damaged; copy or download it again."
+        ) from error
+    return file
+
+
+def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: it cannot be written; safetensors raises an error that is none.
+    """
+    try:
+        save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
+    except SafetensorError as error:
+        raise OSError(f"'{path}' cannot be written ({error}).") from error
+
+
+def check_output(folder: Path) -> None:
+    """Refuse to write into a folder that has files already.
+
+    Raises:
+        FileExistsError: it has some; those of a process that was killed while it wrote are named.
+    """
+    if (folder / _WORK).exists():
+        raise FileExistsError(
+            f"'{folder}' has a folder '{_WORK}': another process is writing into it, or was killed while it did. If "
+            "none is, delete the folder."
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"'{folder}' is not an empty folder; choose another output, or empty it first.")
+
+
+@contextmanager
+def finished_together(folder: Path) -> Iterator[Path]:
+    """A folder for the files of an output folder, which get their places when all of them are complete.
+
+    Args:
+        folder: the output folder; new or empty. Meanwhile `check_output` refuses it.
+
+    Raises:
+        FileExistsError: as `check_output`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    check_output(folder)
+    work = folder / _WORK
+    try:
+        work.mkdir()  # of two processes one
+    except FileExistsError:
+        check_output(folder)
+        raise
+    try:
+        if [path.name for path in folder.iterdir()] != [_WORK]:
+            work.rmdir()  # another process ended in between
+            check_output(folder)
+        yield work
+        for path in sorted(work.iterdir(), key=lambda path: path.name in _LAST):
+            path.rename(folder / path.name)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,9 @@
+"""What a training forgets and learns: a callback that measures it, and the measures of the literature.
+
+May import delta, base, probing and config.
+"""
+
+from . import metrics
+from .forgetting import ForgettingCallback
+
+__all__ = ["ForgettingCallback", "metrics"]

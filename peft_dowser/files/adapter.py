@@ -1,0 +1,342 @@
+"""Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from torch import Tensor, nn
+
+from ..base.target import Target
+from ..base.targets import resolve_targets
+from ..config import DowserConfig
+from ..delta.codec import DeltaFormatError, check_values, decode
+from ..delta.format import (
+    CODE,
+    PREFIX,
+    VALUES,
+    base_name,
+    base_sample,
+    check_code,
+    digest,
+    is_delta,
+    open_tensors,
+    quoted,
+)
+from .checkpoint import FLOAT_DTYPES, Checkpoint, fetched
+from .checks import (
+    check_counts,
+    check_keys,
+    check_modules,
+    check_shapes,
+    foreign_tensors,
+    is_count,
+    misfit,
+    missing_tensors,
+    unlike,
+)
+
+# More than any weight has: thousands of times a position in such a one still fits 64 bits.
+_MOST_ENTRIES = 2**50
+
+
+@dataclass
+class SavedAdapter:
+    """An open adapter.
+
+    Attributes:
+        name: its folder or Hub id.
+        config: its configuration.
+        size: size of its file, in bytes.
+        file: its open file.
+        counts: trained weights by module.
+        others: by the name in the base model, the name in the file of each tensor that is no delta: biases and modules
+            that were trained as a whole.
+    """
+
+    name: str
+    config: DowserConfig
+    size: int
+    file: Any
+    counts: dict[str, int]
+    others: dict[str, str]
+
+    def delta(self, module: str, numel: int, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The positions and the values of a module, checked.
+
+        Args:
+            module: its name in the base model.
+            numel: number of entries of its weight.
+            code: its index code, where that was read already.
+
+        Raises:
+            DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
+        """
+        values, code = self.values(module), self.code(module) if code is None else code
+        with self._naming(module):
+            positions = decode(code, numel, self.counts[module])
+            if self.config.manifest is not None:
+                check_code(code, self.config.manifest["modules"][module]["code_sha256"])
+        return positions, values.float()  # float32, as PEFT loads them
+
+    def values(self, module: str) -> Tensor:
+        """The values of a module as they are in the file, shape `(nnz,)`.
+
+        Raises:
+            DeltaFormatError: they are others than its count says, or not finite floating-point numbers.
+        """
+        values = self._read(f"{PREFIX}{module}{VALUES}")
+        with self._naming(module):
+            check_values(values, self.counts[module])
+        return values
+
+    def code(self, module: str) -> Tensor:
+        """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
+        return self._read(f"{PREFIX}{module}{CODE}")
+
+    def other(self, name: str) -> Tensor:
+        """A tensor that is no delta, by its name in the base model."""
+        return self._read(self.others[name])
+
+    def check_complete(self) -> None:
+        """Refuse counts that are none, and a file that lacks tensors of the modules counted, or has those of others.
+
+        Raises:
+            DeltaFormatError: a count is no integer of at least 1, or the file has other tensors.
+        """
+        if not self.counts:
+            raise DeltaFormatError(f"{self._where} has values for no module. The file is incomplete, or was edited.")
+        for module, nnz in self.counts.items():
+            if not is_count(nnz):
+                raise DeltaFormatError(
+                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {quoted(module)}, which must be "
+                    "an integer of at least 1. The file is damaged, or its config was edited."
+                )
+        expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
+        check_keys(expected, self.file.keys(), self._where)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest.
+
+        Raises:
+            DeltaFormatError: there is no manifest, it is not that of this file, or the file is not complete.
+        """
+        if self.config.manifest is None:
+            raise DeltaFormatError(
+                f"{self._where} has no manifest, so the shapes of its weights are unknown. Load it with its base model "
+                "and save it again with this release."
+            )
+        self.check_complete()
+        check_modules(self.config.manifest, self.counts, self._where)
+        shapes = {module: self.config.manifest["modules"][module].get("shape") for module in self.counts}
+        for module, shape in shapes.items():
+            if not _is_shape(shape):
+                raise DeltaFormatError(
+                    f"{self._where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no "
+                    "weight has. adapter_config.json was edited."
+                )
+        return {module: tuple(shape) for module, shape in shapes.items()}
+
+    def check_fits(self, targets: Mapping[str, Target]) -> None:
+        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
+
+        Args:
+            targets: those of the adapter's config in the model, by name.
+
+        Raises:
+            DeltaFormatError: it does not fit.
+        """
+        check_counts(self.counts, targets, self.name)
+        self.check_complete()
+        if self.config.manifest is not None:
+            check_modules(self.config.manifest, self.counts, self._where)
+            check_shapes(self.config.manifest, {module: targets[module].shape for module in self.counts}, self._where)
+
+    def targets_in(self, model: nn.Module) -> dict[str, Target]:
+        """The weights of a model that the adapter trains, by module; reads no tensor.
+
+        Raises:
+            DeltaFormatError: the adapter does not fit the model.
+        """
+        try:
+            targets = resolve_targets(model, self.config)
+        except (ValueError, TypeError) as error:
+            raise DeltaFormatError(str(error)) from error
+        self.check_fits(targets)
+        return {module: targets[module] for module in self.counts}
+
+    def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
+        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits.
+
+        Args:
+            base: the base.
+            targets: the adapter's, in the model of the base.
+        """
+        for module, target in targets.items():
+            weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
+            if problem := weight_problem(base, target.tensor_name, target.shape):
+                yield problem
+            try:
+                self.delta(module, target.numel)
+            except DeltaFormatError as error:
+                yield str(error)
+        names = [target.tensor_name for target in targets.values()]
+        stored = [base.key(name) for name in names if name in base]
+        if shared := len(stored) - len(set(stored)):
+            yield (
+                f"{self._where}: {shared} of its target weights are tied to others of them in '{base.name}'. "
+                "Merge in memory, with merge_and_unload()."
+            )
+        for name in self.others:
+            if problem := self._other_problem(base, name):
+                yield f"{self._where}: {problem}"
+        known = [name for name in self.others if name in base.tensors]
+        if problem := foreign_tensors(self.config, known, self.counts, base.model):
+            yield f"{self._where}: {problem}"
+        if problem := missing_tensors(self.config, self.others, base.model):
+            yield f"{self._where}: {problem}"
+
+    def foreign(self, base: Checkpoint, targets: Mapping[str, Target]) -> list[str]:
+        """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.
+
+        Weights that the checkpoint holds in several tensors are left out.
+
+        Args:
+            base: the base.
+            targets: the adapter's, in the model of the base.
+        """
+        if self.config.manifest is None:
+            return []
+        names = {module: target.tensor_name for module, target in targets.items()}
+        samples = {module: base_sample(base.read(name)) for module, name in names.items() if name in base}
+        return unlike(self.config.manifest, samples)
+
+    def altered(self) -> Iterator[str]:
+        """A message for every module whose values are not those that were saved, by the digests of the manifest."""
+        for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
+            if digest(self.values(module)) != entry["values_sha256"]:
+                yield (
+                    f"{self._where}, module {quoted(module)}: the values are not those that its manifest describes. "
+                    "The adapter's two files are not of one save, or were edited."
+                )
+
+    def _read(self, key: str) -> Tensor:
+        """A copy of a tensor: the memory of a file changes with it, and kills the process where the file was cut."""
+        return self.file.get_tensor(key).clone()
+
+    @property
+    def _where(self) -> str:
+        return f"Adapter '{self.name}'"
+
+    @contextmanager
+    def _naming(self, module: str) -> Iterator[None]:
+        """Name adapter and module in what is wrong with the tensors of a module."""
+        try:
+            yield
+        except DeltaFormatError as error:
+            raise DeltaFormatError(f"{self._where}, module {quoted(module)}: {error}.") from error
+
+    def _other_problem(self, base: Checkpoint, name: str) -> str | None:
+        shown = quoted(self.others[name])
+        if name not in base.tensors or name in base.twins:
+            return (
+                f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "
+                "can only be merged in memory, with merge_and_unload()."
+            )
+        problem = misfit(self.other(name), base.read(name))
+        return problem and f"the tensor {shown} {problem}"
+
+
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
+    """Whether this can be the shape of a weight; a manifest may be a stranger's."""
+    return (
+        isinstance(shape, list)
+        and len(shape) in (2, 3)
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+        and math.prod(shape) < _MOST_ENTRIES
+    )
+
+
+def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why nothing can be added to a weight of the base, or None."""
+    if name not in base:
+        return (
+            f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
+            "transformers builds this weight from other tensors. Merge in memory, with merge_and_unload()."
+        )
+    if base.dtype(name) not in FLOAT_DTYPES or base.shape(name) != shape:
+        return (
+            f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
+            f"be one of {', '.join(FLOAT_DTYPES)}, of shape {shape}."
+        )
+    return None
+
+
+def _pieces_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why nothing can be added to a fused parameter that the base holds in pieces, or None."""
+    slices = [base.files[key].get_slice(key) for key in base.pieces[name]]
+    dtypes, widths = {piece.get_dtype() for piece in slices}, {tuple(piece.get_shape())[1:] for piece in slices}
+    rows = sum(piece.get_shape()[0] for piece in slices)
+    if len(dtypes) == 1 and dtypes < set(FLOAT_DTYPES) and widths == {shape[2:]} and rows == shape[0] * shape[1]:
+        return None
+    return (
+        f"The {len(slices)} tensors of '{base.name}' that make up the target weight '{name}' are {sorted(dtypes)} and "
+        f"have {rows} rows of shape {sorted(widths)}; together they must be one of {', '.join(FLOAT_DTYPES)}, of shape "
+        f"{shape}."
+    )
+
+
+def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
+    """Open an adapter in a folder or, by its id, on the Hub.
+
+    Args:
+        name: the folder or the id.
+        files: closes the file of the adapter.
+
+    Raises:
+        OSError: there is no such adapter, or it is not in a safetensors file.
+        ValueError: it is no Dowser adapter, or a file is damaged.
+    """
+    folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    path = folder / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
+    config = _config(folder, name)
+    try:
+        file = open_tensors(path, files)
+    except ValueError as error:
+        raise DeltaFormatError(str(error)) from error
+    others = [key for key in file.keys() if not is_delta(key)]
+    return SavedAdapter(
+        name,
+        config,
+        path.stat().st_size,
+        file,
+        counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
+        others={base_name(key): key for key in others},
+    )
+
+
+def _config(folder: Path, name: str) -> DowserConfig:
+    if not (folder / CONFIG_NAME).is_file():
+        raise FileNotFoundError(f"'{name}' holds no {CONFIG_NAME}.")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
+    if not isinstance(config, DowserConfig):
+        raise ValueError(f"'{name}' holds a {PeftType(config.peft_type).value} adapter, not a Dowser adapter.")
+    return config
+
+
+def _counts(file: Any) -> dict[str, int]:
+    """Trained weights by module, read off the header of a file whose config does not give them."""
+    return {
+        key.removeprefix(PREFIX).removesuffix(VALUES): math.prod(file.get_slice(key).get_shape())
+        for key in file.keys()
+        if key.endswith(VALUES)
+    }

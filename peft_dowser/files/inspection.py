@@ -1,0 +1,235 @@
+"""What a saved adapter trains and how far it moves each module (`inspect`), and how two of them compare (`diff`)."""
+
+import math
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta.apply import Delta, merged_entries
+from ..delta.codec import DeltaFormatError
+from ..delta.format import quoted
+from ..delta.masks import shared
+from .adapter import SavedAdapter, open_adapter
+from .checkpoint import Checkpoint, open_checkpoint
+
+# Fields of the configuration that say how the mask was chosen.
+_CHOICES = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
+
+
+@dataclass(frozen=True)
+class ModuleFacts:
+    """What a saved adapter holds for one module.
+
+    Attributes:
+        module: its name in the base model.
+        shape: shape of its weight, as stored; None where the adapter has no manifest.
+        trained: number of its values.
+        ratio: fraction of the weight that they are; None where the adapter has no manifest.
+        dtype: of the values in the file, "bfloat16" for example.
+        index_bits: size of the code of their positions, in bits.
+        bytes: size of values and code in the file.
+        delta_norm: L2 norm of the values.
+        vanished: fraction of the values that change no weight in bfloat16; None where no base was given.
+    """
+
+    module: str
+    shape: tuple[int, ...] | None
+    trained: int
+    ratio: float | None
+    dtype: str
+    index_bits: int
+    bytes: int
+    delta_norm: float
+    vanished: float | None
+
+
+def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+    """Describe a saved adapter, without a model.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        base: folder or Hub id of its base model, a safetensors checkpoint. With it each module also tells what fraction
+            of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
+
+    Returns:
+        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" the
+        `ModuleFacts` of each as a dict, ordered by name.
+
+    Raises:
+        ValueError: a file is damaged, this is no Dowser adapter, or it does not fit the base.
+        OSError: the adapter or the base cannot be found.
+    """
+    with ExitStack() as files:
+        saved = open_adapter(str(adapter), files)
+        saved.check_complete()
+        shapes = {} if saved.config.manifest is None else saved.shapes()
+        vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
+        modules = [_facts(saved, name, shapes.get(name), vanished.get(name)) for name in sorted(saved.counts)]
+    chosen = {field: getattr(saved.config, field) for field in _CHOICES}
+    return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
+
+
+def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, vanished: int | None) -> ModuleFacts:
+    values, code = adapter.values(module), adapter.code(module)
+    return ModuleFacts(
+        module=module,
+        shape=shape,
+        trained=values.numel(),
+        ratio=None if shape is None else values.numel() / math.prod(shape),
+        dtype=str(values.dtype).removeprefix("torch."),
+        index_bits=8 * code.nbytes,
+        bytes=values.nbytes + code.nbytes,
+        delta_norm=float(values.float().norm()),
+        vanished=None if vanished is None else vanished / values.numel(),
+    )
+
+
+def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
+    trained = sum(module.trained for module in modules)
+    sizes = [math.prod(module.shape) for module in modules if module.shape is not None]
+    vanished = [module.vanished * module.trained for module in modules if module.vanished is not None]
+    return {
+        "trained": trained,
+        "ratio": trained / sum(sizes) if sizes else None,
+        "delta_norm": math.hypot(*(module.delta_norm for module in modules)),
+        "vanished": sum(vanished) / trained if vanished else None,
+    }
+
+
+def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
+    """By module, how many values other than 0 change no weight of the base in bfloat16."""
+    targets = adapter.targets_in(base.model)
+    for problem in adapter.problems(base, targets):
+        raise DeltaFormatError(problem)
+    found = {}
+    for module, target in targets.items():
+        positions, values = adapter.delta(module, target.numel)
+        entries = _entries(base, target.tensor_name, positions).to(torch.bfloat16)
+        found[module] = merged_entries(entries, torch.arange(len(entries), device="cpu"), values).vanished(values)
+    return found
+
+
+def _entries(base: Checkpoint, name: str, positions: Tensor) -> Tensor:
+    """The entries of a weight at some positions; of a fused one, of the tensors that make it up."""
+    if name in base:
+        return base.read(name).view(-1).index_select(0, positions)
+    return torch.cat([base.stored(key).view(-1) for key in base.pieces[name]]).index_select(0, positions)
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """How two deltas A and B of the same weights overlap.
+
+    Attributes:
+        shared: number of positions that both have.
+        only_a: number of positions that A alone has.
+        only_b: number of positions that B alone has.
+        conflicts: number of shared positions that A and B move in opposite directions.
+        product: sum of A B over the shared positions.
+        square_a: sum of A squared over the shared positions.
+        square_b: sum of B squared over the shared positions.
+    """
+
+    shared: int = 0
+    only_a: int = 0
+    only_b: int = 0
+    conflicts: int = 0
+    product: float = 0.0
+    square_a: float = 0.0
+    square_b: float = 0.0
+
+    @property
+    def cosine(self) -> float | None:
+        """Cosine of the values at the shared positions; None where those of A or of B are all 0, or there are none."""
+        length = math.sqrt(self.square_a) * math.sqrt(self.square_b)
+        return max(-1.0, min(1.0, self.product / length)) if length else None
+
+    def summary(self) -> dict[str, float | None]:
+        """The counts and the cosine by name."""
+        return {
+            "shared": self.shared,
+            "only_a": self.only_a,
+            "only_b": self.only_b,
+            "conflicts": self.conflicts,
+            "cosine": self.cosine,
+        }
+
+
+def overlap(a: Delta, b: Delta) -> Overlap:
+    """Compare two deltas of one weight.
+
+    Args:
+        a: positions strictly increasing, shape `(k1,)`, int32 or int64; values likewise, any float dtype; read only.
+        b: likewise, on the same device; its count and the dtype of its positions may differ.
+    """
+    own, other = shared(a.positions, b.positions)
+    left, right = a.values[own].double(), b.values[other].double()
+    return Overlap(
+        shared=len(left),
+        only_a=len(a.positions) - len(left),
+        only_b=len(b.positions) - len(left),
+        conflicts=int((left.sign() * right.sign() < 0).sum()),
+        product=float(left @ right),
+        square_a=float(left @ left),
+        square_b=float(right @ right),
+    )
+
+
+def total_overlap(overlaps: Iterable[Overlap]) -> Overlap:
+    """The overlap of several weights together."""
+    every = list(overlaps)
+    return Overlap(**{field.name: sum(getattr(one, field.name) for one in every) for field in fields(Overlap)})
+
+
+def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
+    """Compare two saved adapters, one module at a time and without their base.
+
+    Args:
+        a: folder or Hub id of a saved Dowser adapter.
+        b: folder or Hub id of another one, for weights of the same shapes.
+
+    Returns:
+        The overlap by module, for every module that either adapts.
+
+    Raises:
+        DeltaFormatError: a file is damaged, or has no manifest, which alone tells the shapes.
+        ValueError: one of them is no Dowser adapter, or they are for weights of other shapes.
+        OSError: an adapter cannot be found.
+    """
+    with ExitStack() as files:
+        first, second = open_adapter(str(a), files), open_adapter(str(b), files)
+        shapes_a, shapes_b = first.shapes(), second.shapes()
+        _check_same(first.name, shapes_a, second.name, shapes_b)
+        shapes = shapes_a | shapes_b
+        return {name: _compare(name, math.prod(shapes[name]), first, second) for name in sorted(shapes)}
+
+
+def _compare(module: str, numel: int, a: SavedAdapter, b: SavedAdapter) -> Overlap:
+    if module not in a.counts:
+        return Overlap(only_b=b.counts[module])
+    if module not in b.counts:
+        return Overlap(only_a=a.counts[module])
+    return overlap(Delta(*a.delta(module, numel)), Delta(*b.delta(module, numel)))
+
+
+def _check_same(
+    name_a: str, shapes_a: dict[str, tuple[int, ...]], name_b: str, shapes_b: dict[str, tuple[int, ...]]
+) -> None:
+    common = [module for module in shapes_a if module in shapes_b]
+    if not common:
+        first, second = quoted(next(iter(shapes_a))), quoted(next(iter(shapes_b)))
+        raise ValueError(
+            f"'{name_a}' and '{name_b}' have no module in common: the first adapts {first}, the second {second}. They "
+            "are for different base models, or for different parts of one."
+        )
+    if other := [module for module in common if shapes_a[module] != shapes_b[module]]:
+        raise ValueError(
+            f"'{name_a}' and '{name_b}' are for weights of other shapes in {len(other)} of {len(common)} modules that "
+            f"both adapt: {quoted(other[0])} is {shapes_a[other[0]]} in the first and {shapes_b[other[0]]} in the "
+            "second. Only adapters of one base model can be compared."
+        )

@@ -1,0 +1,240 @@
+"""`merge` and `verify`: a base checkpoint plus a saved adapter, one tensor at a time and without building a model."""
+
+import json
+import math
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from functools import lru_cache
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers.utils.logging import is_progress_bar_enabled
+
+from .._transformers import convert_file_size_to_int
+from ..base.target import Target
+from ..delta.apply import merged_entries, report_vanished, write_entries_
+from ..delta.codec import DeltaFormatError
+from ..delta.format import check_output, finished_together, quoted, write_tensors
+from .adapter import SavedAdapter, open_adapter
+from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from .checks import other_base
+
+
+def merge(
+    adapter: str | Path, output: str | Path, base: str | Path | None = None, max_shard_size: int | str = "5GB"
+) -> dict[str, int]:
+    """Write the model that `merge_and_unload` and `save_pretrained` make, bit for bit, without loading it whole.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        output: folder for the merged model; new or empty. It gets the tensors of the base checkpoint, under their
+            names and in their dtypes, with its configuration, tokenizer, processor and code.
+        base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
+        max_shard_size: size of a file of weights, in bytes or as "5GB"; a larger tensor gets a file of its own. The
+            changed weights of one file are in memory together.
+
+    Returns:
+        Number of values merged by module.
+
+    Raises:
+        ValueError: the adapter is damaged or does not fit the base, the base is damaged, or a sum is not finite.
+        OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written.
+
+    Note: nothing is written before the whole adapter is checked, and no file has its name before all are written:
+    what an interrupted merge leaves is no model.
+    """
+    folder = Path(output)
+    check_output(folder)
+    limit = convert_file_size_to_int(max_shard_size)
+    with ExitStack() as files:
+        saved, checkpoint = _open(str(adapter), base, files)
+        targets = saved.targets_in(checkpoint.model)
+        for problem in saved.problems(checkpoint, targets):
+            raise DeltaFormatError(problem)
+        if foreign := saved.foreign(checkpoint, targets):
+            where = f"Adapter '{saved.name}'"
+            warnings.warn(other_base(foreign, len(saved.counts), where), UserWarning, stacklevel=2)
+        total = _Sum(saved, checkpoint, targets)
+        if cast := total.cast_on_load():
+            warnings.warn(cast, UserWarning, stacklevel=2)
+        with finished_together(folder) as work:
+            _write(work, total, limit)
+            _copy_companions(checkpoint, work)
+    report_vanished([total.vanished])
+    return saved.counts
+
+
+def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Path | None = None) -> list[str]:
+    """Check a saved adapter against its base, and a merged model against both, without loading a model.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
+        merged: folder or Hub id of a model in which every tensor must be that of the base plus the adapter, bit for
+            bit; None checks the adapter alone, for which only a few entries of the base are read.
+
+    Returns:
+        A message for every problem; empty where all is well.
+
+    Raises:
+        ValueError: a file is damaged as a whole, or the adapter is no Dowser adapter.
+        OSError: a checkpoint cannot be found.
+    """
+    with ExitStack() as files:
+        saved, checkpoint = _open(str(adapter), base, files)
+        try:
+            targets = saved.targets_in(checkpoint.model)
+        except DeltaFormatError as error:
+            return [str(error)]
+        problems = list(saved.problems(checkpoint, targets))
+        if not problems:
+            problems = list(saved.altered())
+            if foreign := saved.foreign(checkpoint, targets):
+                problems.append(other_base(foreign, len(saved.counts), f"Adapter '{saved.name}'"))
+        if merged is not None and not problems:
+            total = _Sum(saved, checkpoint, targets)
+            problems = list(_differences(total, open_checkpoint(str(merged), files)))
+    return problems
+
+
+class _Sum:
+    """A base checkpoint plus an adapter.
+
+    Attributes:
+        adapter: the adapter.
+        base: the checkpoint.
+        vanished: by module, how many non-zero values changed no weight, of how many values; filled as tensors are read.
+    """
+
+    def __init__(self, adapter: SavedAdapter, base: Checkpoint, targets: Mapping[str, Target]) -> None:
+        self.adapter = adapter
+        self.base = base
+        self.vanished: dict[str, tuple[int, int]] = {}
+        names = {module: target.tensor_name for module, target in targets.items()}
+        # By tensor of the checkpoint: its module, and where in the memory of the module's weight it begins.
+        self._places = {base.key(name): (module, 0) for module, name in names.items() if name in base}
+        for module in targets:
+            self._places |= _places(base, module)
+        # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
+        self._delta = lru_cache(maxsize=2)(adapter.delta)
+        self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
+
+    def read(self, key: str) -> Tensor:
+        """A tensor of the sum, by its name in the base checkpoint; must not be written."""
+        tensor = self.base.stored(key)
+        if key in self._others:
+            tensor = self.adapter.other(self._others[key]).to(tensor.dtype)
+        return self._added(tensor, *self._places[key]) if key in self._places else tensor
+
+    def cast_on_load(self) -> str | None:
+        """What to say where weights are stored, and so summed, in another dtype than they are loaded in; or None."""
+        stored = {self.base.stored(key).dtype for key in self._places}
+        loaded = self.base.model.config.dtype
+        if loaded is None or stored == {loaded}:
+            return None
+        names = ", ".join(sorted(str(dtype) for dtype in stored))
+        return (
+            f"'{self.base.name}' holds its weights in {names}, and its config says {loaded}, in which they are loaded. "
+            "The merged model keeps the dtype of the files, so its sums are rounded otherwise than those of the "
+            "adapter on a base that is loaded so. For the bits of these, merge in memory, with merge_and_unload()."
+        )
+
+    def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
+        pieces = self.base.pieces.get(module)
+        numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
+        positions, values = self._delta(module, numel)
+        ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
+        own = slice(*torch.searchsorted(positions, ends.to(positions.dtype)).tolist())
+        positions, values = positions[own] - start, values[own]
+        entries = merged_entries(weight, positions, values)
+        entries.check_finite(self.adapter.name, module)
+        weight = weight.clone()  # what was read is memory of the file
+        write_entries_(weight, positions, entries.sums)
+        lost, total = self.vanished.get(module, (0, 0))
+        self.vanished[module] = (lost + entries.vanished(values), total + values.numel())
+        return weight
+
+
+def _places(base: Checkpoint, module: str) -> dict[str, tuple[str, int]]:
+    """The pieces of a fused parameter, and where in its memory each begins."""
+    keys = base.pieces.get(module, [])
+    starts = accumulate((_numel(base, key) for key in keys), initial=0)
+    return {key: (module, start) for key, start in zip(keys, starts, strict=False)}
+
+
+def _numel(base: Checkpoint, key: str) -> int:
+    return math.prod(base.files[key].get_slice(key).get_shape())
+
+
+def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
+    saved = open_adapter(adapter, files)
+    if base is None:
+        base = saved.config.base_model_name_or_path
+        if not base:
+            raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
+        if not str(base).isprintable():
+            raise ValueError(
+                f"Adapter '{adapter}' names its base model {quoted(base)}, which cannot be; give the base."
+            )
+        if saved.config.revision:
+            raise ValueError(
+                f"Adapter '{adapter}' was made for revision {quoted(saved.config.revision)} of '{base}'; download that "
+                "revision and give its folder as the base."
+            )
+    return saved, open_checkpoint(str(base), files)
+
+
+def _write(work: Path, total: _Sum, limit: int) -> None:
+    """Write the weights, as one file or as shards with their index."""
+    split = split_state_dict_into_shards_factory(
+        {key: total.base.stored(key).nbytes for key in total.base.files},
+        get_storage_size=lambda size: size,
+        filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
+        max_shard_size=limit,
+    )
+    files = split.filename_to_tensors.items()
+    for name, keys in tqdm(files, desc="Merging", unit="file", disable=not is_progress_bar_enabled()):
+        write_tensors({key: total.read(key) for key in keys}, work / name, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+        (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _copy_companions(base: Checkpoint, work: Path) -> None:
+    folder, names = base.companions()
+    for name in names:
+        (work / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, work / name)
+
+
+def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
+    """How a checkpoint differs from the sum, one message per tensor."""
+    base = total.base
+    # A tied tensor that only the merged model stores counts too: with other content it is tied no more.
+    names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
+    for name in tqdm(names, desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled()):
+        if name not in merged:
+            yield f"'{merged.name}' lacks the tensor {quoted(name)}."
+            continue
+        expected, found = total.read(base.key(name)), merged.read(name)
+        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+            yield (
+                f"'{merged.name}': tensor {quoted(name)} is {found.dtype} of shape {tuple(found.shape)}, expected "
+                f"{expected.dtype} of shape {tuple(expected.shape)}."
+            )
+        elif different := int((_bits(found) != _bits(expected)).any(-1).sum()):
+            entries = f"{different} of {expected.numel()} entries of tensor {quoted(name)}"
+            yield f"'{merged.name}': {entries} are not base + delta."
+    if unknown := sorted(name for name in merged.tensors if name not in base):
+        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as {quoted(unknown[0])}."
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of every entry, shape `(numel, bytes)`."""
+    return tensor.reshape(-1, 1).view(torch.uint8)

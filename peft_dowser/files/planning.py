@@ -1,0 +1,284 @@
+"""What a fine-tuning will take, computed from the config of a model: no weight is loaded, and none allocated.
+
+State is counted tensor by tensor, and activations are what autograd keeps when the model's forward runs on fake
+tensors, so both are exact; what a step needs beyond them is bounded by one layer, or by the loss.
+"""
+
+import copy
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
+
+from .._transformers import uninitialized
+from ..base.targets import fused_parameters, layer_of, resolve_targets
+from ..config import DowserConfig, ratio_of
+from ..delta.codec import code_length, position_dtype
+from ..delta.masks import trained_count
+from .checkpoint import model_class
+
+# State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
+# values, two float32 scales (tensors below 4096 values stay in float32).
+OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
+
+
+QUANTIZATIONS = ("none", "8bit", "4bit")
+
+
+_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+# Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
+# a float32 scale for every 64 weights.
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+@dataclass
+class Plan:
+    """Bytes, counts and arithmetic of one fine-tuning.
+
+    Attributes:
+        parameters: parameters of the model.
+        adapted: weights of the adapted matrices.
+        trained: nnz, those of them that train.
+        weights: bytes of the base model.
+        values: bytes of the trained values.
+        gradients: bytes of their gradients.
+        optimizer: bytes of the optimizer's state.
+        buckets: bytes of the gradients' copies from which DDP sends them; 0 without, or with `gradient_as_bucket_view`.
+        update: bytes that the optimizer's step takes beyond its state: torch's AdamW a copy of the values, unless it is
+            `fused`, as in the Trainer.
+        positions: bytes of the decoded positions and of the index codes.
+        activations: bytes that autograd keeps from forward to backward; with grouped-query attention those of a batch
+            with padding, as without any it keeps less.
+        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
+            of this is taken from and, with gradient checkpointing, its activations.
+        statistics: bytes of a probe's result, in memory and on disk.
+        probe_flops: arithmetic of a probe in the adapted matrices: generation, one forward and R backwards.
+        step_flops: arithmetic of a training step in the adapted matrices.
+        file: bytes of a saved adapter with bfloat16 values, without its config.
+    """
+
+    parameters: int
+    adapted: int
+    trained: int
+    weights: int
+    values: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    update: int
+    positions: int
+    activations: int
+    temporary: int
+    statistics: int
+    probe_flops: float
+    step_flops: float
+    file: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of a training step at its peak."""
+        parts = (self.weights, self.values, self.gradients, self.optimizer, self.buckets, self.positions)
+        return sum(parts) + max(self.activations + self.temporary, self.update)
+
+
+def plan(
+    model: str | Path | PreTrainedConfig,
+    config: DowserConfig,
+    optimizer: str = "adamw",
+    dtype: str = "bfloat16",
+    values_dtype: str = "float32",
+    quantization: str = "none",
+    batch: int = 1,
+    tokens: int = 512,
+    gradient_checkpointing: bool = False,
+    ddp: bool = False,
+) -> Plan:
+    """Compute what a fine-tuning will take.
+
+    Args:
+        model: folder or Hub id of a model, of which only the config is read; or the config.
+        config: the adapter's config; masks are counted with `scope="matrix"`, and what it trains as a whole is not.
+        optimizer: one of `OPTIMIZERS`: torch's AdamW, bitsandbytes' AdamW8bit, Adafactor or plain SGD.
+        dtype: of the base model and its activations: "float32", "bfloat16" or "float16".
+        values_dtype: of the trained values, their gradients and the optimizer's state.
+        quantization: of the base's linears, except the output head: one of `QUANTIZATIONS` (bitsandbytes).
+        batch: examples in a step.
+        tokens: tokens of an example.
+        gradient_checkpointing: keep only the inputs of each layer, and run its forward again in the backward.
+        ddp: train with DDP on several GPUs.
+
+    Raises:
+        ValueError: a name or number is none that can be planned, or the config does not fit the model.
+        TypeError: a target module is no linear.
+    """
+    _check(optimizer, dtype, values_dtype, quantization, batch, tokens)
+    if isinstance(model, PreTrainedConfig):
+        known, name = copy.deepcopy(model), model.name_or_path or type(model).__name__
+    else:
+        known, name = AutoConfig.from_pretrained(model), str(model)
+    known.use_cache = False
+    with FakeTensorMode():
+        skeleton = _skeleton(known, name, getattr(torch, dtype))
+        if dtype != "bfloat16" and fused_parameters(skeleton):  # grouped products of fake tensors are in bfloat16 only
+            skeleton = _skeleton(known, name, torch.bfloat16)
+        targets = resolve_targets(skeleton, config)
+        matrices = [matrix for target in targets.values() for matrix in target.matrices()]
+        features = [matrix.features for matrix in matrices]
+        used = sum(target.numel * target.uses_per_token / len(target.matrices()) for target in targets.values())
+        trained = [target.tensor_name for target in targets.values()]
+        width = _DTYPE_BYTES[dtype]
+        kept = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=False)
+        activations, recomputed = kept, 0
+        if gradient_checkpointing:
+            activations = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=True)
+            recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
+    numels = {key: target.numel for key, target in targets.items()}
+    counts = dict.fromkeys(targets, 0)
+    for matrix in matrices:
+        counts[matrix.whole_name] += trained_count(ratio_of(matrix.whole_name, config), matrix.numel)
+    nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
+    codes = sum(code_length(numels[key], count) for key, count in counts.items())
+    positions = sum(count * position_dtype(numels[key]).itemsize for key, count in counts.items())
+    prompts = config.num_probes * config.probe_length
+    largest = max(numels.values())
+    return Plan(
+        parameters=skeleton.num_parameters(),
+        adapted=adapted,
+        trained=nnz,
+        weights=_weight_bytes(skeleton, dtype, quantization),
+        values=nnz * size,
+        gradients=nnz * size,
+        optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
+        buckets=nnz * size if ddp else 0,
+        update=nnz * size if optimizer == "adamw" else 0,
+        positions=positions + codes,
+        activations=activations,
+        temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),
+        statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
+        # Generation is a forward too; each of the R backwards computes gradients of activations only.
+        probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
+        step_flops=2.0 * used * batch * tokens * _products(quantization, gradient_checkpointing),
+        file=codes + 2 * nnz,
+    )
+
+
+def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> float:
+    """State per base weight of values, gradients, optimizer and positions, for large matrices."""
+    numel, size = 1 << 24, _DTYPE_BYTES[values_dtype]
+    count = trained_count(update_ratio, numel)
+    state = 2 * count * size + _optimizer_bytes(optimizer, count, size)
+    return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
+
+
+def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model, not initialized."""
+    model = uninitialized(model_class(config, name), config, dtype)
+    model.tie_weights()  # a part of the initialization
+    return model
+
+
+def kept_bytes(
+    model: PreTrainedModel, trained: Iterable[str], batch: int, tokens: int, size: int, checkpointing: bool
+) -> int:
+    """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
+
+    Args:
+        model: the model; under `FakeTensorMode` nothing is computed.
+        trained: names of the weights that have gradients: the inputs that each is multiplied with are kept for that.
+        batch: examples.
+        tokens: tokens of an example.
+        size: bytes of an entry of what the model keeps in its own dtype.
+        checkpointing: with gradient checkpointing.
+
+    Raises:
+        ValueError: the model reads something else.
+    """
+    model.train().requires_grad_(False)
+    for name in trained:
+        model.get_parameter(name).requires_grad_(True)
+    if checkpointing:
+        # transformers 5.24 renames the method.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": True})
+        model.enable_input_require_grads()
+    owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, tuple[torch.UntypedStorage, int]] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        # Fake tensors always bring a causal mask along, where fused attention is just told to be causal.
+        if storage._cdata not in owned and tensor.shape != (batch, 1, tokens, tokens):
+            count = storage.nbytes() // tensor.element_size()
+            kept[storage._cdata] = storage, count * (size if tensor.dtype == model.dtype else tensor.element_size())
+        return tensor
+
+    ids = torch.zeros(batch, tokens, dtype=torch.long, device=model.device)
+    inputs = {"input_ids": ids, "labels": ids} if model.can_generate() else {"input_ids": ids}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        try:
+            model(**inputs)
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"The forward of {type(model).__name__} does not run with {tokens} token ids alone ({error}), so what "
+                "it keeps cannot be planned."
+            ) from error
+    return sum(count for _, count in kept.values())
+
+
+def _products(quantization: str, checkpointing: bool) -> int:
+    """Products of full size of an adapted matrix in a step.
+
+    One in each forward, one for the gradient of the input and one for that of the values. The base of 8 bits runs
+    itself, so that D is multiplied on its own, in each forward and for the gradient of the input.
+    """
+    forwards = 2 if checkpointing else 1
+    own = forwards + 1 if quantization == "8bit" else 0
+    return forwards + 2 + own
+
+
+def _loss_bytes(model: PreTrainedModel, batch: int, tokens: int, size: int) -> int:
+    """Bytes where the backward begins, beyond what autograd keeps: the logits, and two gradients of them in float32."""
+    head = model.get_output_embeddings() if model.can_generate() else None
+    return 0 if head is None else batch * tokens * len(head.weight) * (size + 2 * 4)
+
+
+def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
+    size = _DTYPE_BYTES[dtype]
+    total = sum(parameter.numel() for parameter in model.parameters()) * size
+    if quantization == "none":
+        return total
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    numel = sum(linear.weight.numel() for linear in linears)
+    return total + round(numel * (_QUANTIZED_BYTES[quantization] - size))
+
+
+def _optimizer_bytes(optimizer: str, count: int, size: int) -> int:
+    """State of one tensor of `count` values of `size` bytes."""
+    if optimizer == "adamw_8bit" and count >= 4096:
+        return 2 * count + 2 * 4 * math.ceil(count / 256)
+    if optimizer == "adamw_8bit":
+        return 2 * 4 * count
+    if optimizer == "adafactor":  # rows and columns are factored, and values have none
+        return 4 * count
+    return 2 * count * size + 4 if optimizer == "adamw" else 0  # 4: the step
+
+
+def _check(optimizer: str, dtype: str, values_dtype: str, quantization: str, batch: int, tokens: int) -> None:
+    for name, value, known in (
+        ("optimizer", optimizer, OPTIMIZERS),
+        ("dtype", dtype, tuple(_DTYPE_BYTES)),
+        ("values_dtype", values_dtype, tuple(_DTYPE_BYTES)),
+        ("quantization", quantization, QUANTIZATIONS),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}.")
+    if batch < 1 or tokens < 1:
+        raise ValueError(f"batch and tokens must be at least 1, got {batch} and {tokens}.")

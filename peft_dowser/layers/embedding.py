@@ -1,0 +1,58 @@
+"""An embedding with sparse deltas: a linear layer on one-hot inputs, of which only the rows looked up are formed."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .layer import Linear
+from .linear_op import refuse_tangents, summed_rows
+
+
+class Embedding(Linear):
+    """`torch.nn.Embedding`, perhaps scaled as in transformers' word embeddings, with sparse deltas on its weight."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False  # PEFT writes what it converts as factors of a linear layer
+
+    def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Rows of W + D; where the layer `is_additive`, the rows of D added to what the base layer gives.
+
+        Args:
+            x: token ids, any shape, int32 or int64.
+            active: the adapters.
+            args: further arguments of the base layer.
+            kwargs: the same.
+
+        Returns:
+            Embeddings, shape `(*x.shape, width)`.
+        """
+        base = cast(nn.Embedding, self.get_base_layer())
+        values = [self.scaled_values(name) for name in active]
+        refuse_tangents(base.weight, *values)
+        positions = [self.index(name).decoded() for name in active]
+        here = x.to(positions[0].device)  # where accelerate moves it for the base layer
+        nothing = torch.zeros((), dtype=base.weight.dtype, device=here.device)
+        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
+        rows, places = here.long().unique(return_inverse=True)
+        found = _only(base, rows, summed_rows(weight, rows, values, positions))(places)
+        if not self.is_additive:
+            return found
+        output = self.base_layer(x, *args, **kwargs)
+        return output + found.to(output.device)
+
+
+def _only(base: nn.Embedding, rows: Tensor, weight: Tensor) -> nn.Embedding:
+    """An embedding of the class and the settings of another, but with the given rows only."""
+    small = copy.copy(base)
+    small.__dict__.pop("forward", None)  # accelerate's, which brings the whole weight
+    small.__dict__.pop("weight", None)  # FSDP1's, which is no parameter while a forward runs
+    small._parameters = {"weight": weight}  # type: ignore[dict-item]
+    for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(small, hooks, {})
+    small.num_embeddings, small.sparse = len(rows), False
+    if base.padding_idx is not None:  # its row gets no gradient
+        found = (rows == base.padding_idx).nonzero().view(-1).tolist()
+        small.padding_idx = found[0] if found else None  # type: ignore[assignment]
+    return small

@@ -1,0 +1,327 @@
+"""The passes of a probe: for every batch of prompts one forward and R backwards, reduced to statistics by taps."""
+
+import gc
+import inspect
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+from transformers.utils.logging import is_progress_bar_enabled
+
+from ..base.distributed import gather, is_zero3, rank
+from ..base.target import Target
+from ..config import DowserConfig
+from ..delta.seeds import derived_seed
+from .batches import alike, collate, decoder_tokens, last_positions
+from .expert_taps import ExpertsTap, tapped_experts
+from .prompts import Kind, Prompt, kind_of
+from .statistics import ModuleStatistics
+from .taps import LayoutTap, Tap, tap_of, tapped
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a probe that this rank does.
+
+    Attributes:
+        number: of this rank among those that probe.
+        ranks: how many probe.
+        in_step: each must run as many passes as the others, because they gather the weights together.
+    """
+
+    number: int
+    ranks: int
+    in_step: bool
+
+    def of(self, group: list[int]) -> list[int]:
+        return group[self.number :: self.ranks]
+
+
+class Passes:
+    """One probe of a frozen model: this rank's share of the prompts, batch by batch.
+
+    Attributes:
+        first: number of the first of all prompts.
+        groups: numbers of the prompts, counted from there, that can share a batch.
+        mine: those that this rank probes, sorted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Mapping[str, Target],
+        config: DowserConfig,
+        prompts: list[Prompt],
+        first: int,
+        share: Share,
+    ) -> None:
+        self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
+        self.share = share
+        self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
+        self.fused = {name: target for name, target in targets.items() if target.is_fused}
+        self.plain = {name: target for name, target in targets.items() if not target.is_fused}
+        self.kind = kind_of(model)
+        self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
+        self.device = next(iter(targets.values())).device
+        self.wants_gradient = config.score == "gradient"
+        self.one_backward = is_zero3(model)  # DeepSpeed gathers the weights for one backward after a forward only
+        self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
+        self.mine = sorted(number for group in self.groups for number in share.of(group))
+        self.found: dict[str, ModuleStatistics] = {}
+
+    def statistics(self) -> dict[str, ModuleStatistics]:
+        """Statistics of this rank's prompts, in the order of `mine`."""
+        size = self._batch_size()
+        total = len(self.mine) * self.config.num_rademacher
+        with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
+            for group in self.groups:
+                waiting = self.share.of(group)
+                if self.share.in_step and _batches(len(group), size * self.share.ranks) > _batches(len(waiting), size):
+                    self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
+                while waiting:
+                    if self._fits(partial(self._probe_batch, waiting[:size], bar)):
+                        waiting = waiting[size:]
+                    elif min(size, len(waiting)) > 1:
+                        size = min(size, len(waiting)) // 2
+                        logger.warning("Out of memory: probing %d prompts at a time.", size)
+                    else:
+                        raise RuntimeError(
+                            "The probe runs out of memory with one prompt at a time; choose a smaller probe_length, "
+                            "or fewer layers (last_layers)."
+                        )
+        return {name: self.found.pop(name).of_prompts(self.mine) for name in self.matrices if name in self.found}
+
+    def _batch_size(self) -> int:
+        """How many prompts are probed at a time: 1 where a target module does not keep those of a batch apart."""
+        size = self.config.probe_batch_size or self._fitting_batch()
+        if self.share.in_step:
+            size = min(gather(size))
+        mixing: list[str] = []
+        if size == 1 or not self._fits(lambda: mixing.extend(self._mixing())):
+            return 1
+        if mixing:
+            logger.warning(
+                "Probing one prompt at a time: %d target modules, '%s' the first, do not keep the prompts of a batch "
+                "apart, like experts behind a router.",
+                len(mixing),
+                mixing[0],
+            )
+        return 1 if mixing else size
+
+    def _mixing(self) -> list[str]:
+        """The target modules that do not keep the prompts of a batch apart.
+
+        A forward of the longest two prompts of every kind tells, so the answer does not depend on the size of the
+        batches, and is the same on every rank.
+        """
+        mixing: set[str] = set()
+        for group in self.groups:
+            pair = sorted(group, key=lambda number: _length(self.prompts[number]))[-2:]
+            if len(pair) == 2:
+                inputs, mask, written = self._collated(pair)
+                taps = {name: LayoutTap(_masks(mask, written), len(pair)) for name in self.plain}
+                with torch.no_grad(), tapped(self.plain, taps):
+                    self._forward(inputs, mask, written)
+                mixing.update(name for name, tap in taps.items() if tap.mixes)
+        return [name for name in self.plain if name in mixing]
+
+    def _fitting_batch(self) -> int:
+        """How many prompts fill half of the free memory with their activations."""
+        free = psutil.virtual_memory().available
+        if self.device.type == "cuda":
+            free = torch.cuda.mem_get_info(self.device)[0]
+        # Between forward and backward a transformer keeps about four times the inputs and outputs of its linears.
+        tokens = max(map(_length, self.prompts))
+        size = next(self.model.parameters()).element_size()
+        features = sum(sum(target.features) * target.uses_per_token for target in self.targets.values())
+        statistics = sum(sum(matrix.features) for matrix in self.matrices.values())
+        prompt = 4 * features * tokens * size + 4 * statistics
+        return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
+
+    def _fits(self, work: Callable[[], None]) -> bool:
+        """Do some work; False where the memory does not suffice."""
+        try:
+            work()
+        except RuntimeError as error:
+            # Ranks that gather weights together wait for this one by now, and cannot be told of smaller batches.
+            if self.share.in_step or not should_reduce_batch_size(error):
+                raise
+        else:
+            return True
+        gc.collect()
+        clear_device_cache()
+        return False
+
+    def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
+        inputs, mask, written = self._collated(chosen)
+        masks = _masks(mask, written)
+        of_experts: dict[str, ExpertsTap] = {}
+        if mask is not None:
+            of_experts = {
+                name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in self.fused.items()
+            }
+        of_plain = {
+            name: tap_of(target, masks, len(chosen), self.wants_gradient) for name, target in self.plain.items()
+        }
+        taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
+        generators = [
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
+            for number in chosen
+        ]
+        with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
+            for numbers in self._rounds():
+                with torch.no_grad():  # the taps turn it on
+                    outputs = self._forward(inputs, mask, written)
+                starts = [start for tap in taps for start in tap.starts]
+                for number in numbers:
+                    output, direction = self._probed_output(outputs, written), None
+                    if number < self.config.num_rademacher:
+                        direction = _rademacher(generators, output, written)
+                        bar.update(len(chosen))
+                    else:
+                        output = _next_token_loss(self.kind, outputs, inputs, written) / len(self.mine)
+                        for tap in taps:
+                            tap.of_loss = True
+                    if starts and output.requires_grad:
+                        again = number != numbers[-1]
+                        torch.autograd.grad(output, starts, direction, retain_graph=again, allow_unused=True)
+        if not kept:
+            return
+        for name, tap in of_plain.items():
+            self._keep(name, tap, chosen)
+        for name, experts in of_experts.items():
+            matrices = self.fused[name].matrices()
+            for expert, tap in experts.by_expert():
+                self._keep(matrices[expert].name, tap, chosen)
+
+    def _collated(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
+        """The inputs of a batch, its real tokens, and those that the output belongs to: of a decoder with its own."""
+        prompts = [self.prompts[number] for number in chosen]
+        inputs, mask = collate(prompts, self.device)
+        if self.kind is not Kind.SEQ2SEQ or mask is None:
+            return inputs, mask, mask
+        return inputs, mask, decoder_tokens(prompts, mask)
+
+    def _rounds(self) -> list[range]:
+        """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
+        count = self.config.num_rademacher + int(self.wants_gradient)
+        return [range(number, number + 1) for number in range(count)] if self.one_backward else [range(count)]
+
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
+        if self.kind is Kind.OTHER or mask is None or written is None:
+            return self.model(**inputs)
+        options: dict[str, Any] = {"attention_mask": mask.long()}
+        accepted = inspect.signature(self.model.forward).parameters
+        if not self.has_head:
+            options["output_hidden_states"] = True
+        if "use_cache" in accepted:
+            options["use_cache"] = False
+        if "logits_to_keep" in accepted and not self.wants_gradient and not self._probes_head():
+            # A number: of a base over several devices, a tensor would lie on another one than the hidden states.
+            options["logits_to_keep"] = written.shape[1] - int(last_positions(written).min())
+        return self.model(**(inputs | options))
+
+    def _probes_head(self) -> bool:
+        """Whether the output head is a target: its input counts at every token, not at the last alone."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return any(target.module is head for target in self.targets.values())
+
+    def _probed_output(self, outputs: Any, written: Tensor | None) -> Tensor:
+        """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
+        if self.kind is Kind.OTHER or written is None:
+            output = outputs if isinstance(outputs, Tensor) else outputs[0]
+            return output[:, -1] if output.dim() == 3 else output
+        if self.has_head:
+            output = outputs.logits
+        else:
+            output = outputs.get("last_hidden_state")
+            output = outputs.hidden_states[-1] if output is None else output
+        if self.kind is Kind.ENCODER:
+            return output
+        last = last_positions(written).to(output.device) - (written.shape[1] - output.shape[1])
+        return output[torch.arange(len(last), device=output.device), last]
+
+    def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
+        """Move the statistics of a batch into the rows of its prompts."""
+        if tap.activity is None or tap.energy is None:
+            return  # never called
+        module = self.found.get(name)
+        if module is None:
+            out, width = self.matrices[name].features
+            zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+            module = ModuleStatistics(
+                sensitivity=zeros(len(self.prompts), out),
+                activity=zeros(len(self.prompts), width),
+                energy=zeros(width),
+                gradient=zeros(out, width) if self.wants_gradient else None,
+            )
+            self.found[name] = module
+        forwards = len(self._rounds())
+        module.activity[chosen] = (tap.activity / tap.calls).cpu()
+        module.energy += (tap.energy / forwards).cpu()
+        if tap.sensitivity is not None:
+            backwards = tap.calls // forwards * self.config.num_rademacher
+            module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
+        if module.gradient is not None and tap.gradient is not None:
+            module.gradient += tap.gradient.cpu()
+
+
+def _length(prompt: Prompt) -> int:
+    return next(iter(prompt.values())).shape[1:2].numel()
+
+
+def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:
+    return [tokens for tokens in (mask, written) if tokens is not None]
+
+
+def _batches(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
+    """Independent signs for every prompt, zero at its padding, in the shape of `output`.
+
+    Each prompt has a generator of its own, so its signs depend neither on the batch nor on the padding.
+    """
+    if output.dim() == 3 and mask is not None:
+        projection = torch.zeros(output.shape, dtype=torch.float32, device="cpu")
+        for row, generator in enumerate(generators):
+            real = mask[row].cpu() > 0
+            projection[row, real] = _signs((int(real.sum()), output.shape[2]), generator)
+    else:
+        projection = torch.stack([_signs(output.shape[1:], generator) for generator in generators])
+    return projection.to(output.device, output.dtype)
+
+
+def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    signs = torch.randint(2, tuple(shape), generator=generator, dtype=torch.int8, device="cpu")
+    return signs.mul_(2).sub_(1).float()
+
+
+def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
+    """Sum over the prompts of the mean cross-entropy of their own next tokens."""
+    logits = getattr(outputs, "logits", None)
+    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or written is None or logits is None:
+        raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
+    ids = inputs.get("decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids")
+    if ids is None:
+        raise ValueError(
+            "score='gradient' needs prompts with decoder_input_ids, whose next tokens an encoder-decoder predicts."
+        )
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
+    return ((losses * written[:, 1:]).sum(1) / written[:, 1:].sum(1).clamp(min=1)).sum()
+
+
+def _shows_progress() -> bool:
+    return rank() == 0 and is_progress_bar_enabled()

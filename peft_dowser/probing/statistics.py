@@ -1,0 +1,296 @@
+"""What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..delta.format import few, is_sample, printable, quoted, unlike_samples, write_tensors
+
+_FORMAT = "peft_dowser.statistics"
+
+
+_VERSION = 1
+
+
+@dataclass
+class ModuleStatistics:
+    """Statistics of one linear module over `N` probes, float32, on the CPU.
+
+    Attributes:
+        sensitivity: mean over the Rademacher vectors and the real tokens of |d(xi^T f)/dz_i|, shape `(N, out)`: the
+            ||J_i|| of Eq. 5, up to a constant.
+        activity: mean over the real tokens of |h_j|, shape `(N, in)`.
+        energy: sum over all probes and real tokens of h_j squared, shape `(in,)` (the norm that Wanda uses).
+        gradient: gradient of the probes' mean next-token loss, shape `(out, in)`; only for `score="gradient"`.
+    """
+
+    sensitivity: Tensor
+    activity: Tensor
+    energy: Tensor
+    gradient: Tensor | None = None
+
+    def of_prompts(self, numbers: Sequence[int]) -> "ModuleStatistics":
+        """Without the rows of other prompts."""
+        return replace(self, sensitivity=self.sensitivity[numbers], activity=self.activity[numbers])
+
+
+@dataclass
+class ProbeInfo:
+    """How statistics were made: what a reader needs to repeat the probe.
+
+    Attributes:
+        base_model: name or path of the probed model, "" where it has none.
+        num_probes: N, the number of prompts.
+        num_rademacher: R, the number of random projections of the output per prompt.
+        probe_length: T, the tokens of a synthetic prompt; 0 where the caller passed the prompts.
+        probe_images: fraction of the prompts that begin with a noise image.
+        seed: seed of prompts and projections.
+    """
+
+    base_model: str
+    num_probes: int
+    num_rademacher: int
+    probe_length: int
+    probe_images: float
+    seed: int
+
+    def settings(self) -> dict[str, Any]:
+        """Values of the fields of a `DowserConfig` that say how to probe like this."""
+        return {name: value for name, value in vars(self).items() if name != "base_model"}
+
+
+@dataclass
+class ProbeStatistics:
+    """The result of `probe`: one `ModuleStatistics` per module that the probes reached.
+
+    Attributes:
+        modules: statistics by module name, relative to the base model; of an expert by the name of the fused parameter
+            and its number: "model.layers.0.mlp.experts.down_proj[3]".
+        info: how they were made.
+        samples: a few entries of every probed weight, by the name of the module or of the fused parameter, by which
+            other weights of the same shapes are told from these (`delta.format.base_sample`); None of a quantized one.
+    """
+
+    modules: dict[str, ModuleStatistics]
+    info: ProbeInfo
+    samples: dict[str, str | None] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        info = self.info
+        tensors = [tensor for module in self.modules.values() for tensor in vars(module).values() if tensor is not None]
+        return (
+            f"ProbeStatistics({len(self.modules)} modules, N={info.num_probes}, R={info.num_rademacher}, "
+            f"T={info.probe_length}, seed={info.seed}, {sum(tensor.nbytes for tensor in tensors) / 1e6:.1f} MB)"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        tensors = {
+            f"{name}:{part}": tensor.contiguous()
+            for name, module in self.modules.items()
+            for part, tensor in vars(module).items()
+            if tensor is not None
+        }
+        metadata = {
+            "format": _FORMAT,
+            "version": str(_VERSION),
+            "info": json.dumps(asdict(self.info)),
+            "samples": json.dumps(self.samples),
+        }
+        write_tensors(tensors, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "ProbeStatistics":
+        """Read a file written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a statistics file of a known version, is incomplete, or holds values that no
+                probe can give.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"No probe statistics at '{path}'.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                _check_version(metadata, path)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is not a readable safetensors file ({printable(str(error))}).") from error
+        fields: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(":")
+            fields.setdefault(name, {})[part] = tensor
+        try:
+            info = ProbeInfo(**json.loads(metadata["info"]))
+            modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
+            samples = _samples(json.loads(metadata.get("samples", "{}")))  # early files have none
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"'{path}' lacks a part of the probe statistics ({printable(str(error))}).") from error
+        for name, module in modules.items():
+            _check_module(name, module, info.num_probes, path)
+        return cls(modules, info, samples)
+
+    def named_as(self, names: Collection[str], own: str) -> "ProbeStatistics":
+        """The statistics under the names that another class of the same base gives its modules.
+
+        LlamaForCausalLM has its layers at "model.layers", LlamaModel at "layers", LlamaForQuestionAnswering at
+        "transformer.layers": what follows the prefix of the class is the same.
+
+        Args:
+            names: the modules that statistics are wanted for.
+            own: where the model has its base, such as "transformer"; "" where it is the base.
+
+        Raises:
+            ValueError: the names fit to several parts of the model that was probed, or to none.
+        """
+        known = {name.partition("[")[0] for name in (*self.samples, *self.modules)}
+        if not known.isdisjoint(names):
+            return self
+        start = f"{own}." if own else ""
+        bare = {name.removeprefix(start) for name in names}
+        parts = [name.split(".") for name in known]
+        found = {
+            "".join(f"{part}." for part in path[:depth])
+            for path in parts
+            for depth in range(len(path))
+            if ".".join(path[depth:]) in bare
+        }
+        if len(found) > 1:
+            raise ValueError(
+                f"The probe statistics are of a model that names its modules differently, and '{min(bare)}' and others "
+                f"fit to several parts of it: {few(sorted(found))}. Choose target_modules "
+                "that fit to one of them, or probe this model."
+            )
+        if not found:
+            raise ValueError(
+                f"The probe statistics have none of the {len(names)} target modules, such as '{min(names)}': they have "
+                f"{few(sorted(known))}. Probe this model, or choose target_modules among those."
+            )
+        (prefix,) = found
+
+        def renamed(name: str) -> str:
+            return start + name.removeprefix(prefix) if name.startswith(prefix) else name
+
+        return replace(
+            self,
+            modules={renamed(name): module for name, module in self.modules.items()},
+            samples={renamed(name): sample for name, sample in self.samples.items()},
+        )
+
+    def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
+        """The weights that are not those that were probed, in whatever float dtype either is, by name."""
+        return unlike_samples(self.samples, samples)
+
+
+def combined(parts: Sequence[tuple[Sequence[int], ModuleStatistics | None]]) -> ModuleStatistics | None:
+    """Statistics of one module over several lots of prompts: exactly those of all prompts together.
+
+    Args:
+        parts: for each lot the numbers of its prompts among all, and its statistics; None where none of them reached
+            the module.
+
+    Returns:
+        The statistics, their rows in the order of the numbers; None where no lot reached the module.
+    """
+    reached = [(numbers, part) for numbers, part in parts if part is not None]
+    if not reached:
+        return None
+    if len(parts) == 1:
+        return reached[0][1]
+    total = sum(len(numbers) for numbers, _ in parts)
+    gradients = [len(numbers) / total * part.gradient for numbers, part in reached if part.gradient is not None]
+    return ModuleStatistics(
+        sensitivity=_rows(total, [(numbers, part.sensitivity) for numbers, part in reached]),
+        activity=_rows(total, [(numbers, part.activity) for numbers, part in reached]),
+        energy=torch.stack([part.energy for _, part in reached]).sum(0),
+        gradient=torch.stack(gradients).sum(0) if gradients else None,
+    )
+
+
+def _rows(total: int, parts: list[tuple[Sequence[int], Tensor]]) -> Tensor:
+    rows = torch.zeros(total, parts[0][1].shape[1], device="cpu")
+    for numbers, found in parts:
+        rows[list(numbers)] = found
+    return rows
+
+
+def check_continues(
+    earlier: ProbeStatistics, info: ProbeInfo, samples: Mapping[str, str | None], gradient: bool
+) -> None:
+    """Refuse to add prompts to statistics that were made with other settings, or of other weights.
+
+    Args:
+        earlier: the statistics.
+        info: how the further prompts will be probed.
+        samples: those of the modules and fused parameters that they will be probed for.
+        gradient: whether the further prompts will have a gradient: a mean over some of the prompts is none over all.
+
+    Raises:
+        ValueError: anything but the number of prompts differs; the message says what.
+    """
+    before, after = asdict(earlier.info), asdict(info)
+    differences = [
+        f"{name} was {before[name]!r} and is {after[name]!r}"
+        for name in before
+        if name != "num_probes" and before[name] != after[name]
+    ]
+    # Of a fused parameter one expert suffices: the prompts may not have reached the others.
+    known = {name.partition("[")[0] for name in earlier.modules}
+    if missing := [name for name in samples if name not in known]:
+        differences.append(f"{len(missing)} target modules were not probed, '{missing[0]}' the first")
+    had = any(module.gradient is not None for module in earlier.modules.values())
+    if had != gradient:
+        differences.append(f"they hold {'a' if had else 'no'} gradient, which score='gradient' alone has")
+    if others := earlier.unlike(samples):
+        differences.append(f"{len(others)} target modules had other weights, '{others[0]}' the first")
+    if differences:
+        raise ValueError(
+            f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."
+        )
+
+
+def _samples(found: object) -> dict[str, str | None]:
+    if not isinstance(found, dict) or not all(text is None or is_sample(text) for text in found.values()):
+        raise TypeError("its samples of the weights are none")
+    return found
+
+
+def _check_version(metadata: dict[str, str], path: str | Path) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"'{path}' holds no probe statistics: write it with ProbeStatistics.save.")
+    version = printable(str(metadata.get("version"))[:50])
+    if version != str(_VERSION):
+        raise ValueError(
+            f"'{path}' was written in format {version} of the probe statistics, this release reads "
+            f"format {_VERSION}: upgrade peft-dowser, or probe again."
+        )
+
+
+def _check_module(name: str, module: ModuleStatistics, num_probes: int, path: str | Path) -> None:
+    where = f"'{path}': the statistics of module {quoted(name)}"
+    factors = (module.sensitivity, module.activity)
+    out, width = (factor.shape[-1] if factor.dim() == 2 else 0 for factor in factors)
+    shapes = {
+        "sensitivity": (num_probes, out),
+        "activity": (num_probes, width),
+        "energy": (width,),
+        "gradient": (out, width),
+    }
+    tensors = {field: tensor for field, tensor in vars(module).items() if tensor is not None}
+    if any(tuple(tensor.shape) != shapes[field] for field, tensor in tensors.items()):
+        raise ValueError(f"{where} have shapes that disagree.")
+    if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
+        raise ValueError(f"{where} are not float32.")
+    if any(bool((tensor < 0).any()) for tensor in (*factors, module.energy)):
+        raise ValueError(f"{where} have negative entries, which no probe gives. The file is damaged; probe again.")

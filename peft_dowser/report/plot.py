@@ -1,0 +1,271 @@
+"""Pictures of a probe and of a saved adapter. Needs matplotlib, which is not installed with this package.
+
+Every function returns a `matplotlib.figure.Figure` of its own: `figure.savefig("map.png")` writes it, a notebook shows
+it, and neither pyplot nor a window is touched.
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..delta.format import printable, quoted
+from ..evaluation.metrics import h_score
+from ..files.adapter import open_adapter
+from ..files.inspection import inspect
+from ..probing import scores
+from ..probing.statistics import ModuleStatistics, ProbeStatistics
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+except ImportError as error:
+    raise ImportError("Pictures need matplotlib, which is not installed: pip install matplotlib") from error
+
+
+# Stretches of rows and of columns that a picture of a mask tells apart at most: in its map, and beside it. The shape
+# may be a stranger's, so nothing is of its size.
+_BLOCKS = 64
+
+
+_STRETCHES = 4096
+
+
+_COLOURS = "viridis"
+
+
+_LEVELS = (0.2, 0.4, 0.6, 0.8)
+
+
+def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | None = None) -> Figure:
+    """Draw what a probe found, layer by layer: mean sensitivity |J|, mean activity |h| and mean score.
+
+    Args:
+        statistics: as `probe` returns or `ProbeStatistics.load` reads them.
+        weights: base weights by module, shape `(out, in)`, any float dtype; read only. With them the third map is that
+            of the score of Eq. 5, without them that of what the probe adds to |W|: the mean of |J_i| |h_j|.
+
+    Returns:
+        Three maps, modules by layers. Experts of one parameter are averaged. Grey where nothing was probed, or where
+        the mean is 0.
+
+    Raises:
+        ValueError: there are no statistics, or `weights` lacks a module or has another shape.
+    """
+    if not statistics.modules:
+        raise ValueError("The statistics are empty: the probe reached no module.")
+    if weights is not None and (missing := [name for name in statistics.modules if name not in weights]):
+        raise ValueError(f"weights lack {len(missing)} of the modules that were probed, '{missing[0]}' the first.")
+    modules = statistics.modules.items()
+    maps = {
+        "sensitivity  |J|": {name: float(module.sensitivity.mean()) for name, module in modules},
+        "activity  |h|": {name: float(module.activity.mean()) for name, module in modules},
+    }
+    if weights is None:
+        maps["score without |W|"] = {name: _without_weight(module) for name, module in modules}
+    else:
+        maps["score  |J| |W| |h|"] = {n: float(scores.dowser(weights[n], module).mean()) for n, module in modules}
+    return _maps(maps)
+
+
+def delta_map(adapter: str | Path) -> Figure:
+    """Draw where training moved the weights: the norm of the delta of every module, layer by layer.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+
+    Returns:
+        One map, modules by layers: the root mean square of the values, so that large modules do not outshine small
+        ones, and their L2 norm.
+
+    Raises:
+        ValueError: as `inspect`.
+        OSError: as `inspect`.
+    """
+    return norm_map(inspect(adapter)["modules"])
+
+
+def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
+    """`delta_map` of what `inspect` found of the modules of an adapter."""
+    return _maps(
+        {
+            "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
+            "root mean square of the values": {
+                row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules
+            },
+        }
+    )
+
+
+def mask_density(adapter: str | Path, module: str) -> Figure:
+    """Draw which rows and which columns of a weight are trained.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        module: name of the module in the base model, as `inspect` lists it.
+
+    Returns:
+        The trained fraction of every row and of every column, as the weight is stored (of stretches of them where there
+        are more than 4096), and a map of it in blocks. A fused weight of experts is one matrix here, expert below
+        expert.
+
+    Raises:
+        ValueError: the adapter is damaged, has no manifest, or does not adapt the module.
+        OSError: the adapter cannot be found.
+    """
+    with ExitStack() as files:
+        saved = open_adapter(str(adapter), files)
+        shapes = saved.shapes()
+        if module not in shapes:
+            raise ValueError(
+                f"Adapter '{adapter}' does not adapt {quoted(module)}, but such as {quoted(next(iter(shapes)))}."
+            )
+        *above, width = shapes[module]
+        height = math.prod(above)
+        positions = saved.delta(module, height * width)[0].long()
+    return _density(module, positions // width, positions % width, height, width)
+
+
+def retention_plasticity(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
+    """Draw what was kept against what was learned: a dot for every run, a ring for the mean of a method.
+
+    Args:
+        points: by method, the pairs (kept, learned) of its runs: `metrics.retention` and `metrics.plasticity`, or
+            accuracies as fractions.
+
+    Returns:
+        The scatter, over lines of equal harmonic mean (H-score, Eq. 9).
+
+    Raises:
+        ValueError: a method has no point, or a number is negative or not finite.
+    """
+    for method, pairs in points.items():
+        if not pairs or not all(math.isfinite(number) and number >= 0 for pair in pairs for number in pair):
+            raise ValueError(f"points['{method}'] must hold pairs of finite numbers of at least 0, got {pairs!r}.")
+    figure = Figure(figsize=(6, 5), layout="constrained")
+    axes = figure.add_subplot()
+    reach = max([1.0, *(number for pairs in points.values() for pair in pairs for number in pair)])
+    _draw_levels(axes, reach)
+    for number, (method, pairs) in enumerate(points.items()):
+        kept, learned = zip(*pairs, strict=True)
+        axes.plot(kept, learned, ".", color=f"C{number}", alpha=0.5)
+        means = ([sum(kept) / len(kept)], [sum(learned) / len(learned)])
+        axes.plot(*means, "o", color=f"C{number}", markersize=9, fillstyle="none", markeredgewidth=2, label=method)
+    axes.set(xlabel="kept (retention)", ylabel="learned (plasticity)", xlim=(0, 1.05 * reach), ylim=(0, 1.05 * reach))
+    if points:
+        for text in axes.legend(loc="lower left").get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _without_weight(module: ModuleStatistics) -> float:
+    """Mean over all entries of A^T B / N, which is never formed."""
+    return float((module.sensitivity.mean(1) * module.activity.mean(1)).mean())
+
+
+def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Maps of numbers by module, side by side: a row for each kind of module, a column for each layer."""
+    places = _places(next(iter(maps.values())))
+    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
+    layers = sorted({layer for _, layer in places.values()})
+    size = (2.2 + len(maps) * max(2.4, 0.16 * len(layers) + 0.9), 1.3 + 0.26 * len(kinds))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, (title, numbers) in zip(panels, maps.items(), strict=True):
+        sums, counts = torch.zeros(2, len(kinds), len(layers), dtype=torch.float64, device="cpu")
+        for name, (kind, layer) in places.items():
+            at = kinds.index(kind), layers.index(layer)
+            sums[at] += numbers[name]
+            counts[at] += 1
+        means = sums / counts
+        means[~(means > 0)] = math.nan
+        axes.set_facecolor("lightgrey")
+        shown = means[means > 0]
+        wide = len(shown) > 0 and bool(shown.max() > 10 * shown.min())
+        norm = LogNorm() if wide else None
+        image = axes.imshow(means.numpy(), aspect="auto", cmap=_COLOURS, norm=norm, interpolation="nearest")
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("layer")
+        step = -(-len(layers) // 12)
+        axes.set_xticks(range(0, len(layers), step), ["-" if n < 0 else str(n) for n in layers[::step]])
+        figure.colorbar(image, ax=axes)
+    panels[0].set_yticks(range(len(kinds)), [printable(kind[:100]) for kind in kinds], parse_math=False)
+    return figure
+
+
+def _places(names: Mapping[str, float]) -> dict[str, tuple[str, int]]:
+    """By module, what it is in its layer and the number of the layer; -1 for a module outside of the layers.
+
+    'model.layers.3.mlp.up_proj' is the 'mlp.up_proj' of layer 3. Where there are several stacks of layers, such as an
+    encoder and a decoder, the name of the stack stays in front.
+    """
+    found = {name: re.fullmatch(r"(.*?)\.?\b(\d+)\.(.+?)(\[\d+\])?", name) for name in names}
+    stacks = {match[1] for match in found.values() if match}
+    places = {}
+    for name, match in found.items():
+        if match is None:
+            places[name] = (name, -1)
+        else:
+            places[name] = (match[3] if len(stacks) == 1 else f"{match[1]}: {match[3]}", int(match[2]))
+    return places
+
+
+def _density(title: str, rows: Tensor, columns: Tensor, height: int, width: int) -> Figure:
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), height_ratios=(1, 3))
+    middle = figure.add_subplot(grid[1, 0])
+    above, beside = figure.add_subplot(grid[0, 0], sharex=middle), figure.add_subplot(grid[1, 1], sharey=middle)
+    blocks = _blocks(rows, columns, height, width)
+    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+    image = middle.imshow(blocks.numpy(), aspect="auto", cmap=_COLOURS, vmin=0, extent=extent, interpolation="nearest")
+    middle.set(xlabel="column", ylabel="row")
+    above.plot(*_stretches(columns, width, height), linewidth=0.7)
+    above.set(ylabel="trained", ylim=(0, None))
+    above.set_title(printable(title[:100]), fontsize="medium", parse_math=False)
+    beside.plot(*reversed(_stretches(rows, height, width)), linewidth=0.7)
+    beside.set(xlabel="trained", xlim=(0, None))
+    above.tick_params(labelbottom=False)
+    beside.tick_params(labelleft=False)
+    figure.colorbar(image, ax=beside, label="trained fraction of a block")
+    return figure
+
+
+def _blocks(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
+    """The trained fraction of every block of a matrix, at most `_BLOCKS` each way."""
+    down, across = min(height, _BLOCKS), min(width, _BLOCKS)
+    cells = (rows * down // height) * across + columns * across // width
+    counts = torch.bincount(cells, minlength=down * across).view(down, across)
+    return counts / (_starts(height, down).diff()[:, None] * _starts(width, across).diff())
+
+
+def _stretches(lines: Tensor, number: int, entries: int) -> tuple[Any, Any]:
+    """Where the stretches of rows begin, and the trained fraction of each; or of columns.
+
+    Args:
+        lines: the row of every trained weight.
+        number: number of rows.
+        entries: number of weights in a row.
+    """
+    parts = min(number, _STRETCHES)
+    starts = _starts(number, parts)
+    counts = torch.bincount(lines * parts // number, minlength=parts)
+    return starts[:-1].numpy(), (counts / (starts.diff() * float(entries))).numpy()
+
+
+def _starts(number: int, parts: int) -> Tensor:
+    """Where each of so many stretches of rows begins, and where the last one ends: row r is in r * parts // number."""
+    return -(torch.arange(parts + 1, device="cpu") * -number // parts)
+
+
+def _draw_levels(axes: Axes, reach: float) -> None:
+    """Lines of equal harmonic mean."""
+    steps = [reach * 1.05 * step / 100 for step in range(101)]
+    heights = [[h_score(kept, learned) for kept in steps] for learned in steps]
+    lines = axes.contour(steps, steps, heights, levels=_LEVELS, colors="lightgrey", linewidths=0.8)
+    axes.clabel(lines, fmt="H = %.1f", fontsize="small")

@@ -1,0 +1,108 @@
+"""A new adapter out of those that a model has: what may be combined, the deltas and the config of the result."""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+
+from ..config import DowserConfig
+from ..delta.apply import Delta
+from ..delta.arithmetic import CombinationType, SignMethod, combine
+from ..delta.seeds import derived_seed
+from ..layers.layer import DowserLayer
+
+
+def check_sources(
+    configs: Mapping[str, DowserConfig], layers: Iterable[DowserLayer], adapters: Sequence[str], adapter_name: str
+) -> None:
+    """Refuse adapters that cannot be combined, and the name of an adapter that is there.
+
+    Args:
+        configs: config by adapter name.
+        layers: the adapted layers of the model.
+        adapters: adapters to combine.
+        adapter_name: name of the result.
+
+    Raises:
+        ValueError: an adapter is unknown, merged, or trains more than sparse deltas; or the name is taken.
+    """
+    if unknown := sorted(set(adapters) - set(configs)):
+        raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(configs)}.")
+    if adapter_name in configs:
+        raise ValueError(f"Adapter '{adapter_name}' exists already. Choose another adapter_name, or delete it first.")
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(
+            f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before combining adapters."
+        )
+    for name in adapters:
+        if also := configs[name].also_trains:
+            raise ValueError(
+                f"Adapter '{name}' also trains {also}, which no sparse delta holds, so it would be lost in "
+                f"'{adapter_name}'. Combine adapters that train sparse deltas only."
+            )
+
+
+def combined_deltas(
+    layers: Iterable[DowserLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    combination_type: CombinationType,
+    density: float | None,
+    majority_sign_method: SignMethod,
+    seed: int,
+) -> dict[str, Delta]:
+    """Combine the deltas of every layer; the arguments are those of `DowserModel.add_weighted_adapter`.
+
+    Returns:
+        The deltas by module, less the empty ones.
+
+    Raises:
+        ValueError: an argument is out of range, no value is left, or some are not finite.
+    """
+    deltas = {}
+    for layer in layers:
+        sources = [layer.delta(name) for name in adapters]
+        own_seed = derived_seed(seed, "combine", layer.module_name)
+        delta = combine(sources, weights, combination_type, density, majority_sign_method, own_seed)
+        for term in (*sources, delta):
+            _check_finite(term, layer.module_name)
+        if delta.values.numel():
+            deltas[layer.module_name] = delta
+    if not deltas:
+        raise ValueError(f"No value of adapters {list(adapters)} is left at density={density}; use a larger density.")
+    return deltas
+
+
+def combined_config(
+    configs: Sequence[DowserConfig], deltas: Mapping[str, Delta], layers: Iterable[DowserLayer]
+) -> DowserConfig:
+    """The config of a combined adapter: that of its first adapter, with the targets and counts that it really has.
+
+    Its `nnz_pattern` makes it the config of a saved adapter: its mask comes from data, never from a probe.
+    """
+    counts = {name: delta.values.numel() for name, delta in deltas.items()}
+    targets = [layer.target for layer in layers if layer.module_name in counts]
+    fused = [target.name for target in targets if target.is_fused]
+    return dataclasses.replace(
+        configs[0],
+        update_ratio=sum(counts.values()) / sum(target.numel for target in targets),
+        ratio_pattern={},
+        target_modules=set(counts) - set(fused),
+        target_parameters=fused or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        last_layers=None,
+        ensure_weight_tying=any(config.ensure_weight_tying for config in configs),
+        statistics=None,
+        nnz_pattern=counts,
+        manifest=None,
+    )
+
+
+def _check_finite(delta: Delta, module_name: str) -> None:
+    if bad := int((~torch.isfinite(delta.values)).sum()):
+        raise ValueError(
+            f"An adapter, or the combination, has {bad} values that are not finite in module '{module_name}'. Use "
+            "smaller weights, or leave out the adapter that is broken."
+        )

@@ -1,0 +1,275 @@
+"""`Injection`: the adapter that is just being added to a model, be it new, saved, or a twin of another one."""
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor, nn
+
+from .._peft import bare_base
+from ..base.distributed import check_whole, on_every_rank, rank
+from ..base.storage import check_materialized
+from ..base.target import Target
+from ..base.targets import fused_parameters, resolve_targets
+from ..config import PROBED_SCORES, DowserConfig
+from ..delta.codec import DeltaFormatError
+from ..delta.format import counts_in, is_delta
+from ..files.checks import check_counts, compare
+from ..layers.layer import DowserLayer, adapted, dowser_layers
+from ..probing.run import probe_targets
+from ..probing.selection import choose_masks, same_on_all_ranks
+from ..probing.statistics import ProbeStatistics
+from .loading import Load, current_load
+from .notices import (
+    report_bare_experts,
+    report_other_probe,
+    report_read,
+    report_selection,
+    report_unmatched_ratios,
+    warn_of_other_weights,
+)
+from .snapshot import Snapshot
+from .whole import check_whole_modules
+
+# By task, the heads that PEFT trains as a whole, and puts into `modules_to_save` only when the adapter is there.
+_LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+
+
+@dataclass
+class Injection:
+    """What is known of an adapter while it is added, and forgotten when it is there.
+
+    Attributes:
+        adapter_name: its name.
+        config: its config: the caller's object, which PEFT goes on to change.
+        guard: what the model was before.
+        twin: the adapter whose positions it gets, because it has the same config. TRL makes its reference model so.
+        counts: trained weights by module, if it is a saved one.
+        masks: flat positions by module, once they are chosen for a new one.
+        targets: the weights that its config targets, by name, once they are found.
+        samples: of a saved one, `base_sample` by module, where they had to be read.
+    """
+
+    adapter_name: str
+    config: DowserConfig
+    guard: Snapshot
+    twin: str | None
+    counts: Mapping[str, int] | None
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    targets: Mapping[str, Target] = field(default_factory=dict)
+    samples: Mapping[str, str | None] = field(default_factory=dict)
+
+    @classmethod
+    def begin(
+        cls,
+        model: nn.Module,
+        adapter_name: str,
+        configs: Mapping[str, DowserConfig],
+        state_dict: Mapping[str, Tensor] | None,
+    ) -> "Injection":
+        """Begin to add an adapter.
+
+        Args:
+            model: the model that it is for, as it is without it.
+            adapter_name: its name.
+            configs: config by adapter name, with the one that was given for this adapter.
+            state_dict: tensors of a saved adapter, where PEFT was given some.
+        """
+        config = configs[adapter_name]
+        twin = next((name for name, known in configs.items() if known is config and name != adapter_name), None)
+        if config.nnz_pattern is None and config.settings() != config._chosen_with:
+            twin = None  # the caller has changed the config since, so another choice is meant
+        if twin is None:
+            config._written = config._forgetting = None
+        config._in_use = True
+        counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
+        load = current_load()
+        if counts is None and twin is None and (load is not None or config._lacks_counts):
+            counts = config._selected = _counts_beside(load, adapter_name)
+        return cls(adapter_name, config, Snapshot(model, adapter_name), twin, counts)
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the targets that are fused parameters."""
+        return [name for name, target in self.targets.items() if target.is_fused]
+
+    def prepare(self, model: nn.Module) -> None:
+        """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
+        self.config.check()
+        check_whole_modules(model, self.config)
+        _check_unmerged(model, is_chosen=self.twin is None and self.counts is None)
+        check_whole(model)
+        self.targets = resolve_targets(model, self.config)
+        _check_not_nested(model, self.targets)
+        by_default = self.config.target_modules is None
+        self._name_targets()
+        if self.twin is not None:
+            layers = [layer for _, layer in adapted(model, self.twin)]
+            self.masks = {layer.module_name: layer.index(self.twin).decoded().clone() for layer in layers}
+        elif self.counts is not None:
+            self._check_saved(model, self.counts)
+        else:
+            self._choose(model, by_default)
+
+    def _name_targets(self) -> None:
+        """Put into the config the targets that PEFT would not find by itself."""
+        config, fused = self.config, self.fused
+        has_ties = any(target.tied for target in self.targets.values())
+        if config.ensure_weight_tying and not (has_ties or config.modules_to_save):
+            warnings.warn(
+                "ensure_weight_tying=True has no effect: no target shares its weight with another module.", stacklevel=2
+            )
+        config.ensure_weight_tying |= has_ties  # among the default targets nobody has to ask for it
+        by_kind = config.target_modules is None or str(config.target_modules).lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        if by_kind or has_ties or config.last_layers is not None:
+            config.target_modules = set(self.targets) - set(fused)
+        if config.last_layers is not None:
+            config.target_parameters = fused or None
+
+    def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
+        """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
+        check_counts(counts, self.targets, self.adapter_name)
+        report_read(model, counts, self.adapter_name)
+        if self.config.manifest is not None:
+            self.samples = self._read_samples(model, counts)
+            shapes = {name: self.targets[name].shape for name in counts}
+            compare(self.config.manifest, counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+
+    def _choose(self, model: nn.Module, by_default: bool) -> None:
+        """Choose the masks, and say what was chosen; `by_default` is whether no target modules were given."""
+        started = time.perf_counter()
+        with bare_base(model):
+            statistics = self._statistics(model)
+            self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
+        self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
+        self.config._probed = None if statistics is None else statistics.info.settings()
+        report_unmatched_ratios(self.config, self.targets)
+        if by_default and not self.fused:
+            report_bare_experts(fused_parameters(model))
+        report_selection(self.masks, self.targets, time.perf_counter() - started)
+
+    def _statistics(self, model: nn.Module) -> ProbeStatistics | None:
+        if self.config.score not in PROBED_SCORES:
+            return None
+        path = self.config.statistics
+        if path is not None:  # rank 0 chooses
+            return on_every_rank(lambda: self._loaded(model, path) if rank() == 0 else None)
+        return probe_targets(model, self.targets, self.config)
+
+    def _loaded(self, model: nn.Module, path: str) -> ProbeStatistics:
+        return ProbeStatistics.load(path).named_as(self.targets, _place_of_base(model))
+
+    def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
+        check_materialized(model)
+        masks = choose_masks(self.targets, self.config, statistics)
+        if statistics is not None and self.config.statistics is not None:
+            report_other_probe(self.config, statistics.info)
+            warn_of_other_weights(statistics, self._read_samples(model, self.targets), self.config.statistics)
+        return masks
+
+    def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+        """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
+        known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
+        return {name: known[name] if name in known else self.targets[name].sample() for name in names}
+
+    def adapts(self, name: str) -> bool:
+        """Whether the adapter has values at a target of this name."""
+        return name in (self.masks or self.counts or ())
+
+    def add_to(self, layer: DowserLayer, active: list[str]) -> None:
+        """Add the adapter to a layer that it `adapts`.
+
+        Args:
+            layer: layer of the target.
+            active: names of the adapters that are to be active.
+        """
+        name, config = self.adapter_name, self.config
+        if layer.module_name in self.masks:
+            layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
+        elif self.counts is not None:
+            known = config.manifest["modules"][layer.module_name]["code_sha256"] if config.manifest else None
+            layer.add_placeholder(name, self.counts[layer.module_name], known)
+        layer.set_adapter(active, inference_mode=config.inference_mode)
+
+
+def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
+    """Do before an adapter is made what PEFT does after it: ask what a task needs, and set its head aside."""
+    if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
+        model, "prepare_inputs_for_generation"
+    ):
+        raise ValueError(
+            f"task_type='{config.task_type}' is for models that write text, and {type(model).__name__} does not. Set "
+            "the task_type of its head (SEQ_CLS, TOKEN_CLS, QUESTION_ANS, FEATURE_EXTRACTION), or leave it out."
+        )
+    if heads := _LATE_HEADS.get(config.task_type or ""):
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *heads]))
+
+
+def _counts_beside(load: Load | None, adapter_name: str) -> dict[str, int]:
+    """The counts of a saved adapter whose config has none: those of the config beside its file.
+
+    Raises:
+        DeltaFormatError: there are none. A mask is then not chosen instead: it would be a stranger who decides what is
+            probed, how long, and which files are read for it.
+    """
+    if load is None or load.counts is None:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}': its config came from a file, but has no nnz_pattern, so nothing tells which "
+            "weights it trains. adapter_config.json was edited, or is not that of a saved adapter. To make a new "
+            "adapter, make a new DowserConfig."
+        )
+    return dict(load.counts)
+
+
+def check_adapter_name(adapter_name: str) -> None:
+    """Refuse a name that torch cannot give a module, or that reads as a part of a delta in the name of a tensor."""
+    taken = hasattr(nn.ModuleDict(), adapter_name) or is_delta(f".{adapter_name}.")
+    if not adapter_name or "." in adapter_name or taken:
+        raise ValueError(
+            f"'{adapter_name}' cannot be the name of an adapter: torch keeps an adapter's tensors under it, so it must "
+            "not be empty, contain a dot, or be the name of an attribute that every module has. Choose another name."
+        )
+
+
+def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
+    """Refuse a base whose weights are not its own, where they are scored, or kept as rows of tokens.
+
+    Beside a saved adapter, or a twin, PEFT unmerges what is ours.
+    """
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and (is_chosen or not isinstance(module, DowserLayer))
+    ]
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(
+            f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
+            "unmerge_adapter() before adding an adapter."
+        )
+
+
+def _place_of_base(model: nn.Module) -> str:
+    """Where a model with a head of transformers has its base; "" where it is the base itself."""
+    place = getattr(model, "base_model_prefix", "")
+    return place if isinstance(getattr(model, place, None), nn.Module) else ""
+
+
+def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
+    """Refuse layers that another PEFT method has adapted: what it adds would be left out without a word."""
+    others = {
+        id(layer.get_base_layer()): type(layer)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer) and not isinstance(layer, DowserLayer)
+    }
+    nested = [name for name, target in targets.items() if id(target.module) in others]
+    if nested:
+        kind = others[id(targets[nested[0]].module)]
+        raise ValueError(
+            f"{len(nested)} of the target modules are adapted by another PEFT method already, such as '{nested[0]}' by "
+            f"{kind.__module__}.{kind.__name__}. Merge that adapter into the base first (merge_and_unload), or leave "
+            "its modules out of target_modules."
+        )

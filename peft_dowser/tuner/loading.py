@@ -1,0 +1,267 @@
+"""A load of a saved adapter: whatever stops it, the model is what it was, and it never chooses a mask.
+
+PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes them
+out again when that fails. So the three methods that load an adapter are watched: with `_peft` the only places that
+change PEFT. With any other method of PEFT they do what they did before.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, cast
+
+import torch
+from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftModel
+from peft.utils import PeftType, load_peft_weights
+from torch import Tensor, nn
+
+from .._peft import NAME
+from .._transformers import PeftAdapterMixin
+from ..config import DowserConfig
+from ..delta.codec import DeltaFormatError, check_values, side_by_side
+from ..delta.format import CODE, PREFIX, VALUES, few, named
+from ..files.checks import check_keys
+from ..layers.layer import DowserLayer, adapted
+from ..layers.state import Values
+from .snapshot import Snapshot
+from .whole import check_foreign, saved_names
+
+
+@dataclass
+class Load:
+    """A load that is under way.
+
+    Attributes:
+        counts: trained weights by module, from the saved config where the caller has given another.
+        guards: of the adapters that were added since it began.
+        copies: tensors of the model that are about to be written, and what they were, on the CPU.
+    """
+
+    counts: Mapping[str, int] | None
+    guards: list[Snapshot] = field(default_factory=list)
+    copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def keep(self, tensors: Iterable[Tensor]) -> None:
+        """Copy tensors of the model before they are written."""
+        self.copies += [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+
+    def undo(self) -> None:
+        """Make the models what they were when it began."""
+        with torch.no_grad():
+            for tensor, copy in self.copies:
+                tensor.copy_(copy)
+        for guard in reversed(self.guards):
+            guard.restore()
+
+
+_CURRENT: ContextVar[Load | None] = ContextVar("load", default=None)
+
+
+def current_load() -> Load | None:
+    """The load that is under way, if one is."""
+    return _CURRENT.get()
+
+
+def watch_loads() -> None:
+    """Let the methods of PEFT and transformers that load an adapter undo what they did where they fail."""
+    _replace(PeftModel, "from_pretrained", _from_pretrained)
+    _replace(PeftModel, "load_adapter", _load_adapter)
+    _replace(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
+
+
+def _replace(owner: type, name: str, watched: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    method = vars(owner)[name]
+    original = getattr(method, "__func__", method)
+    original = getattr(original, "_unwatched", original)  # a reload of the package replaces ours
+    wrapper: Any = wraps(original)(watched(original))
+    wrapper._unwatched = original
+    setattr(owner, name, classmethod(wrapper) if isinstance(method, classmethod) else wrapper)
+
+
+@contextmanager
+def _loading(counts: Mapping[str, int] | None = None) -> Iterator[Load]:
+    """Watch over a load; one inside another is a part of it."""
+    if (outer := _CURRENT.get()) is not None:
+        yield outer
+        return
+    load = Load(counts)
+    token = _CURRENT.set(load)
+    try:
+        yield load
+    except BaseException:
+        load.undo()
+        raise
+    finally:
+        _CURRENT.reset(token)
+
+
+def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def from_pretrained(cls: type[PeftModel], *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(cls, *args, **kwargs).arguments
+        with _loading(_saved_counts(given)):
+            return original(cls, *args, **kwargs)
+
+    return from_pretrained
+
+
+def _saved_counts(given: Mapping[str, Any]) -> dict[str, int] | None:
+    """Trained weights by module in the config beside the file, where the caller has given a config without them."""
+    config = given.get("config")
+    if not isinstance(config, DowserConfig) or config.nnz_pattern is not None:
+        return None
+    hub = {key: given["kwargs"][key] for key in ("revision", "cache_dir", "token") if key in given.get("kwargs", {})}
+    subfolder = given.get("kwargs", {}).get("subfolder")
+    saved = DowserConfig.from_pretrained(given["model_id"], subfolder=subfolder, **hub)
+    return saved.nnz_pattern if isinstance(saved, DowserConfig) else None
+
+
+def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        with _loading():
+            try:
+                return original(self, model_id, adapter_name, *args, **kwargs)
+            except KeyError as error:
+                config = self.peft_config.get(adapter_name)
+                if isinstance(config, DowserConfig) and error.args[0] in saved_names(self, adapter_name):
+                    raise DeltaFormatError(_lacks([error.args[0]], adapter_name)) from error
+                raise
+
+    return load_adapter
+
+
+def _load_adapter_of_transformers(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_adapter(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with _loading() as load:
+            try:
+                report = original(self, *args, **kwargs)
+            except RuntimeError as error:
+                if not load.guards or "ignore_mismatched_sizes" not in str(error):
+                    raise
+                raise DeltaFormatError(
+                    f"Adapter '{load.guards[0].adapter_name}': the file has tensors of other shapes than its config "
+                    "says, which the report above names. It was edited, or belongs to another base model."
+                ) from error
+            for guard in load.guards:
+                _check_end(guard, report, signature.bind(self, *args, **kwargs).arguments)
+            return report
+
+    return load_adapter
+
+
+def _check_end(guard: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
+    """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
+
+    It shows the file to nobody, puts every tensor whose name the model has in its place, and converts it to any dtype.
+
+    Args:
+        guard: what the model was before.
+        report: what transformers says of the load.
+        given: the arguments of `load_adapter`.
+
+    Raises:
+        DeltaFormatError: tensors are missing, or others than those of the adapter were replaced.
+    """
+    model, name = guard.model, guard.adapter_name
+    check_loaded(model, name)
+    config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
+    tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
+    check_foreign(model, name, [replaced for replaced, _ in guard.replaced()])
+    if lacking := sorted(set(report.missing_keys) & set(saved_names(model, name).values())):
+        raise DeltaFormatError(_lacks(lacking, name))
+
+
+def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """The tensors in the file that transformers has loaded."""
+    if given.get("adapter_state_dict") is not None:
+        return given["adapter_state_dict"]
+    config = given.get("load_config")
+    options = getattr(config, "download_kwargs", {}) | (given.get("adapter_kwargs") or {}) | given.get("kwargs", {})
+    known = {key: options[key] for key in ("subfolder", "revision", "cache_dir", "token") if options.get(key)}
+    name = given.get("peft_model_id") or getattr(config, "pretrained_model_name_or_path", None)
+    return load_peft_weights(str(name), device="cpu", **known)
+
+
+def _lacks(keys: list[str], adapter_name: str) -> str:
+    return (
+        f"Adapter '{adapter_name}': the file lacks {len(keys)} tensors of modules that the adapter trains as a whole, "
+        f"or of their tokens (modules_to_save, trainable_token_indices): {few(keys)}. The file or its config was "
+        "edited; copy the adapter again."
+    )
+
+
+def check_file(
+    layers: Sequence[tuple[str, DowserLayer]],
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    names: Collection[str],
+) -> None:
+    """Check every tensor of a saved adapter against the layers that it is loaded into.
+
+    The positions that this decodes are left with the layers, which so need not decode them again.
+
+    Args:
+        layers: those that carry the adapter, with their names in the model.
+        adapter_name: its name.
+        state_dict: its tensors, as the model calls them.
+        names: their names in the file.
+
+    Raises:
+        ValueError: the adapter is merged.
+        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
+    """
+    check_unmerged([layer for _, layer in layers], adapter_name)
+    where = f"Adapter '{adapter_name}'"
+    values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
+    expected = [name + part for name, _ in layers for part in (values, code)]
+    check_keys(expected, state_dict, where)
+    found = {name.removeprefix(PREFIX) for name in names}
+    # A file does not know how its adapter will be called.
+    if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
+        raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
+
+    def read(named_layer: tuple[str, DowserLayer]) -> Tensor:
+        name, layer = named_layer
+        index = layer.index(adapter_name)
+        try:
+            check_values(state_dict[name + values], index.nnz, layer.values(adapter_name).dtype)
+            return index.read(state_dict[name + code])
+        except DeltaFormatError as error:
+            raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
+
+    # On a GPU all threads would share it, and each would take memory of its own there.
+    on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
+    found = side_by_side(read, layers) if on_cpu else list(map(read, layers))
+    for (name, layer), positions in zip(layers, found, strict=True):
+        layer.index(adapter_name).checked = (state_dict[name + code], positions)
+
+
+def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
+    """Refuse to replace an adapter that is merged: its positions say where to put back what the merge overwrote."""
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(
+            f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
+        )
+
+
+def check_loaded(model: nn.Module, adapter_name: str) -> None:
+    """Refuse an adapter that was not loaded, or not as a whole."""
+    missing, loaded = [], 0
+    for name, layer in adapted(model, adapter_name):
+        has_values = not cast(Values, layer.dowser_values[adapter_name]).awaited
+        has_code = layer.index(adapter_name).positions is not None
+        missing += [f"{name}{part}" for part, found in ((VALUES, has_values), (CODE, has_code)) if not found]
+        loaded += has_values + has_code
+    if missing:
+        raise DeltaFormatError(
+            f"Adapter '{adapter_name}': {len(missing)} of {loaded + len(missing)} Dowser tensors were not loaded: "
+            f"{few(missing)}. The file lacks them, or has them in another shape; it is incomplete, or belongs to "
+            "another adapter or base model."
+        )

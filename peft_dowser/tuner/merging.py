@@ -1,0 +1,117 @@
+"""Merges as a whole: what has to hold before, and the merge that lasts as long as a `generate`."""
+
+import warnings
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..base.distributed import is_spread
+from ..delta.format import few
+from ..layers.layer import dowser_layers
+from . import writing
+
+# By model, the calls that its merge is for. Not an attribute: a copy of the model is used by none of them.
+_calls: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
+
+
+def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    """Refuse a merge that cannot be done as a whole; every layer stays as it is.
+
+    Args:
+        model: model with `DowserLayer`s; some adapters may be merged already.
+        known: its adapters.
+        adapter_names: those to merge; None takes the active ones.
+        safe_merge: whether sums that are not finite are to be refused.
+
+    Raises:
+        ValueError: an adapter is unknown, which PEFT would leave out without a word, or a sum is not finite.
+    """
+    names = () if isinstance(adapter_names, str) else adapter_names or ()  # PEFT refuses a string
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(f"Cannot merge unknown adapters {unknown}; the model has {sorted(known)}.")
+    for layer in dowser_layers(model) if safe_merge else []:
+        merged = len(layer.merged_adapters)
+        if merged and not layer.merges_in_place:
+            continue  # the layer itself refuses, and stays as it is
+        try:
+            layer.merge(safe_merge=True, adapter_names=adapter_names)
+        finally:
+            if layer.merged and not merged:
+                layer.unmerge()
+            while len(layer.merged_adapters) > merged:
+                layer.unmerge_last()
+
+
+def note_merged_everywhere(model: nn.Module) -> None:
+    """Note what is merged in some layers in those too where it has no values: no other active adapter runs there."""
+    layers = dowser_layers(model)
+    merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
+    for layer in layers:
+        here = {*layer.merged_adapters, *layer.dowser_values}
+        layer.merged_adapters += [name for name in merged if name not in here]
+
+
+def unmerge_everywhere(model: nn.Module) -> None:
+    """Unmerge all layers, also those of PEFT's that hold the tokens that an adapter trains."""
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and layer.merged:
+            layer.unmerge()
+
+
+@contextmanager
+def briefly_merged(model: nn.Module) -> Iterator[None]:
+    """Merge the active adapters for a while, bit for bit without a trace.
+
+    The first of several threads to come merges, the last one to go unmerges. Nothing happens to a model whose adapters
+    are merged or disabled already, or whose weights are spread over ranks.
+
+    Args:
+        model: model with `DowserLayer`s; those whose merge does not write in place stay unmerged.
+    """
+    layers = [] if is_spread(model) else [layer for layer in dowser_layers(model) if layer.merges_in_place]
+
+    def unmerge() -> None:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+
+    with writing.lock:
+        calls = _calls.setdefault(model, set())
+        is_ours = bool(calls) or not any(layer.merged or layer.disable_adapters for layer in layers)
+    if not is_ours:
+        yield
+        return
+    call = object()
+    try:
+        with writing.lock:
+            if not calls:
+                for layer in layers:
+                    layer.merge_briefly()
+            calls.add(call)
+        report_not_finite([(layer.module_name, layer.not_finite) for layer in layers])
+        yield
+    finally:
+        with writing.lock:
+            calls.discard(call)
+            if not calls:
+                writing.to_the_end(unmerge)
+
+
+def report_not_finite(found: Iterable[tuple[str, Mapping[str, int]]]) -> None:
+    """Warn once where a merge has written what is not finite.
+
+    Args:
+        found: by name of a module, the numbers of such sums by adapter.
+    """
+    counts = {module: sum(numbers.values()) for module, numbers in found if any(numbers.values())}
+    if counts:
+        warnings.warn(
+            f"The merge has written {sum(counts.values())} values that are not finite into {len(counts)} modules: "
+            f"{few(list(counts))}. The adapter is broken, or its values are too large for the dtype of the base. Load "
+            "the base in bfloat16 or float32; with safe_merge=True such a merge is refused.",
+            UserWarning,
+            stacklevel=3,
+        )

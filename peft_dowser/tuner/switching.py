@@ -1,0 +1,230 @@
+"""Another saved adapter in the place of one in use (`hotswap`), or in the weights of a plain model (`Patch`)."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+from torch import Tensor, nn
+
+from ..base.storage import offload_hook
+from ..base.target import Target
+from ..base.targets import check_is_model
+from ..config import DowserConfig
+from ..delta.apply import Delta, checksum, merged_entries, write_entries_
+from ..delta.format import few
+from ..files.adapter import SavedAdapter, open_adapter
+from ..files.checks import warn_of_other_base
+from ..layers.layer import DowserLayer, adapted, dowser_layers
+from . import writing
+from .loading import check_unmerged
+
+
+def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -> None:
+    """Replace an adapter of a model by a saved one for the same modules, in place.
+
+    Where the numbers of values agree, as they do at one `update_ratio`, every tensor keeps its memory, so a model that
+    `torch.compile` has compiled is not compiled again. An optimizer keeps what it knows of the old values.
+
+    Args:
+        model: model with Dowser adapters.
+        adapter: folder or Hub id of the saved adapter.
+        adapter_name: the adapter to replace.
+
+    Raises:
+        TypeError: the model is not a module, but its name for example.
+        ValueError: the model has no such adapter, it is merged, one of the two trains more than sparse deltas, or the
+            saved one is damaged or for other modules (`DeltaFormatError`). The model is unchanged.
+        OSError: there is no such saved adapter.
+    """
+    check_is_model(model)
+    layers = {layer.module_name: layer for _, layer in adapted(model, adapter_name)}
+    with ExitStack() as files:
+        saved = open_adapter(str(adapter), files)
+        _check(model, layers, saved, adapter_name)
+        targets = {name: layer.target for name, layer in layers.items()}
+        saved.check_fits(targets)
+        codes = {name: saved.code(name) for name in layers}
+        deltas = {name: Delta(*saved.delta(name, target.numel, codes[name])) for name, target in targets.items()}
+    if saved.config.manifest is not None:
+        samples = {name: layer.base_sample for name, layer in layers.items()}
+        warn_of_other_base(saved.config.manifest, samples, f"Adapter '{saved.name}'")
+    config = saved.config
+    config.nnz_pattern, config._in_use = saved.counts, True
+    config.inference_mode = model.peft_config[adapter_name].inference_mode  # type: ignore[index, union-attr]
+
+    def fill() -> None:
+        for name, layer in layers.items():
+            layer.fill(adapter_name, deltas[name], codes[name])
+        model.peft_config[adapter_name] = config  # type: ignore[index, operator]
+
+    with writing.lock:
+        check_unmerged(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
+        writing.to_the_end(fill)
+
+
+def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:
+    if not layers:
+        raise ValueError(f"The model has no Dowser adapter '{adapter_name}' to replace. Load one with load_adapter().")
+    check_unmerged(layers.values(), adapter_name)
+    known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
+    for name, config in ((adapter_name, known), (saved.name, saved.config)):
+        if also := config.also_trains:
+            raise ValueError(
+                f"Adapter '{name}' also trains {also}, which hotswap does not replace. Use load_adapter() and "
+                "delete_adapter()."
+            )
+    if saved.others:
+        raise ValueError(
+            f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
+            f"{next(iter(saved.others))[:100]!r}, which hotswap does not replace. Use load_adapter() and "
+            "delete_adapter()."
+        )
+    if different := sorted(layers.keys() ^ saved.counts.keys()):
+        raise ValueError(
+            f"Adapter '{saved.name}' is not for the modules of adapter '{adapter_name}'; {len(different)} differ: "
+            f"{few(different)}. Use load_adapter() and delete_adapter()."
+        )
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What a patch has done to one weight: the entries that were there, and the checksum of those that are."""
+
+    originals: Tensor
+    checksum: int
+
+
+class Patch:
+    """A saved adapter for a model without PEFT's layers: for switching between many adapters of one base.
+
+    Applying costs nnz writes and keeps the nnz entries that they replace; the model runs at the speed of the base, and
+    its outputs are bit for bit those of the merged model.
+
+        french = Patch(model, "adapters/french")
+        with french:
+            model.generate(...)
+
+    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C or an error leaves one
+    half applied, `remove()` takes the rest of it out.
+    """
+
+    def __init__(self, model: nn.Module, adapter: str | Path) -> None:
+        """Read a saved adapter and check it against a model, which stays as it is.
+
+        Args:
+            model: a model of transformers or any other, as the adapter's base.
+            adapter: folder or Hub id of a saved Dowser adapter.
+
+        Raises:
+            TypeError: the model is not a module, but its name for example.
+            ValueError: the adapter is damaged or does not fit the model (`DeltaFormatError`), trains more than sparse
+                deltas, or the model is adapted, quantized or offloaded.
+            OSError: there is no such adapter.
+        """
+        check_is_model(model)
+        if dowser_layers(model):
+            raise ValueError("The model has Dowser adapters. Give a patch the plain model, or use load_adapter().")
+        with ExitStack() as files:
+            saved = open_adapter(str(adapter), files)
+            if saved.others:
+                raise ValueError(
+                    f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
+                    f"{next(iter(saved.others))!r}, which a patch does not. Use PeftModel.from_pretrained()."
+                )
+            self._targets = saved.targets_in(model)
+            _check_writable(self._targets)
+            self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
+        # By module, what is to be put back; and whether that is all that `apply` writes, not an interrupted rest of it.
+        self._written: dict[str, _Written] = {}
+        self._is_whole = False
+        self.name = saved.name
+        if saved.config.manifest is not None:
+            samples = {name: target.sample() for name, target in self._targets.items()}
+            warn_of_other_base(saved.config.manifest, samples, f"Adapter '{self.name}'")
+
+    def __repr__(self) -> str:
+        return f"Patch({self.name!r}, {len(self._targets)} modules, {'' if self._written else 'not '}applied)"
+
+    def apply(self) -> None:
+        """Write W + D into the weights.
+
+        Raises:
+            ValueError: it is applied already, or a sum would not be finite; no weight has changed.
+        """
+        with writing.lock:
+            if self._written:
+                raise ValueError(f"Adapter '{self.name}' is applied already. Call remove() first.")
+            sums = {}
+            for name, target in self._targets.items():
+                delta = self._deltas[name]
+                entries = merged_entries(_weight(target), delta.positions, delta.values)
+                entries.check_finite(self.name, name)
+                sums[name] = entries
+            try:
+                self._written = {name: _Written(each.originals, checksum(each.sums)) for name, each in sums.items()}
+                for name, entries in sums.items():
+                    write_entries_(_weight(self._targets[name]), self._deltas[name].positions, entries.sums)
+                self._is_whole = True
+            except BaseException:
+                writing.to_the_end(self._restore)
+                raise
+
+    def remove(self) -> None:
+        """Put the replaced entries back: the weights are bit for bit what they were.
+
+        Raises:
+            ValueError: it is not applied, or entries that it wrote were changed since, be it by another patch or by
+                training; no weight has changed.
+        """
+        with writing.lock:
+            if not self._written:
+                raise ValueError(f"Adapter '{self.name}' is not applied.")
+            for name, written in self._written.items():
+                found = _weight(self._targets[name]).view(-1).index_select(0, self._deltas[name].positions)
+                is_cast = found.dtype != written.originals.dtype
+                # Of what was interrupted some entries are the originals.
+                if is_cast or (self._is_whole and checksum(found) != written.checksum):
+                    raise ValueError(
+                        f"Adapter '{self.name}': entries that it wrote into the weight of module '{name}' were changed "
+                        "since. Remove the patch that was applied after it first; a model that was trained or cast "
+                        "meanwhile has to be loaded again."
+                    )
+            writing.to_the_end(self._restore)
+
+    def _restore(self) -> None:
+        """Put back what is written still."""
+        self._is_whole = False
+        for name, written in list(self._written.items()):
+            write_entries_(_weight(self._targets[name]), self._deltas[name].positions, written.originals)
+            del self._written[name]
+
+    def __enter__(self) -> "Patch":
+        self.apply()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+
+def _weight(target: Target) -> Tensor:
+    return getattr(target.module, target.parameter).data
+
+
+def _delta(saved: SavedAdapter, target: Target) -> Delta:
+    positions, values = saved.delta(target.name, target.numel)
+    return Delta(positions.to(target.device), values.to(target.device))
+
+
+def _check_writable(targets: Mapping[str, Target]) -> None:
+    for name, target in targets.items():
+        if target.is_quantized or offload_hook(target.module) is not None:
+            how = "quantized" if target.is_quantized else "offloaded"
+            raise ValueError(
+                f"The weight of module '{name}' is {how}, so no entries of it can be written. Use "
+                "PeftModel.from_pretrained(), whose adapters run beside such a base."
+            )
