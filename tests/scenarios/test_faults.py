@@ -18,7 +18,8 @@ from peft import PeftModel, get_peft_model
 import peft_dowser
 from peft_dowser import DowserLayer, Patch, hotswap, probe, verify
 from peft_dowser.layers.layer import dowser_layers
-from peft_dowser.tuner import writing
+from peft_dowser.probing import selection
+from peft_dowser.tuner import injection, writing
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 FAULTS = [KeyboardInterrupt, torch.OutOfMemoryError("no memory"), OSError(28, "No space left on device")]
@@ -165,20 +166,19 @@ def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: st
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        ("injection", "check_whole"),
-        ("injection", "resolve_targets"),
-        ("injection", "probe_targets"),
-        ("injection", "choose_masks"),
-        ("selection", "select_jointly"),
+        (injection, "check_whole"),
+        (injection, "resolve_targets"),
+        (injection, "probe_targets"),
+        (injection, "choose_masks"),
+        (selection, "select_jointly"),
     ],
 )
 def test_what_stops_before_the_injection_changes_nothing(
-    module: str, name: str, fault, monkeypatch: pytest.MonkeyPatch
+    module, name: str, fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = tiny_llama()
     untouched = Before(base)
-    place = getattr(peft_dowser, module)
-    monkeypatch.setattr(place, name, failing(getattr(place, name), 1, fault))
+    monkeypatch.setattr(module, name, failing(getattr(module, name), 1, fault))
     with pytest.raises((KeyboardInterrupt, torch.OutOfMemoryError)):
         get_peft_model(base, config())
     assert untouched.holds()

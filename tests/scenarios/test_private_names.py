@@ -211,7 +211,11 @@ def test_the_task_of_a_class_is_known(name: str, known: str) -> None:
 # Where they are used
 
 FOLDER = Path(peft_dowser.__file__).parent
-SOURCES = {path.stem: ast.parse(path.read_text()) for path in FOLDER.glob("*.py") if path.stem not in OWN.values()}
+SOURCES = {
+    str(path.relative_to(FOLDER)): ast.parse(path.read_text())
+    for path in FOLDER.rglob("*.py")
+    if path.stem not in OWN.values()
+}
 PUBLIC = {
     "peft": set(peft.__all__),
     "peft.tuners.tuners_utils": {"BaseTuner", "BaseTunerLayer"},  # documented for methods of one's own
