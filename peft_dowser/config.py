@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -19,116 +19,155 @@ from .card import complete_card
 from .delta.codec import DeltaFormatError
 from .delta.format import FORMAT, check_manifest, check_readable, few
 
-SCORES = ("dowser", "random", "magnitude", "wanda", "gradient")
+Score = Literal["dowser", "random", "magnitude", "wanda", "gradient"]
+Select = Literal["low", "high"]
+Scope = Literal["matrix", "row", "layer", "model"]
+Bias = Literal["none", "all", "dowser_only"]
+SaveDtype = Literal["float32", "bfloat16", "float16"]
 
-# Those that need statistics of the model.
+# The scores that need statistics of the model.
 PROBED_SCORES = ("dowser", "wanda", "gradient")
 
-SELECTS = ("low", "high")
 
-SCOPES = ("matrix", "row", "layer", "model")
+@dataclass(frozen=True)
+class AdapterRecord:
+    """What a config knows of the last adapter that it made, loaded or saved.
 
-SAVE_DTYPES = ("float32", "bfloat16", "float16")
+    It is never changed, only replaced: a copy of the config, or a caller who takes back what failed, keeps the old one.
 
-BIASES = ("none", "all", "dowser_only")
+    Attributes:
+        in_use: whether there is such an adapter. The manifest that came with its file may then be out of date.
+        counts: its trained weights by module. The field `nnz_pattern` stays None in the config of a new adapter, so
+            that the same config can make a second one, which must choose its own weights.
+        settings: the `settings` of the config when the adapter was added.
+        probe: the settings of the probe that its mask comes from, by field, if it comes from one.
+        manifest: of the tensors that were saved last.
+        measured: what `ForgettingCallback` measured last.
+    """
+
+    in_use: bool = False
+    counts: Mapping[str, int] | None = None
+    settings: Mapping[str, Any] | None = None
+    probe: Mapping[str, Any] | None = None
+    manifest: Mapping[str, Any] | None = None
+    measured: Mapping[str, float] | None = None
+
+
+def _option(default: Any, meaning: str) -> Any:
+    """A field of the config whose help is what it means."""
+    return field(default=default, metadata={"help": meaning})
 
 
 @dataclass
 class DowserConfig(PeftConfig):
     """Configuration of a Dowser adapter (Model-Dowser, arXiv 2602.04509).
 
-    Args:
-        update_ratio: rho, the fraction of each target weight that trains, in (0, 1]. Exactly round(rho * n) of the n
-            weights of a matrix train.
-        ratio_pattern: another ratio in [0, 1] for some modules; keys are module names, their ends or regular
-            expressions, as in LoRA's `rank_pattern`. A ratio of 0 freezes the module.
-        target_modules: modules to adapt: names or their ends, a regular expression, or "all-linear". None takes the
-            linears of the language model: never a vision tower, a connector, an output head or a router.
-        exclude_modules: modules to leave out: names or their ends, or a regular expression.
-        layers_to_transform: indices of the layers to adapt; not with a regular expression or "all-linear".
-        layers_pattern: name of the layer list that the indices refer to; only where `target_modules` is a list.
-        last_layers: train only the last L layers of the language model (the paper's L).
-        modules_to_save: further modules to train and save as a whole.
-        trainable_token_indices: token indices whose embeddings train, or indices by embedding name.
-        ensure_weight_tying: adapt a weight that several modules share, such as embeddings and output head, in all of
-            them: they get one delta. Without it such a target is refused. As in LoRA it also holds for modules_to_save.
-        bias: which biases train: "none", "all" or "dowser_only". Any but "none" changes the base model's biases.
-        target_parameters: fused weights of experts to adapt, names or their ends: "mlp.experts.down_proj". Each expert
-            is ranked by itself. None are adapted by default.
-        score: what ranks the weights: "dowser" (|J| |W| |h|, data-free), "random", "magnitude" (|W|), "wanda"
-            (|W| ||h||) or "gradient" (|dL/dW|).
-        select: "low" trains the lowest scores and so protects what matters, "high" trains the highest.
-        scope: weights are ranked inside each "matrix", each "row", each decoder "layer", or the whole "model".
-        num_probes: N, the number of synthetic prompts.
-        num_rademacher: R, the number of random projections of the output per prompt.
-        probe_length: T, tokens of a prompt; 0 in a saved config whose prompts were given to `probe`.
-        probe_batch_size: prompts per batch; None chooses it from the free memory.
-        probe_images: image-text models: fraction of the prompts that begin with a noise image.
-        statistics: path of saved `ProbeStatistics`; the model is then not probed. They decide on N, R, T, images and
-            seed, and a saved adapter tells theirs.
-        seed: seed of prompts, projections and random scores. The global generators are neither used nor changed.
-        init_weights: False starts from random values instead of zeros, for tests.
-        save_dtype: dtype of the values in the saved file: "float32", "bfloat16" or "float16"; None keeps theirs.
-            Checkpoints are saved files too: a training that resumes from one goes on with the rounded values.
-        nnz_pattern: written by `save_pretrained`: trained weights by module. A config that has it belongs to a saved
-            adapter, and loading it never probes. Leave it None.
-        manifest: written by `save_pretrained`: format version, digests, and samples of the base, see FORMAT.md. Leave
-            it None.
+    The help in the metadata of each field says what the field means.
 
     Raises:
-        DeltaFormatError: the config is that of an adapter in a newer format.
+        DeltaFormatError: the config belongs to an adapter in a newer format.
         ValueError: one or more values are out of range; the message lists all of them.
     """
 
-    update_ratio: float = 0.1
-    ratio_pattern: dict[str, float] = field(default_factory=dict)
-    target_modules: list[str] | set[str] | str | None = None
-    exclude_modules: list[str] | set[str] | str | None = None
-    layers_to_transform: list[int] | int | None = None
-    layers_pattern: list[str] | str | None = None
-    last_layers: int | None = None
-    modules_to_save: list[str] | None = None
-    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
-    ensure_weight_tying: bool = False
-    bias: str = "none"
-    target_parameters: list[str] | None = None
-    score: str = "dowser"
-    select: str = "low"
-    scope: str = "matrix"
-    num_probes: int = 64
-    num_rademacher: int = 8
-    probe_length: int = 64
-    probe_batch_size: int | None = None
-    probe_images: float = 0.0
-    statistics: str | None = None
-    seed: int = 0
-    init_weights: bool = True
-    save_dtype: str | None = None
-    nnz_pattern: dict[str, int] | None = None
-    manifest: dict[str, Any] | None = None
+    update_ratio: float = _option(
+        0.1,
+        "rho, the fraction of each target weight that trains, in (0, 1]. Exactly round(rho * n) of the n "
+        "weights of a matrix train.",
+    )
+    ratio_pattern: dict[str, float] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Another ratio in [0, 1] for some modules. Keys are module names, their ends or regular "
+            "expressions, as in LoRA's rank_pattern. A ratio of 0 freezes the module."
+        },
+    )
+    target_modules: list[str] | set[str] | str | None = _option(
+        None,
+        "Modules to adapt: names or their ends, a regular expression, or 'all-linear'. None takes the "
+        "linear layers of the language model, never those of a vision tower, a connector, an output head or a "
+        "router.",
+    )
+    exclude_modules: list[str] | set[str] | str | None = _option(
+        None, "Modules to leave out: names or their ends, or a regular expression."
+    )
+    layers_to_transform: list[int] | int | None = _option(
+        None, "Indices of the layers to adapt; not with a regular expression or 'all-linear'."
+    )
+    layers_pattern: list[str] | str | None = _option(
+        None, "Name of the layer list that layers_to_transform refers to; only where target_modules is a list."
+    )
+    last_layers: int | None = _option(None, "Train only the last L layers of the language model (the paper's L).")
+    modules_to_save: list[str] | None = _option(None, "Further modules to train and save as a whole.")
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = _option(
+        None, "Indices of the tokens whose embeddings train, or such indices by embedding name."
+    )
+    ensure_weight_tying: bool = _option(
+        False,
+        "Adapt a weight that several modules share, such as embeddings and output head, in all of them, "
+        "with one delta. Without it such a target is refused. As in LoRA it also holds for modules_to_save.",
+    )
+    bias: Bias = _option(
+        "none", "Which biases train: 'none', 'all' or 'dowser_only'. Any but 'none' changes the base model's biases."
+    )
+    target_parameters: list[str] | None = _option(
+        None,
+        "Fused weights of experts to adapt, names or their ends, such as 'mlp.experts.down_proj'. Each "
+        "expert is ranked by itself. None are adapted by default.",
+    )
+    score: Score = _option(
+        "dowser",
+        "What ranks the weights: 'dowser' (|J| |W| |h|, data-free), 'random', 'magnitude' (|W|), 'wanda' "
+        "(|W| ||h||) or 'gradient' (|dL/dW|).",
+    )
+    select: Select = _option(
+        "low",
+        "'low' trains the weights with the lowest scores and so protects what matters; 'high' trains the highest.",
+    )
+    scope: Scope = _option(
+        "matrix",
+        "Where weights are ranked against each other: in each 'matrix', each 'row', each decoder 'layer' "
+        "or the whole 'model'.",
+    )
+    num_probes: int = _option(64, "N, the number of synthetic prompts.")
+    num_rademacher: int = _option(8, "R, the number of random projections of the output per prompt.")
+    probe_length: int = _option(64, "T, tokens per prompt; 0 in a saved config whose prompts were given to probe().")
+    probe_batch_size: int | None = _option(None, "Prompts per batch; None chooses it from the free memory.")
+    probe_images: float = _option(
+        0.0, "For image-text models, the fraction of the prompts that begin with a noise image."
+    )
+    statistics: str | None = _option(
+        None,
+        "File written by `peft-dowser probe` or ProbeStatistics.save. The model is then not probed: N, R, "
+        "T, images and seed are those of the file, and a saved adapter records them.",
+    )
+    seed: int = _option(
+        0, "Seed of prompts, projections and random scores. The global generators are neither used nor changed."
+    )
+    init_weights: bool = _option(True, "False starts from random values instead of zeros, for tests.")
+    save_dtype: SaveDtype | None = _option(
+        None,
+        "dtype of the values in the saved file: 'float32', 'bfloat16' or 'float16'; None keeps theirs. "
+        "Checkpoints are saved files too: a training that resumes from one continues with the rounded values.",
+    )
+    nnz_pattern: dict[str, int] | None = _option(
+        None,
+        "Leave it None; save_pretrained writes it: trained weights by module. A config that has it belongs "
+        "to a saved adapter, and loading that never probes.",
+    )
+    manifest: dict[str, Any] | None = _option(
+        None,
+        "Leave it None; save_pretrained writes it: format version, digests and samples of the base, see FORMAT.md.",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType[NAME]
-        # Counts of the adapter that was made or saved last. Unlike `nnz_pattern` it is no field, so that the same
-        # config can make a second adapter, which must choose its own weights.
-        self._selected: dict[str, int] | None = None
-        # The `settings` of that adapter.
-        self._chosen_with: dict[str, Any] | None = None
+        # None of these is a field, so none is written to a file or compared.
+        self.record = AdapterRecord()
+        # Whether it was read from a file that should have counts and has none. No mask is chosen by such a config.
+        self.lacks_counts = False
         # Read and filled by PEFT: modules that get the adapter's copy of the embeddings in `modules_to_save`.
         self.modules_to_tie: set[str] | None = None
-        # Whether a model has it: the manifest that came with the file is then that of the past.
-        self._in_use = False
-        # The settings of the probe that the mask comes from, by field, where it comes from one.
-        self._probed: dict[str, Any] | None = None
-        # Whether it was read from a file that should have counts and has none: no mask is chosen by it.
-        self._lacks_counts = False
-        # Whether it is being written beside the file of its adapter.
-        self._is_saving = False
-        # What `ForgettingCallback` measured last.
-        self._forgetting: dict[str, float] | None = None
-        # The manifest of what was saved last: no field either, for a later save has other values.
-        self._written: dict[str, Any] | None = None
         self.check()
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
@@ -139,7 +178,7 @@ class DowserConfig(PeftConfig):
         """Refuse values that make no sense; called again before a model is changed.
 
         Raises:
-            DeltaFormatError: the config is that of an adapter in a newer format.
+            DeltaFormatError: the config belongs to an adapter in a newer format.
             ValueError: one or more values are out of range; the message lists all of them.
         """
         if self.manifest is not None:
@@ -162,7 +201,7 @@ class DowserConfig(PeftConfig):
         if path.is_file():
             check_readable(path)
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        config._lacks_counts = isinstance(config, cls) and config.nnz_pattern is None
+        config.lacks_counts = isinstance(config, cls) and config.nnz_pattern is None
         return config
 
     def settings(self) -> dict[str, Any]:
@@ -171,9 +210,9 @@ class DowserConfig(PeftConfig):
         return copy.deepcopy({name: getattr(self, name) for name in DowserConfig.__annotations__ if name not in others})
 
     @property
-    def saved_nnz(self) -> dict[str, int] | None:
+    def saved_nnz(self) -> Mapping[str, int] | None:
         """Trained weights by module: chosen in this process, read from a saved adapter, or not known yet."""
-        return self._selected if self._selected is not None else self.nnz_pattern
+        return self.nnz_pattern if self.record.counts is None else self.record.counts
 
     @property
     def also_trains(self) -> str | None:
@@ -185,8 +224,7 @@ class DowserConfig(PeftConfig):
         return None if self.bias == "none" else f"bias='{self.bias}'"
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data: sets become sorted lists, a chosen mask adds its `nnz_pattern` and tells how it was
-        probed for, a save adds its `manifest`."""
+        """The config as plain data: sets become sorted lists, and an adapter that it made adds what is on `record`."""
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
         if self.modules_to_save:  # PEFT adds the head of the task once more at every load
             plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
@@ -194,11 +232,10 @@ class DowserConfig(PeftConfig):
             # The mask is in the file from now on; the statistics that it came from stay on this machine.
             plain["nnz_pattern"] = dict(self.saved_nnz)
             plain["statistics"] = None
-        if self._probed is not None:
-            plain |= self._probed
-        if self._in_use:
+        plain |= self.record.probe or {}
+        if self.record.in_use:
             # Only beside the file that it describes: programs that write the config first, or alone, have an older one.
-            plain["manifest"] = self._written if self._is_saving else None
+            plain["manifest"] = None
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -216,20 +253,24 @@ class DowserConfig(PeftConfig):
                 stacklevel=2,
             )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
-            self._is_saving = True
-            try:
-                super().save_pretrained(work, **kwargs)
-            finally:
-                self._is_saving = False
+            PeftConfig.save_pretrained(self._beside_its_file(), work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         self.complete_card(folder)
 
+    def _beside_its_file(self) -> DowserConfig:
+        """The config with the manifest of the file that it is written beside."""
+        saved = copy.copy(self)
+        if self.record.in_use:
+            saved.record = replace(self.record, in_use=False)
+            saved.manifest = None if self.record.manifest is None else dict(self.record.manifest)
+        return saved
+
     def complete_card(self, folder: Path) -> None:
         """Put on top of the model card in a folder how the adapter is loaded and what it is."""
-        made = vars(self) | (self._probed or {})
+        made = vars(self) | dict(self.record.probe or {})
         length = f"T = {made['probe_length']}" if made["probe_length"] else "prompts that were given"
         probe = f"N = {made['num_probes']}, R = {made['num_rademacher']}, {length}"
-        measured = self._forgetting or {}
+        measured = self.record.measured or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
@@ -254,12 +295,10 @@ class DowserConfig(PeftConfig):
         if self.nnz_pattern is not None and not _is_map(self.nnz_pattern):
             yield f"nnz_pattern must map module names to counts, got {self.nnz_pattern!r}"
         yield from _outside("probe_images", self.probe_images, 0, 1)
-        yield from _not_one_of("score", self.score, SCORES)
-        yield from _not_one_of("select", self.select, SELECTS)
-        yield from _not_one_of("scope", self.scope, SCOPES)
-        yield from _not_one_of("bias", self.bias, BIASES)
+        for name, choices in (("score", Score), ("select", Select), ("scope", Scope), ("bias", Bias)):
+            yield from _not_one_of(name, getattr(self, name), get_args(choices))
         if self.save_dtype is not None:
-            yield from _not_one_of("save_dtype", self.save_dtype, SAVE_DTYPES)
+            yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
         yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=1)
         # In a saved config 0 says that the prompts were given, see `ProbeInfo`.

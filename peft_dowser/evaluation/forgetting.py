@@ -4,6 +4,7 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -228,7 +229,7 @@ class ForgettingCallback(TrainerCallback):
         values = self.current = self._compared(model)
         for adapter_name in model.active_adapters if isinstance(model, PeftModel) else []:
             if isinstance(config := model.peft_config[adapter_name], DowserConfig):
-                config._forgetting = values  # for the model card
+                config.record = replace(config.record, measured=values)  # for the model card
         if self.trainer is not None:
             logs_later = control.should_log
             self.trainer.log(dict(values))

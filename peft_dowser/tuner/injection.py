@@ -2,8 +2,9 @@
 
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +16,7 @@ from ..base.distributed import check_whole, on_every_rank, rank
 from ..base.storage import check_materialized
 from ..base.target import Target
 from ..base.targets import fused_parameters, resolve_targets
-from ..config import PROBED_SCORES, DowserConfig
+from ..config import PROBED_SCORES, AdapterRecord, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
 from ..files.checks import check_counts, compare
@@ -40,38 +41,33 @@ _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_output
 
 
 @dataclass
-class Injection:
+class Injection(ABC):
     """What is known of an adapter while it is added, and forgotten when it is there.
 
     Attributes:
         adapter_name: its name.
         config: its config: the caller's object, which PEFT goes on to change.
         guard: what the model was before.
-        twin: the adapter whose positions it gets, because it has the same config. TRL makes its reference model so.
-        counts: trained weights by module, if it is a saved one.
-        masks: flat positions by module, once they are chosen for a new one.
         targets: the weights that its config targets, by name, once they are found.
-        samples: of a saved one, `base_sample` by module, where they had to be read.
+        masks: flat positions by module, once they are known; not of a saved adapter, whose file is read later.
+        samples: `base_sample` by module, where they had to be read.
     """
 
     adapter_name: str
     config: DowserConfig
     guard: Snapshot
-    twin: str | None
-    counts: Mapping[str, int] | None
-    masks: Mapping[str, Tensor] = field(default_factory=dict)
     targets: Mapping[str, Target] = field(default_factory=dict)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, str | None] = field(default_factory=dict)
 
-    @classmethod
+    @staticmethod
     def begin(
-        cls,
         model: nn.Module,
         adapter_name: str,
         configs: Mapping[str, DowserConfig],
         state_dict: Mapping[str, Tensor] | None,
     ) -> "Injection":
-        """Begin to add an adapter.
+        """Begin to add an adapter: a twin of another one, a saved one, or a new one.
 
         Args:
             model: the model that it is for, as it is without it.
@@ -80,40 +76,34 @@ class Injection:
             state_dict: tensors of a saved adapter, where PEFT was given some.
         """
         config = configs[adapter_name]
-        twin = next((name for name, known in configs.items() if known is config and name != adapter_name), None)
-        if config.nnz_pattern is None and config.settings() != config._chosen_with:
-            twin = None  # the caller has changed the config since, so another choice is meant
-        if twin is None:
-            config._written = config._forgetting = None
-        config._in_use = True
+        known = adapter_name, config, Snapshot(model, adapter_name)
+        twin = next((name for name, given in configs.items() if given is config and name != adapter_name), None)
+        # A new adapter is meant where the caller has changed the config since.
+        if twin is not None and (config.nnz_pattern is not None or config.settings() == config.record.settings):
+            return Twin(*known, twin=twin)
         counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
         load = current_load()
-        if counts is None and twin is None and (load is not None or config._lacks_counts):
-            counts = config._selected = _counts_beside(load, adapter_name)
-        return cls(adapter_name, config, Snapshot(model, adapter_name), twin, counts)
-
-    @property
-    def fused(self) -> list[str]:
-        """Names of the targets that are fused parameters."""
-        return [name for name, target in self.targets.items() if target.is_fused]
+        if counts is None and (load is not None or config.lacks_counts):
+            counts = _counts_beside(load, adapter_name)
+        config.record = AdapterRecord(in_use=True, counts=counts)
+        return New(*known) if counts is None else Saved(*known, counts=counts)
 
     def prepare(self, model: nn.Module) -> None:
-        """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
+        """Find the targets, and decide what the adapter has at each; the model stays as it is."""
         self.config.check()
         check_whole_modules(model, self.config)
-        _check_unmerged(model, is_chosen=self.twin is None and self.counts is None)
+        _check_unmerged(model, is_chosen=isinstance(self, New))
         check_whole(model)
         self.targets = resolve_targets(model, self.config)
         _check_not_nested(model, self.targets)
         by_default = self.config.target_modules is None
         self._name_targets()
-        if self.twin is not None:
-            layers = [layer for _, layer in adapted(model, self.twin)]
-            self.masks = {layer.module_name: layer.index(self.twin).decoded().clone() for layer in layers}
-        elif self.counts is not None:
-            self._check_saved(model, self.counts)
-        else:
-            self._choose(model, by_default)
+        self._decide(model, by_default)
+
+    @property
+    def fused(self) -> list[str]:
+        """Names of the targets that are fused parameters."""
+        return [name for name, target in self.targets.items() if target.is_fused]
 
     def _name_targets(self) -> None:
         """Put into the config the targets that PEFT would not find by itself."""
@@ -130,23 +120,74 @@ class Injection:
         if config.last_layers is not None:
             config.target_parameters = fused or None
 
-    def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
-        """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
-        check_counts(counts, self.targets, self.adapter_name)
-        report_read(model, counts, self.adapter_name)
-        if self.config.manifest is not None:
-            self.samples = self._read_samples(model, counts)
-            shapes = {name: self.targets[name].shape for name in counts}
-            compare(self.config.manifest, counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+    @abstractmethod
+    def _decide(self, model: nn.Module, by_default: bool) -> None:
+        """Fill `masks`, or check what is saved; `by_default` is whether no target modules were given."""
 
-    def _choose(self, model: nn.Module, by_default: bool) -> None:
-        """Choose the masks, and say what was chosen; `by_default` is whether no target modules were given."""
+    def adapts(self, name: str) -> bool:
+        """Whether the adapter has values at a target of this name."""
+        return name in self.masks
+
+    def add_to(self, layer: DowserLayer, active: list[str]) -> None:
+        """Add the adapter to a layer that it `adapts`; `active` are the adapters that are to be active."""
+        self._add_values(layer)
+        layer.set_adapter(active, inference_mode=self.config.inference_mode)
+
+    def _add_values(self, layer: DowserLayer) -> None:
+        layer.add_positions(self.adapter_name, self.masks[layer.module_name], self.config.init_weights)
+
+    def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
+        """Samples of base weights by name. A layer that has an adapter may be merged, so it keeps the sample."""
+        known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
+        return {name: known[name] if name in known else self.targets[name].sample() for name in names}
+
+
+@dataclass
+class Twin(Injection):
+    """An adapter with the config of another one, and so its positions. TRL makes its reference model so."""
+
+    twin: str = ""
+
+    def _decide(self, model: nn.Module, by_default: bool) -> None:
+        layers = [layer for _, layer in adapted(model, self.twin)]
+        self.masks = {layer.module_name: layer.index(self.twin).decoded().clone() for layer in layers}
+
+
+@dataclass
+class Saved(Injection):
+    """An adapter whose positions come from a file: layers get placeholders of the sizes in `counts`."""
+
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def _decide(self, model: nn.Module, by_default: bool) -> None:
+        """Refuse an adapter that is not for this model, and warn where it was made for other weights."""
+        check_counts(self.counts, self.targets, self.adapter_name)
+        report_read(model, self.counts, self.adapter_name)
+        if self.config.manifest is not None:
+            self.samples = self._read_samples(model, self.counts)
+            shapes = {name: self.targets[name].shape for name in self.counts}
+            compare(self.config.manifest, self.counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+
+    def adapts(self, name: str) -> bool:
+        return name in self.counts
+
+    def _add_values(self, layer: DowserLayer) -> None:
+        module, manifest = layer.module_name, self.config.manifest
+        known = manifest["modules"][module]["code_sha256"] if manifest else None
+        layer.add_placeholder(self.adapter_name, self.counts[module], known)
+
+
+class New(Injection):
+    """An adapter whose weights are chosen now, by the scores of the base."""
+
+    def _decide(self, model: nn.Module, by_default: bool) -> None:
         started = time.perf_counter()
         with bare_base(model):
             statistics = self._statistics(model)
             self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
-        self.config._selected = {name: mask.numel() for name, mask in self.masks.items()}
-        self.config._probed = None if statistics is None else statistics.info.settings()
+        counts = {name: mask.numel() for name, mask in self.masks.items()}
+        probe = None if statistics is None else statistics.info.settings()
+        self.config.record = replace(self.config.record, counts=counts, probe=probe)
         report_unmatched_ratios(self.config, self.targets)
         if by_default and not self.fused:
             report_bare_experts(fused_parameters(model))
@@ -156,12 +197,11 @@ class Injection:
         if self.config.score not in PROBED_SCORES:
             return None
         path = self.config.statistics
-        if path is not None:  # rank 0 chooses
-            return on_every_rank(lambda: self._loaded(model, path) if rank() == 0 else None)
-        return probe_targets(model, self.targets, self.config)
-
-    def _loaded(self, model: nn.Module, path: str) -> ProbeStatistics:
-        return ProbeStatistics.load(path).named_as(self.targets, _place_of_base(model))
+        if path is None:
+            return probe_targets(model, self.targets, self.config)
+        place = _place_of_base(model)
+        # Rank 0 chooses.
+        return on_every_rank(lambda: ProbeStatistics.load(path).named_as(self.targets, place) if rank() == 0 else None)
 
     def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
         check_materialized(model)
@@ -170,30 +210,6 @@ class Injection:
             report_other_probe(self.config, statistics.info)
             warn_of_other_weights(statistics, self._read_samples(model, self.targets), self.config.statistics)
         return masks
-
-    def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
-        """Samples of base weights by name; of an adapted one, which may be merged, that of before."""
-        known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
-        return {name: known[name] if name in known else self.targets[name].sample() for name in names}
-
-    def adapts(self, name: str) -> bool:
-        """Whether the adapter has values at a target of this name."""
-        return name in (self.masks or self.counts or ())
-
-    def add_to(self, layer: DowserLayer, active: list[str]) -> None:
-        """Add the adapter to a layer that it `adapts`.
-
-        Args:
-            layer: layer of the target.
-            active: names of the adapters that are to be active.
-        """
-        name, config = self.adapter_name, self.config
-        if layer.module_name in self.masks:
-            layer.add_positions(name, self.masks[layer.module_name], config.init_weights)
-        elif self.counts is not None:
-            known = config.manifest["modules"][layer.module_name]["code_sha256"] if config.manifest else None
-            layer.add_placeholder(name, self.counts[layer.module_name], known)
-        layer.set_adapter(active, inference_mode=config.inference_mode)
 
 
 def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:

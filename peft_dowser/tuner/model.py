@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -106,7 +107,7 @@ class DowserModel(BaseTuner):
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             leave_positions_to_us(model)
-            config._chosen_with = config.settings()
+            config.record = replace(config.record, settings=config.settings())
             if not config.inference_mode:
                 report_untrained([layer for _, layer in adapted(model, adapter_name)], adapter_name)
         except BaseException:
@@ -353,12 +354,11 @@ class DowserModel(BaseTuner):
             dtype = getattr(torch, config.save_dtype)
             selected = {key: value.to(dtype) if ".dowser_values." in key else value for key, value in selected.items()}
         # Of this adapter, whatever others were made with the same object.
-        config._selected = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
-        if any(tensor.is_meta for tensor in selected.values()):  # placeholders, for a file that is yet to come
-            config._written = None
-            return {key: tensor.to("meta") for key, tensor in selected.items()}
-        config._written = described(layers, selected, adapter_name)
-        return selected
+        counts = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
+        awaits_file = any(tensor.is_meta for tensor in selected.values())  # then these are placeholders
+        manifest = None if awaits_file else described(layers, selected, adapter_name)
+        config.record = replace(config.record, counts=counts, manifest=manifest)
+        return {key: tensor.to("meta") for key, tensor in selected.items()} if awaits_file else selected
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..base.storage import offload_hook
 from ..base.target import Target
 from ..base.targets import check_is_model
-from ..config import DowserConfig
+from ..config import AdapterRecord, DowserConfig
 from ..delta.apply import Delta, checksum, merged_entries, write_entries_
 from ..delta.format import few
 from ..files.adapter import SavedAdapter, open_adapter
@@ -52,7 +52,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         samples = {name: layer.base_sample for name, layer in layers.items()}
         warn_of_other_base(saved.config.manifest, samples, f"Adapter '{saved.name}'")
     config = saved.config
-    config.nnz_pattern, config._in_use = saved.counts, True
+    config.nnz_pattern, config.record = saved.counts, AdapterRecord(in_use=True, counts=saved.counts)
     config.inference_mode = model.peft_config[adapter_name].inference_mode  # type: ignore[index, union-attr]
 
     def fill() -> None:
