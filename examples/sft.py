@@ -2,31 +2,31 @@
 
     python examples/sft.py --config examples/sft.yaml
 
-Every key of the file can also be an argument, which then counts more than the file. `--help` lists what TRL's
-`SFTConfig` takes. Data sets are Hub ids or folders with JSON lines that have a `text`, or `messages`:
+Every key of the file can also be an argument, which overrides the file. `--help` lists the options of TRL's `SFTConfig`
+and of `DowserConfig`. Data sets are Hub ids or folders with JSON lines that have a `text`, or `messages`:
 
     python examples/sft.py --config examples/sft.yaml --dataset_name my_texts --model_name_or_path my_model
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field, fields, make_dataclass
+from typing import get_type_hints
 
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from peft_dowser import DowserConfig, ForgettingCallback
 
-
-@dataclass
-class DowserArguments:
-    """What `DowserConfig` takes, as far as it fits a command line."""
-
-    update_ratio: float = field(default=0.1, metadata={"help": "rho, the fraction of each target weight that trains"})
-    score: str = field(default="dowser", metadata={"help": "dowser, random, magnitude, wanda or gradient"})
-    last_layers: int | None = field(default=None, metadata={"help": "train only the last L decoder layers"})
-    num_probes: int = field(default=64, metadata={"help": "N, synthetic prompts"})
-    num_rademacher: int = field(default=8, metadata={"help": "R, random projections per prompt"})
-    probe_length: int = field(default=64, metadata={"help": "T, tokens per prompt"})
-    statistics: str | None = field(default=None, metadata={"help": "file written by `peft-dowser probe`"})
+# The fields of `DowserConfig` that fit a command line, with its types, defaults and help.
+OPTIONS = ("update_ratio", "score", "last_layers", "num_probes", "num_rademacher", "probe_length", "statistics")
+TYPES = get_type_hints(DowserConfig)
+DowserArguments = make_dataclass(
+    "DowserArguments",
+    [
+        (option.name, TYPES[option.name], field(default=option.default, metadata=option.metadata))
+        for option in fields(DowserConfig)
+        if option.name in OPTIONS
+    ],
+)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 def probe(
     model: nn.Module,
-    config: DowserConfig,
+    config: DowserConfig | None = None,
     prompts: Sequence[Text] | None = None,
     statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
@@ -43,7 +43,7 @@ def probe(
     Args:
         model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
             only where it is half and has parts that were made wider, such as norms.
-        config: gives the targets, N, R, T, the seed and the batch size.
+        config: gives the targets, N, R, T, the seed and the batch size; None takes the defaults.
         prompts: inputs to probe with instead of synthetic ones, one per probe: texts, for the tokenizer in the folder
             or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
             model's forward with a batch dimension of 1, such as a processor returns.
@@ -65,6 +65,7 @@ def probe(
     are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
     one backward per forward, so R forwards run there.
     """
+    config = config or DowserConfig()
     check_is_base(model)
     return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
 
