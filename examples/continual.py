@@ -1,12 +1,12 @@
-"""Learn one task after another, and see what is left of the earlier ones:
+"""Learn one task after another, and see what is left of the earlier tasks:
 
     python examples/continual.py
     python examples/continual.py --model llava-hf/llava-1.5-7b-hf
 
 The model is probed once. Then it learns three tasks with images, first with an adapter per task, then with one adapter
-that goes on from task to task: a minute on a CPU. A table has a row per stage and a column per task, in percent of
+for all tasks in turn: a minute on a CPU. A table has a row per stage and a column per task, in percent of
 right answers; `read`, `rev` and `add` are what the small LLaVA in `examples/tiny_llava`, the default, could do before.
-Where every task has its adapter, it is asked with that, and the old tasks with the newest.
+A task that has its own adapter is tested with it; the old tasks are tested with the newest adapter.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
 
 
 def ask(model: PeftModel, options: argparse.Namespace) -> dict[str, float]:
-    """Percent of right answers; a task that has an adapter of its own is asked with that."""
+    """Percent of right answers; a task that has its own adapter is tested with it."""
     active, found = model.active_adapter, {}
     for name, task in ALL.items():
         model.set_adapter(name if name in model.peft_config else active)

@@ -1,4 +1,4 @@
-"""Teach a model which of two answers is the better one, with TRL's DPO:
+"""Teach a model which of two answers is better, with TRL's DPO:
 
     python examples/dpo.py --preferences FILE --model Qwen/Qwen3-0.6B --output my-adapter
 
@@ -6,9 +6,9 @@ FILE has one line of JSON per example, with texts or with messages:
 
     {"prompt": "What is 2 + 2?", "chosen": "4", "rejected": "Five."}
 
-Without `--model` it is the small one in `examples/tiny_llava`, which reverses words; without `--preferences` it is to
-do so in capitals. The reference of DPO is the base with the adapter switched off, so no second model is loaded. The log
-says under `rewards/accuracies` how often the better answer has gained more.
+Without `--model` it trains the small model in `examples/tiny_llava`, which reverses words; without `--preferences` it
+learns to do so in capitals. DPO's reference is the base with the adapter switched off, so no second model is loaded. In
+the log, `rewards/accuracies` is how often the better answer has gained more.
 """
 
 import argparse

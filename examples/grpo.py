@@ -2,9 +2,9 @@
 
     python examples/grpo.py --prompts FILE --model Qwen/Qwen3-0.6B --output my-adapter
 
-The reward is a function of the texts that the model writes, here `without_e`: in the manner of the novel "Gadsby" they
-shall do without the letter e. FILE has one prompt per line. Without `--model` it is the small model in
-`examples/tiny_llava`, which continues English text letter by letter. The log says under `reward` how it goes.
+The reward is a function of the texts that the model writes, here `without_e`: like the novel "Gadsby", they should
+avoid the letter e. FILE has one prompt per line. Without `--model` it trains the small model in
+`examples/tiny_llava`, which continues English text letter by letter. In the log, `reward` shows the progress.
 """
 
 import argparse
@@ -21,7 +21,7 @@ PROMPTS = ["Return the ", "If the ", "This function ", "A list of ", "The file "
 
 
 def without_e(completions: list[str], **columns: list) -> list[float]:
-    """One reward per text: the share of its characters that are no e, from 0 to 1."""
+    """One reward per text: the share of its characters other than e, from 0 to 1."""
     return [1 - text.lower().count("e") / max(1, len(text)) for text in completions]
 
 

@@ -3,8 +3,8 @@
     python examples/merge_and_serve.py --adapters FIRST SECOND --output FOLDER
     vllm serve FOLDER/merged
 
-Every step compares its outputs with those of PEFT's model, which must be the same bits. Without `--adapters` two small
-ones are made here, for the model in `examples/tiny_llava` or that of `--model`.
+Every step checks that its outputs have the same bits as those of PEFT's model. Without `--adapters` two small adapters
+are made first, for the model in `examples/tiny_llava` or the model of `--model`.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def load(name: str) -> PreTrainedModel:
 
 
 def make(name: str, text: str, folder: Path) -> str:
-    """An adapter for those who have none yet: a few steps on one sentence."""
+    """An adapter to try this with: a few steps on one sentence."""
     model = get_peft_model(load(name), DowserConfig(score="magnitude", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     batch = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt")

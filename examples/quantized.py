@@ -5,7 +5,7 @@
 
 Quantized base, gradient checkpointing and AdamW with 8-bit states: `peft-dowser plan` says what that takes. FOLDER gets
 the `adapter` and the `merged` model, in the precision of the checkpoint; `peft-dowser merge` writes it shard by shard.
-Without `--model` it is the small one in `examples/tiny_llava`, without `--text` the project's README.
+Without `--model` it trains the small model in `examples/tiny_llava`, without `--text` on the project's README.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
     python examples/text_sft.py --text FILE --model Qwen/Qwen3-0.6B --output my-adapter
 
-Without `--model` it is the small one in `examples/tiny_llava`, without `--text` the project's README: less than a
-minute on a CPU. How the adapter is loaded stands in the README.md beside it.
+Without `--model` it trains the small model in `examples/tiny_llava`, without `--text` on the project's README: less
+than a minute on a CPU. The README.md in the output folder says how the adapter is loaded.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 # ruff: noqa: F401
-"""The one place that touches what PEFT does not promise to keep: private names, and the list of its methods.
+"""The one place for what PEFT does not promise to keep: private names, and the list of its methods.
 
-Each name has its reason beside it; `tests/scenarios/test_private_names.py` names those that have moved. `DowserModel`
-overrides private methods of `BaseTuner` besides, which the same test compares.
+Each name has its reason next to it; `tests/scenarios/test_private_names.py` reports names that have moved.
+`DowserModel` also overrides private methods of `BaseTuner`; the same test compares them.
 """
 
 import os
@@ -15,7 +15,7 @@ from peft import PeftModel, mapping
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,  # what "all-linear" means
-    check_adapters_to_merge,  # leaves out what is merged already, and warns as for LoRA
+    check_adapters_to_merge,  # leaves out adapters that are merged already, and warns as for LoRA
     check_target_module_exists,  # how a config names modules
 )
 from peft.utils import PeftType, register_peft_method
@@ -36,9 +36,9 @@ NAME = "DOWSER"
 
 
 def ensure_peft_type() -> None:
-    """Make `PeftType.DOWSER` exist. Harmless when it does already, also when PEFT itself brings it.
+    """Make `PeftType.DOWSER` exist; nothing happens if it exists already, even if PEFT itself has added it.
 
-    PEFT has no entry point for methods from outside: `register_peft_method` accepts only members of this enum.
+    PEFT has no entry point for methods of other packages: `register_peft_method` accepts only members of this enum.
     """
     if NAME in PeftType.__members__:
         return
@@ -57,16 +57,16 @@ def register(config_cls: type, model_cls: type) -> None:
     """Make PEFT find our classes under `PeftType.DOWSER`; a reload of the package replaces them.
 
     Raises:
-        RuntimeError: this PEFT already has a method of that name that is not ours.
+        RuntimeError: this PEFT already has another method of that name.
     """
     peft_type = PeftType[NAME]
     known = mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if known is not None and known.__module__.partition(".")[0] != __package__:
         raise RuntimeError(
-            f"This PEFT already has a method DOWSER, from '{known.__module__}'. Use that one, or a PEFT without it; "
+            f"This PEFT already has a method DOWSER, from '{known.__module__}'. Use that method, or a PEFT without it; "
             "peft-dowser does not replace it."
         )
-    # PEFT registers a method once only.
+    # PEFT refuses to register a method twice.
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_TUNER_MAPPING.pop(peft_type, None)
     mapping.PEFT_TYPE_TO_PREFIX_MAPPING.pop(peft_type, None)
@@ -76,11 +76,11 @@ def register(config_cls: type, model_cls: type) -> None:
 def keep_cards(config_cls: type) -> None:
     """Let `PeftModel.push_to_hub` complete the card of a Dowser adapter last; nothing else changes.
 
-    transformers puts its template, or the card on the Hub, over the card that `save_pretrained` has written.
+    transformers replaces the card from `save_pretrained` by its template, or by the card on the Hub.
     """
 
     def upload(model: PeftModel, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        config: Any = model.peft_config.get("default")  # the one in the folder itself; others have their own folders
+        config: Any = model.peft_config.get("default")  # saved in the folder itself; others have their own folders
         if isinstance(config, config_cls):
             model.create_or_update_model_card(str(working_dir))
             config.complete_card(Path(working_dir))
@@ -90,18 +90,18 @@ def keep_cards(config_cls: type) -> None:
 
 
 def adapters_of(wrapper: AuxiliaryTrainingWrapper) -> Collection[str]:
-    """The adapters that have a copy of a module that trains as a whole, or tokens of it."""
+    """The adapters that have a copy of the wrapped module, or of tokens of it."""
     return wrapper._adapters
 
 
 def saved_names_in(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, str]:
-    """The names, in the wrapper, of the tensors that a file of the adapter has, by their names in the file."""
+    """The names of an adapter's tensors in the wrapper, by their names in the adapter's file."""
     return wrapper.adapter_state_dict_load_map(adapter_name)
 
 
 @contextmanager
 def bare_base(model: Any) -> Iterator[None]:
-    """Run a model by its own weights, whatever PEFT methods have adapted it, or train modules of it as a whole."""
+    """Run a model with its own weights: without adapters of any PEFT method, and without their whole modules."""
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     # Not `enable_adapters`, which changes `requires_grad`.
     before = [layer._disable_adapters for layer in layers]

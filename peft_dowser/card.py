@@ -15,12 +15,12 @@ _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
 
 def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) -> None:
-    """Put how the adapter is loaded and what it is on top of the card that PEFT has written; other text stays.
+    """Write at the top of the card from PEFT how the adapter is loaded and what it is; other text stays.
 
     Args:
-        folder: folder of the adapter. Nothing happens where it has no card.
-        task_type: that of its config, which decides the class that loads it.
-        facts: what to tell of the adapter, by name.
+        folder: folder of the adapter. Nothing happens if it has no card.
+        task_type: from the adapter's config; it decides the class that loads the adapter.
+        facts: what the card lists, by name.
     """
     path = folder / "README.md"
     if not path.is_file():
@@ -41,7 +41,7 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
 
 
 def _hide_local_base(card: ModelCard) -> None:
-    """Leave out a base that is a folder: it means nothing to others, and tells them about this machine."""
+    """Leave out a base that is a local folder: its path means nothing to others, and tells them about this machine."""
     base = str(card.data.get("base_model") or "")
     if _is_local(base):
         card.data.pop("base_model")
@@ -49,7 +49,7 @@ def _hide_local_base(card: ModelCard) -> None:
 
 
 def _loading(task_type: str | None) -> str:
-    # PEFT refuses every other class of these.
+    # PEFT refuses other classes for a known task.
     known = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
     return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}")
 
@@ -64,13 +64,13 @@ from peft import AutoPeftModel
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
 ```
 
-Without the first line PEFT ends in `KeyError: 'DOWSER'`, in code further down this card too. To a base that this class
-does not load, such as an image-text model, add it with
+Without the first line PEFT raises `KeyError: 'DOWSER'`, also in code further down this card. This class does not load
+every base (image-text models, for example); then load the base yourself and call
 `PeftModel.from_pretrained(base, "this repository, or its folder")`."""
 
 
 def _is_local(name: str) -> bool:
-    """Whether this is a folder, or at least not an id of the Hub: a config may be a stranger's."""
+    """Whether this is a folder, or not a valid Hub id: a config may come from a stranger."""
     try:
         validate_repo_id(name)
     except HFValidationError:

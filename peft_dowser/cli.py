@@ -1,7 +1,7 @@
 """The command `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check and merge adapters.
 
-The launcher runs this file on its own, so that `--help` and a mistake in the options need not wait for the import of
-the package, and so of torch: each command imports what it needs.
+The launcher runs this file on its own, so `--help` and a mistake in the options do not wait for the import of the
+package and of torch. Each command imports what it needs.
 """
 
 import argparse
@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     """Read the command line and run the command.
 
     Returns:
-        The exit code: 0 on success, 2 on an error of the user's, which is printed as one line; for `run` what the
-        program returns.
+        The exit code: 0 on success, 2 on a mistake of the user, which is printed as one line; for `run` the return
+        value of the program.
     """
     options = _parser().parse_args(arguments)
     if options.command == "run":
@@ -32,11 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> Any:
         return _complain(_line(error))
     except KeyboardInterrupt:
         _complain(f"{options.command} was interrupted.")
-        return 130  # as shells say it
+        return 130  # the code of shells for Ctrl-C
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """The errors that are answered in one line."""
+    """The errors that are reported in one line."""
     from huggingface_hub.errors import StrictDataclassError  # of a config
 
     # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
@@ -50,14 +50,14 @@ def _complain(message: str) -> int:
 
 
 def _run(words: list[str]) -> Any:
-    """Run another program in this process, in which PEFT knows Dowser; what it returns and raises is passed on."""
+    """Run another program in this process, in which PEFT knows Dowser. Its return value and errors are passed on."""
     words = words[words[:1] == ["--"] :]
     is_module = words[:1] == ["-m"]
     name, *arguments = words[is_module:] or [""]
     if not name:
         return _complain("Name the program to run after --, such as: peft-dowser run -- lm_eval --model hf")
     scripts = [] if is_module else list(entry_points(group="console_scripts", name=name))
-    if not scripts:  # then Python searches the current folder, or the folder of the script, first
+    if not scripts:  # as Python does: the current folder, or the folder of the script, comes first
         sys.path.insert(0, str(Path.cwd() if is_module else Path(name).resolve().parent))
     if is_module and not _is_importable(name):
         return _complain(f"There is no module '{name}' in this environment or folder.")
@@ -81,7 +81,7 @@ def _run(words: list[str]) -> Any:
 def _is_importable(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # of a package that it names, or of a name that is not a name
+    except (ImportError, ValueError):  # its package does not import, or this is not a name
         return False
 
 
@@ -199,9 +199,9 @@ def _targets(options: argparse.Namespace) -> Any:
 
 def _check_output(path: Path) -> None:
     if path.is_dir():
-        raise IsADirectoryError(f"'{path}' is a folder, and a file is to be written. Name a file in it.")
+        raise IsADirectoryError(f"'{path}' is a folder, but the output is a file. Name a file in it.")
     if not path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"'{path.parent}' is no folder, so '{path}' cannot be written.")
+        raise FileNotFoundError(f"'{path.parent}' is not a folder, so '{path}' cannot be written.")
     TemporaryFile(dir=path.absolute().parent).close()  # raises where nothing can be written
 
 
@@ -211,7 +211,7 @@ def _check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise ValueError(f"--device {name} is no device of this machine ({error}).") from error
+        raise ValueError(f"--device {name} is not a device of this machine ({error}).") from error
 
 
 def _load(name: str) -> Any:
@@ -270,7 +270,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _line(message: object) -> str:
-    """A message in one line, whatever names it quotes."""
+    """A message in one line, also where it quotes names with line breaks."""
     from peft_dowser.delta.format import printable
 
     return printable(" ".join(str(message).split()))
@@ -302,7 +302,7 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
     probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
-    probe.add_argument("--probe-images", type=float, default=0.0, help="share with a noise image (default: 0)")
+    probe.add_argument("--probe-images", type=float, default=0.0, help="share of noise images (default: 0)")
     probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
     probe.add_argument(
         "--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to probe as well"
@@ -317,17 +317,17 @@ def _parser() -> argparse.ArgumentParser:
 
     diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")
     diff.add_argument("a", metavar="A", help="folder or Hub id of an adapter")
-    diff.add_argument("b", metavar="B", help="folder or Hub id of another one")
+    diff.add_argument("b", metavar="B", help="folder or Hub id of another adapter")
     diff.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     report = commands.add_parser("report", help="draw what a saved adapter trains: one page that needs no other file")
     report.add_argument("adapter", help="folder or Hub id of the adapter")
     report.add_argument("-o", "--output", required=True, help="file for the page (HTML)")
     report.add_argument(
-        "--statistics", metavar="FILE", help="of `peft-dowser probe`: draw what the probe found as well"
+        "--statistics", metavar="FILE", help="file of `peft-dowser probe`: also draw what the probe found"
     )
 
-    extract = commands.add_parser("extract", help="make an adapter of what separates a fine-tuned model from its base")
+    extract = commands.add_parser("extract", help="make an adapter of the changes from a base to a fine-tuned model")
     extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
     extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
     extract.add_argument("-o", "--output", required=True, help="folder for the adapter, new or empty")
@@ -344,20 +344,20 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
 
-    plan = commands.add_parser("plan", help="what a fine-tuning will take, from the config of a model alone")
+    plan = commands.add_parser("plan", help="what a fine-tuning takes, from the config of a model alone")
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
     plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
     plan.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
     )
-    plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts as well")
+    plan.add_argument("--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to train too")
     plan.add_argument("--last-layers", type=int, help="train only the last L layers")
     plan.add_argument("--optimizer", default="adamw", help="adamw, adamw_8bit, adafactor or sgd (default: adamw)")
-    plan.add_argument("--dtype", default="bfloat16", help="of the base model (default: bfloat16)")
-    plan.add_argument("--values-dtype", default="float32", help="of the trained values (default: float32)")
+    plan.add_argument("--dtype", default="bfloat16", help="dtype of the base model (default: bfloat16)")
+    plan.add_argument("--values-dtype", default="float32", help="dtype of the trained values (default: float32)")
     plan.add_argument("--quantization", default="none", help="of the base: none, 8bit or 4bit (default: none)")
-    plan.add_argument("--batch", type=int, default=1, help="examples in a step (default: 1)")
-    plan.add_argument("--tokens", type=int, default=512, help="tokens of an example (default: 512)")
+    plan.add_argument("--batch", type=int, default=1, help="examples per step (default: 1)")
+    plan.add_argument("--tokens", type=int, default=512, help="tokens per example (default: 512)")
     plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
     plan.add_argument("--ddp", action="store_true", help="train with DDP, which copies the gradients")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -366,7 +366,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
     merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
     merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    merge.add_argument("--max-shard-size", default="5GB", help="bound on a file and on the memory (default: 5GB)")
+    merge.add_argument("--max-shard-size", default="5GB", help="limit for each file and for the memory (default: 5GB)")
 
     verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
     verify.add_argument("adapter", help="folder or Hub id of the adapter")

@@ -54,7 +54,7 @@ class AdapterRecord:
 
 
 def _option(default: Any, meaning: str) -> Any:
-    """A field of the config whose help is what it means."""
+    """A field of the config, with the text that parsers show as its help."""
     return field(default=default, metadata={"help": meaning})
 
 
@@ -182,7 +182,7 @@ class DowserConfig(PeftConfig):
             ValueError: one or more values are out of range; the message lists all of them.
         """
         if self.manifest is not None:
-            # First: what else is wrong may be new in that format.
+            # First, because other problems may come from a newer format.
             try:
                 check_manifest(self.manifest)
             except DeltaFormatError as error:
@@ -195,7 +195,7 @@ class DowserConfig(PeftConfig):
         """Read the config of a saved adapter, as PEFT does before it touches a model.
 
         Raises:
-            DeltaFormatError: the file with the tensors, where it is in the same folder, is not whole.
+            DeltaFormatError: the file with the tensors is in the same folder and not whole.
         """
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if path.is_file():
@@ -224,7 +224,7 @@ class DowserConfig(PeftConfig):
         return None if self.bias == "none" else f"bias='{self.bias}'"
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain data: sets become sorted lists, and an adapter that it made adds what is on `record`."""
+        """The config as plain data, with sorted lists for sets, and with what the `record` knows of an adapter."""
         plain = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
         if self.modules_to_save:  # PEFT adds the head of the task once more at every load
             plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
@@ -234,14 +234,14 @@ class DowserConfig(PeftConfig):
             plain["statistics"] = None
         plain |= self.record.probe or {}
         if self.record.in_use:
-            # Only beside the file that it describes: programs that write the config first, or alone, have an older one.
+            # Only a save knows the manifest: a program that writes the config first, or alone, would write an old one.
             plain["manifest"] = None
         return plain
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Write the config as PEFT does, but whole or not at all, and complete the model card beside it.
+        """Write the config as PEFT does, but whole or not at all, and complete the model card in the folder.
 
-        What a save that was killed has left in the folder is named in a warning.
+        A warning names what a killed save has left in the folder.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -253,12 +253,12 @@ class DowserConfig(PeftConfig):
                 stacklevel=2,
             )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:
-            PeftConfig.save_pretrained(self._beside_its_file(), work, **kwargs)
+            PeftConfig.save_pretrained(self._as_saved(), work, **kwargs)
             (Path(work) / CONFIG_NAME).replace(folder / CONFIG_NAME)
         self.complete_card(folder)
 
-    def _beside_its_file(self) -> DowserConfig:
-        """The config with the manifest of the file that it is written beside."""
+    def _as_saved(self) -> DowserConfig:
+        """The config with the manifest of the file that was saved."""
         saved = copy.copy(self)
         if self.record.in_use:
             saved.record = replace(self.record, in_use=False)
@@ -266,7 +266,7 @@ class DowserConfig(PeftConfig):
         return saved
 
     def complete_card(self, folder: Path) -> None:
-        """Put on top of the model card in a folder how the adapter is loaded and what it is."""
+        """Write at the top of the model card in a folder how the adapter is loaded and what it is."""
         made = vars(self) | dict(self.record.probe or {})
         length = f"T = {made['probe_length']}" if made["probe_length"] else "prompts that were given"
         probe = f"N = {made['num_probes']}, R = {made['num_rademacher']}, {length}"

@@ -255,7 +255,7 @@ def line_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ("base", ["--device", "nowhere"], "nowhere"),
         ("base", ["--output", "missing/probe.safetensors"], "missing"),
         ("base", ["--output", "/proc/probe.safetensors"], "/proc"),  # a folder in which nothing can be written
-        ("base", ["--output", "odd"], "'odd' is a folder, and a file is to be written. Name a file in it."),
+        ("base", ["--output", "odd"], "'odd' is a folder, but the output is a file. Name a file in it."),
         ("no/such/folder", [], "no/such/folder"),
         ("nobody/has-this-model", [], "couldn't connect to 'https://huggingface.co'"),
         ("odd", [], "NoSuchModel"),

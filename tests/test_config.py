@@ -4,7 +4,7 @@ import copy
 import json
 import pickle
 import re
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
 import pytest
@@ -115,6 +115,13 @@ def test_the_defaults() -> None:
     assert found == DEFAULTS
     assert {name: DEFAULTS[name] for name in LIKE_LORA} == {name: getattr(LoraConfig(), name) for name in LIKE_LORA}
     assert DowserConfig().ratio_pattern is not DowserConfig().ratio_pattern
+
+
+def test_every_field_has_help_that_a_parser_can_show() -> None:
+    for option in fields(DowserConfig):
+        if option.name in DEFAULTS:
+            text = option.metadata["help"]
+            assert text and text % () == text  # argparse formats it
 
 
 @pytest.mark.parametrize(
@@ -230,6 +237,18 @@ def test_one_config_object_makes_adapters_of_several_models(tmp_path: Path) -> N
         model.save_pretrained(tmp_path / str(seed))
         loaded = PeftModel.from_pretrained(tiny_llama(seed=seed), tmp_path / str(seed))
         assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
+
+
+def test_the_record_is_new_for_a_second_adapter_and_stays_where_that_fails(tmp_path: Path) -> None:
+    given = config(score="random")
+    get_peft_model(tiny_llama(), given).save_pretrained(tmp_path)
+    given.record = first = replace(given.record, measured={"forgetting": 0.5})
+    assert first.manifest is not None
+    with pytest.raises(ValueError, match="cannot be the name of an adapter"):
+        get_peft_model(tiny_llama(), given, adapter_name="a.b")
+    assert given.record is first
+    get_peft_model(tiny_llama(), given)
+    assert given.record == replace(first, manifest=None, measured=None)
 
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda given: pickle.loads(pickle.dumps(given))])

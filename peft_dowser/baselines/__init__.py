@@ -1,4 +1,4 @@
-"""The systems that the method is compared with, on the same deltas: post-merges, learned grafting, SPIDER.
+"""The systems that Dowser is compared with, on the same deltas: post-merges, learned grafting, SPIDER.
 
 May import delta and base.
 """

@@ -34,19 +34,19 @@ def learn_graft(
 ) -> dict[str, Delta]:
     """Learn which entries of D = W - W* to graft onto the base (Model Grafting, Panigrahi et al. 2023).
 
-    The weight is W* + g o D with g = b + (1 - 2b) sigmoid(S - beta), where b is the base patch, `postmerge.graft`. The
-    logits S start uniform in [0, 1), so g starts near b, and take plain gradient steps on the mean loss. Of the masks
-    g > 1/2 before and after every step the one with the lowest loss is kept; the base patch is the first of them.
+    The weight is W* + g o D with g = b + (1 - 2b) sigmoid(S - beta), where b is the base patch, see `graft`. The
+    logits S start uniform in [0, 1), so g starts near b, and take plain gradient steps on the mean loss. The masks
+    g > 1/2 before and after every step are compared, the base patch first; the mask with the lowest loss is kept.
 
     Args:
-        model: the model with the base weights W*. Its weights, modes and gradients are in the end what they were.
+        model: the model with the base weights W*. Its weights, modes and gradients are restored at the end.
         tuned: fine-tuned weights W by parameter name; parameters not named stay at the base.
         batches: inputs with their targets, kept in a list; every step goes through all of them.
         update_ratio: rho of the base patch, in (0, 1]. The learned mask may keep more or fewer entries.
-        steps: gradient steps.
-        learning_rate: of the logits; large, because sigmoid'(S - beta) is small.
+        steps: number of gradient steps.
+        learning_rate: learning rate of the logits; large, because sigmoid'(S - beta) is small.
         beta: how far every entry starts from changing sides.
-        seed: of the initial logits.
+        seed: seed of the initial logits.
         loss: mean loss of a model on one batch, a scalar.
 
     Returns:
@@ -77,10 +77,10 @@ def learn_graft(
 
 @dataclass
 class _Graft:
-    """One parameter that is grafted.
+    """A parameter that is grafted.
 
     Attributes:
-        parameter: the model's own, whose data hold the grafted weight while the mask is learned.
+        parameter: of the model; its data hold the grafted weight while the mask is learned.
         origin: W*, a copy.
         difference: D, float32.
         patch: b, bool.
@@ -121,7 +121,7 @@ def _grafts(model: nn.Module, tuned: Mapping[str, Tensor], update_ratio: float, 
     parameters = dict(model.named_parameters())
     for name, weight in tuned.items():
         if name not in parameters:
-            raise ValueError(f"'{name}' is no parameter of the model; tuned must map its parameter names to weights.")
+            raise ValueError(f"'{name}' is not a parameter of the model; tuned maps parameter names to weights.")
         parameter = parameters[name]
         if parameter.shape != weight.shape or parameter.dtype != weight.dtype:
             raise ValueError(

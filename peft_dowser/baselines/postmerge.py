@@ -1,7 +1,7 @@
-"""Sparse deltas made after training: from a base and a fine-tuned matrix, what to keep of their difference D.
+"""Sparse deltas made after training: what to keep of the difference D between a base and a fine-tuned matrix.
 
 Plain functions of tensors; W* is the base, W the fine-tuned weight, D = W - W*. Each returns what an adapter holds:
-positions of the stored weight, and what is added to the base there.
+positions in the stored weight, and the values that are added to the base there.
 """
 
 import math
@@ -42,7 +42,7 @@ def dare(base: Tensor, tuned: Tensor, update_ratio: float, seed: int, rescale: b
     Args:
         base: W*, any float dtype; read only.
         tuned: W, same shape and dtype; read only.
-        update_ratio: rho, the probability to keep an entry, in (0, 1].
+        update_ratio: rho, the probability of keeping an entry, in (0, 1].
         seed: seed of this matrix. One seed gives one delta, on every device.
         rescale: divide the kept entries by rho, so that the expected delta is D.
 
@@ -57,7 +57,7 @@ def dare(base: Tensor, tuned: Tensor, update_ratio: float, seed: int, rescale: b
 
 
 def wise_ft(base: Tensor, tuned: Tensor, alpha: float) -> Delta:
-    """The way from W* to W, walked by a fraction: alpha D, at every entry that changed (WiSE-FT, Wortsman et al. 2022).
+    """A fraction of the way from W* to W: alpha D, at every entry that changed (WiSE-FT, Wortsman et al. 2022).
 
     Args:
         base: W*, any float dtype; read only.
@@ -75,7 +75,7 @@ def wise_ft(base: Tensor, tuned: Tensor, alpha: float) -> Delta:
 
 
 def graft(pairs: Sequence[Callable[[], tuple[Tensor, Tensor]]], update_ratio: float) -> list[Delta]:
-    """Keep the largest |D| of all matrices together: the base patch of Model Grafting (Panigrahi et al. 2023).
+    """Keep the largest |D| over all matrices together: the base patch of Model Grafting (Panigrahi et al. 2023).
 
     Args:
         pairs: one function per matrix that returns its W* and W. Each is called five times, so that only one pair

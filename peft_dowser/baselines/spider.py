@@ -19,8 +19,8 @@ SPIDER_FILE = "spider.safetensors"
 class SpiderCallback(TrainerCallback):
     """Pull a dense fine-tune back to its start where its gradients matter less than its weights (SPIDER, Huang 2025).
 
-    With r(X) = sigmoid((|X| - mean|X|) / std|X|) per tensor, W* the weights at the begin of the training and G the sum
-    of all gradients since then, every optimizer step ends with
+    With r(X) = sigmoid((|X| - mean|X|) / std|X|) per tensor, W* the weights at the start of training and G the sum of
+    all gradients since then, every optimizer step ends with
 
         C = r(G) / (r(G) + r(W*)) where r(G) > r(W*), 0 elsewhere
         C = min(1, C / mean of the non-zeros of C)
@@ -54,8 +54,8 @@ class SpiderCallback(TrainerCallback):
         found = {name: weight.grad for name, weight in _trainable(model).items() if weight.grad is not None}
         if not found:
             raise ValueError(
-                "SpiderCallback found no gradient at an optimizer step. It needs those of `parameter.grad`, and "
-                "DeepSpeed and layer-wise optimizers keep theirs elsewhere; train without them."
+                "SpiderCallback found no gradient at an optimizer step. It reads `parameter.grad`, but DeepSpeed and "
+                "layer-wise optimizers keep gradients elsewhere; train without them."
             )
         self.skips = not all(bool(gradient.isfinite().all()) for gradient in found.values())
         if not self.skips:
@@ -89,8 +89,8 @@ class SpiderCallback(TrainerCallback):
     def _resume(self, path: Path, weights: dict[str, nn.Parameter]) -> None:
         if not path.is_file():
             raise ValueError(
-                f"SpiderCallback cannot resume: '{path}' is missing, and the weights before the training are in no "
-                "other file. Resume from a checkpoint in output_dir that was saved with SpiderCallback and without "
+                f"SpiderCallback cannot resume: '{path}' is missing, and no other file has the weights from before the "
+                "training. Resume from a checkpoint in output_dir that was saved with SpiderCallback and without "
                 "save_only_model."
             )
         saved = load_file(path)
@@ -98,8 +98,8 @@ class SpiderCallback(TrainerCallback):
             checksum = saved.get(f"checksum.{name}")
             if checksum is None or checksum != _checksum(weight).cpu():
                 raise ValueError(
-                    f"SpiderCallback cannot resume: '{path}' belongs to other weights than those of the model, "
-                    f"'{name}' the first. Resume from a checkpoint in output_dir, with the same trainable parameters."
+                    f"SpiderCallback cannot resume: '{path}' belongs to other weights than the model has, for example "
+                    f"for '{name}'. Resume from a checkpoint in output_dir, with the same trainable parameters."
                 )
             self.base[name].copy_(saved[f"base.{name}"])
             self.gradients[name].copy_(saved[f"gradient.{name}"])
@@ -113,8 +113,8 @@ def _dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
     """The trainable parameters of a model that SPIDER can train."""
     if isinstance(model, PeftModel):
         raise ValueError(
-            "SpiderCallback masks the dense weights of a fine-tune, but this model trains an adapter of PEFT. Train "
-            "the base model itself, or remove the callback."
+            "SpiderCallback masks the dense weights of a fine-tune, but this model trains a PEFT adapter. Train the "
+            "base model itself, or remove the callback."
         )
     weights = _trainable(model)
     if not weights:
@@ -123,7 +123,7 @@ def _dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         )
     if is_spread(model):
         raise ValueError(
-            "SpiderCallback needs whole parameters, because its means are over whole tensors, but those of "
+            "SpiderCallback needs whole parameters, because its means are over whole tensors, but the parameters of "
             f"{type(model).__name__} are sharded (FSDP, ZeRO-3 or tensor parallelism). Train with DDP or on one GPU."
         )
     return weights
@@ -146,7 +146,7 @@ def _pull_back(weight: Tensor, base: Tensor, gradient: Tensor) -> None:
 
 
 def _rank(tensor: Tensor) -> Tensor:
-    """r: how large the entries are among those of their tensor, between 0 and 1."""
+    """r: how large each entry is compared with the others of its tensor, between 0 and 1."""
     magnitude = tensor.abs()
     least, most = magnitude.aminmax()
     spread, mean = torch.std_mean(magnitude, correction=int(magnitude.numel() > 1))

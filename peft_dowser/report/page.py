@@ -13,7 +13,7 @@ from ..files.inspection import inspect
 from ..probing.statistics import ProbeStatistics
 from .plot import importance_map, mask_density, norm_map
 
-if TYPE_CHECKING:  # where it is missing, `plot` says what to install
+if TYPE_CHECKING:  # if it is missing, `plot` says what to install
     from matplotlib.figure import Figure
 
 
@@ -28,24 +28,24 @@ th { font-weight: 600; } img { max-width: 100%; height: auto; } figure { margin:
 figcaption { color: #555; }"""
 
 
-# The page may ask for nothing, whatever a name in the adapter tries.
+# The page may load nothing, whatever a name in the adapter contains.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def report(adapter: str | Path, output: str | Path, statistics: str | Path | None = None) -> None:
-    """Write a page about a saved adapter: what it trains, how far it moves what, and pictures of both.
+    """Write a page about a saved adapter: what it trains, how far it moves the weights, and pictures of both.
 
     Args:
         adapter: folder or Hub id of a saved Dowser adapter.
-        output: file for the page. It holds its pictures and its style; it asks for no other file and runs no script.
-        statistics: file of the probe of its base, for a map of what the probe found.
+        output: file for the page. It contains its pictures and its style, loads no other file and runs no script.
+        statistics: file with the probe of its base, for a map of what the probe found.
 
     Raises:
-        ValueError: a file is damaged, the adapter is no Dowser adapter or has no manifest, or the statistics are those
-            of another model.
+        ValueError: a file is damaged, the adapter is not a Dowser adapter or has no manifest, or the statistics belong
+            to another model.
         OSError: a file cannot be found, or the page cannot be written.
 
-    Note: one adapter and one release of matplotlib give one page, byte for byte.
+    Note: the same adapter and the same release of matplotlib give the same page, byte for byte.
     """
     facts = inspect(adapter)
     modules = facts.pop("modules")
@@ -78,23 +78,26 @@ def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]
     most = max(modules, key=lambda row: row["delta_norm"])["module"]
     yield _section(
         "Where training moved the weights",
-        _picture(norm_map(modules), "Norm and root mean square of the values of every module; log scale where wide."),
+        _picture(
+            norm_map(modules),
+            "Norm and root mean square of the values of every module; log scale where they vary widely.",
+        ),
     )
     yield _section(
         "Which rows and columns train",
-        _picture(mask_density(adapter, most), f"The module that was moved most: {most}."),
+        _picture(mask_density(adapter, most), f"The module that moved most: {most}."),
     )
 
 
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
     sizes = {name: (found.sensitivity.shape[1], found.activity.shape[1]) for name, found in statistics.modules.items()}
-    # Of an expert, the statistics tell the number after the name of the fused parameter.
+    # For an expert, the statistics put its number after the name of the fused parameter.
     probed = {name.partition("[")[0]: sorted(size) for name, size in sizes.items()}
     other = [row["module"] for row in modules if probed.get(row["module"]) != sorted(row["shape"][-2:])]
     if other:
         raise ValueError(
             f"'{path}' has no statistics that fit {len(other)} of the {len(modules)} modules of the adapter, such as "
-            f"{quoted(other[0])}. They are those of another model, or of a part of it; probe the base of the adapter."
+            f"{quoted(other[0])}. They belong to another model, or to a part of it; probe the base of the adapter."
         )
     info = statistics.info
     caption = (

@@ -29,16 +29,12 @@ except ImportError as error:
     raise ImportError("Pictures need matplotlib, which is not installed: pip install matplotlib") from error
 
 
-# Stretches of rows and of columns that a picture of a mask tells apart at most: in its map, and beside it. The shape
-# may be a stranger's, so nothing is of its size.
+# The most stretches of rows and of columns that a picture of a mask shows: in its map, and in the curves next to it.
+# The shape may come from a stranger, so nothing grows with it.
 _BLOCKS = 64
-
-
 _STRETCHES = 4096
 
-
 _COLOURS = "viridis"
-
 
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 
@@ -48,8 +44,8 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
 
     Args:
         statistics: as `probe` returns or `ProbeStatistics.load` reads them.
-        weights: base weights by module, shape `(out, in)`, any float dtype; read only. With them the third map is that
-            of the score of Eq. 5, without them that of what the probe adds to |W|: the mean of |J_i| |h_j|.
+        weights: base weights by module, shape `(out, in)`, any float dtype; read only. With them the third map shows
+            the score of Eq. 5, without them the factor that the probe adds to |W|: the mean of |J_i| |h_j|.
 
     Returns:
         Three maps, modules by layers. Experts of one parameter are averaged. Grey where nothing was probed, or where
@@ -61,7 +57,7 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
     if not statistics.modules:
         raise ValueError("The statistics are empty: the probe reached no module.")
     if weights is not None and (missing := [name for name in statistics.modules if name not in weights]):
-        raise ValueError(f"weights lack {len(missing)} of the modules that were probed, '{missing[0]}' the first.")
+        raise ValueError(f"weights lack {len(missing)} of the modules that were probed, for example '{missing[0]}'.")
     modules = statistics.modules.items()
     maps = {
         "sensitivity  |J|": {name: float(module.sensitivity.mean()) for name, module in modules},
@@ -92,7 +88,7 @@ def delta_map(adapter: str | Path) -> Figure:
 
 
 def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
-    """`delta_map` of what `inspect` found of the modules of an adapter."""
+    """`delta_map` from the rows that `inspect` gives for the modules of an adapter."""
     return _maps(
         {
             "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
@@ -111,8 +107,8 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
         module: name of the module in the base model, as `inspect` lists it.
 
     Returns:
-        The trained fraction of every row and of every column, as the weight is stored (of stretches of them where there
-        are more than 4096), and a map of it in blocks. A fused weight of experts is one matrix here, expert below
+        The trained fraction of every row and of every column of the stored weight (of stretches of them if there are
+        more than 4096), and a map of it in blocks. A fused weight of experts is shown as one matrix, expert below
         expert.
 
     Raises:
@@ -124,7 +120,8 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
         shapes = saved.shapes()
         if module not in shapes:
             raise ValueError(
-                f"Adapter '{adapter}' does not adapt {quoted(module)}, but such as {quoted(next(iter(shapes)))}."
+                f"Adapter '{adapter}' has no values for {quoted(module)}. It adapts, for example, "
+                f"{quoted(next(iter(shapes)))}."
             )
         *above, width = shapes[module]
         height = math.prod(above)
@@ -200,7 +197,7 @@ def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
 
 
 def _places(names: Mapping[str, float]) -> dict[str, tuple[str, int]]:
-    """By module, what it is in its layer and the number of the layer; -1 for a module outside of the layers.
+    """For each module, its name in its layer and the number of the layer; -1 for a module outside the layers.
 
     'model.layers.3.mlp.up_proj' is the 'mlp.up_proj' of layer 3. Where there are several stacks of layers, such as an
     encoder and a decoder, the name of the stack stays in front.
@@ -259,7 +256,7 @@ def _stretches(lines: Tensor, number: int, entries: int) -> tuple[Any, Any]:
 
 
 def _starts(number: int, parts: int) -> Tensor:
-    """Where each of so many stretches of rows begins, and where the last one ends: row r is in r * parts // number."""
+    """Where each stretch of rows begins, and where the last one ends: row r is in stretch r * parts // number."""
     return -(torch.arange(parts + 1, device="cpu") * -number // parts)
 
 

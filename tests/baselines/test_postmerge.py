@@ -539,7 +539,7 @@ def test_an_alpha_that_is_not_finite_is_refused(alpha: float) -> None:
         ({"steps": 0}, "steps must be an integer of at least 1, got 0."),
         ({"learning_rate": float("nan")}, "learning_rate must be a finite number above 0, got nan."),
         ({"beta": float("inf")}, "beta must be a finite number, got inf."),
-        ({"tuned": {"third.weight": torch.zeros(2, 2)}}, "'third.weight' is no parameter of the model; tuned must map"),
+        ({"tuned": {"third.weight": torch.zeros(2, 2)}}, "'third.weight' is not a parameter of the model; tuned maps"),
         (
             {"tuned": {"first.weight": torch.zeros(8, 6).half()}},
             "Parameter 'first.weight' is torch.float32 of shape (8, 6), but the fine-tuned weight is torch.float16 of "

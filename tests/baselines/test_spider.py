@@ -113,7 +113,9 @@ def test_spider_refuses_to_resume_from_the_wrong_file(tmp_path: Path) -> None:
     trained(tiny_llama(), tmp_path / "a", [SpiderCallback()], **options)
     trained(tiny_llama(), tmp_path / "b", [SpiderCallback()], seed=1, **options)
     foreign = str(tmp_path / "b" / "checkpoint-2")
-    with pytest.raises(ValueError, match=r"belongs to other weights .* 'model.embed_tokens.weight' the first\. Resume"):
+    with pytest.raises(
+        ValueError, match=r"belongs to other weights .* for example for 'model.embed_tokens.weight'\. Resume"
+    ):
         trained(tiny_llama(), tmp_path / "a", [SpiderCallback()], foreign, **options)
     path = tmp_path / "b" / "checkpoint-2" / SPIDER_FILE
     assert load_file(path)["gradient.model.norm.weight"].shape == (32,)
@@ -148,7 +150,7 @@ def test_spider_refuses_what_it_cannot_train() -> None:
     callback = SpiderCallback()
     with pytest.raises(ValueError, match="no parameter of Linear requires a gradient"):
         callback.on_train_begin(*HOOK, model=nn.Linear(2, 2).requires_grad_(False))
-    with pytest.raises(ValueError, match="this model trains an adapter of PEFT"):
+    with pytest.raises(ValueError, match="this model trains a PEFT adapter"):
         callback.on_train_begin(*HOOK, model=get_peft_model(tiny_llama(), config(score="random")))
     model = nn.Linear(2, 2)
     callback.on_train_begin(*HOOK, model=model)

@@ -94,7 +94,7 @@ def test_with_weights_the_third_map_is_the_score(statistics: ProbeStatistics) ->
     expected = {name: scores.dowser(weights[name], m).mean().item() for name, m in statistics.modules.items()}
     assert score == pytest.approx(expected)
     del weights[UP]
-    with pytest.raises(ValueError, match=f"weights lack 1 of the modules that were probed, '{UP}' the first"):
+    with pytest.raises(ValueError, match=f"weights lack 1 of the modules that were probed, for example '{UP}'"):
         plot.importance_map(statistics, weights)
     with pytest.raises(ValueError, match="belong to a weight of shape"):
         plot.importance_map(statistics, weights | {UP: torch.zeros(3, 3)})
@@ -203,7 +203,9 @@ def test_a_block_holds_the_mean_of_its_weights(height: int, width: int) -> None:
 
 def test_a_module_that_is_not_adapted_is_refused(tmp_path: Path) -> None:
     saved(tmp_path, target_modules=["up_proj"])
-    with pytest.raises(ValueError, match=r"does not adapt 'lm_head', but such as 'model.layers.0.mlp.up_proj'"):
+    with pytest.raises(
+        ValueError, match=r"no values for 'lm_head'. It adapts, for example, 'model.layers.0.mlp.up_proj'"
+    ):
         plot.mask_density(tmp_path, "lm_head")
 
 

@@ -195,7 +195,7 @@ def test_an_adapter_without_a_manifest_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-o", "nowhere/page.html"], "'nowhere' is no folder"),
+        (["-o", "nowhere/page.html"], "'nowhere' is not a folder"),
         (["-o", "page.html", "--statistics", "none"], "No probe statistics at 'none'."),
         (["-o", "page.html", "--statistics", "adapter/adapter_model.safetensors"], "holds no probe statistics"),
     ],
