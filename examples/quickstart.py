@@ -2,7 +2,7 @@
 # # Quickstart: fine-tune an image-text model and see what it forgets
 #
 # Probe the model without data, train the half of its weights that matters least, save the difference, load it again,
-# merge it - beside full fine-tuning on the same batches. About a minute on two CPU cores:
+# merge it - and compare with full fine-tuning on the same batches. About a minute on two CPU cores:
 #
 #     python examples/quickstart.py
 #
@@ -27,7 +27,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig, DowserLayer
 
-# A notebook is no file, and runs in its folder.
+# A notebook has no __file__, and runs in its folder.
 TINY_LLAVA = (Path(__file__).parent if "__file__" in globals() else Path.cwd()) / "tiny_llava"
 sys.path.insert(0, str(TINY_LLAVA))
 from chat import collate_chat  # noqa: E402
@@ -171,7 +171,7 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune with Dowser beside full fine-tuning.")
+    parser = argparse.ArgumentParser(description="Compare Dowser with full fine-tuning.")
     parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
     parser.add_argument("--update-ratio", type=float, default=0.5, help="fraction of each matrix that trains")
     parser.add_argument("--steps", type=int, default=150)

@@ -24,7 +24,7 @@ TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 
 
 def conversations(folder: str) -> Dataset:
-    """The examples of a folder as TRL takes them; the loss is that of the answers."""
+    """The examples of a folder as TRL takes them; only the answers count in the loss."""
     rows = load_dataset("imagefolder", data_dir=folder, split="train")
     return rows.map(
         lambda row: {

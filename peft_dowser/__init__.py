@@ -2,8 +2,8 @@
 
 Importing this package registers the method with PEFT; then `get_peft_model(model, DowserConfig(...))`, TRL's trainers,
 `save_pretrained`, `from_pretrained` and `merge_and_unload` work as they do for LoRA. It also lets `push_to_hub` keep
-the model cards of Dowser adapters, and the methods that load one undo what they did where they fail; nothing else of
-PEFT changes.
+the model cards of Dowser adapters, and lets the methods that load an adapter undo what they did when they fail. Nothing
+else in PEFT changes.
 """
 
 from ._peft import ensure_peft_type

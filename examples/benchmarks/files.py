@@ -5,7 +5,7 @@ minutes to choose its weights), all linears of their layers at rho = 0.1, values
 `save_pretrained` writes counts, configuration and metadata included; the model card does not. The limits: two bytes per
 value and the entropy of its position; and for the time, that of safetensors for the same bytes, to which loading adds
 the decoding. What PEFT takes for the same tensors without this package's digests, checks, decoding and model card is
-given beside them ("peft"): no save or load by PEFT is faster. Times are medians of several calls in one process, into
+given as well ("peft"): no save or load by PEFT is faster. Times are medians of several calls in one process, into
 folders of their own; those of the first call are apart.
 """
 

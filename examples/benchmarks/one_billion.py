@@ -1,7 +1,7 @@
 """A whole fine-tuning of a model of a billion parameters in bfloat16, and the peak of memory at each of its stages.
 
 The model is random, with the shape of TinyLlama-1.1B; all linears of its layers are adapted. The peaks are those of the
-whole process, Python and libraries included, beside what `peft_dowser.files.planning` says a step takes.
+whole process, Python and libraries included, compared with what `peft_dowser.files.planning` predicts for a step.
 """
 
 import gc

@@ -1,6 +1,6 @@
-"""The cost of a probe beside its floor: one forward and R backwards of activation gradients, written out by hand; and
-beside the way of the paper's code: a forward for each of the R backwards, gradients of the weights too, and a dense
-accumulator for every weight.
+"""The cost of a probe compared with its floor: one forward and R backwards of activation gradients, written by hand;
+and with the paper's code: a forward for each of the R backwards, gradients of the weights too, and a dense accumulator
+for every weight.
 
 All take the same prompts in one batch; generating prompts is measured on its own. The peak of memory is given for two
 widths: statistics grow with (out + in), weights with (out x in).

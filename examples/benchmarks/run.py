@@ -1,4 +1,4 @@
-"""Every benchmark: Dowser beside its peers and its limits, each measurement in a process of its own.
+"""Every benchmark: Dowser compared with its peers and its limits, each measurement in a process of its own.
 
     python examples/benchmarks/run.py --only step probing --output FOLDER
 

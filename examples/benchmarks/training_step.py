@@ -1,8 +1,8 @@
-"""Time and memory of one training step, Dowser beside its peers.
+"""Time and memory of one training step, Dowser compared with its peers.
 
 Time: Llama of hidden size 1024, 4 layers, 512 tokens. Memory: hidden size 2048, 128 tokens; the peak above the loaded
-base, in bytes per weight of the adapted linears, beside the 20 bytes per trained weight of values, gradients, AdamW and
-positions in float32. Every measurement has a process of its own; the times of several rounds are pooled.
+base, in bytes per weight of the adapted linears, compared with the 20 bytes per trained weight of values, gradients,
+AdamW and positions in float32. Every measurement has a process of its own; the times of several rounds are pooled.
 """
 
 import gc

@@ -78,7 +78,7 @@ def tuned(scope: Scope, ratio: float, records: Iterable[Record]) -> list[Run]:
 
 
 def choose_rates(records: Iterable[Record], ratio: float) -> dict[str, float]:
-    """The learning rate of every method: of those that learn the task, the one that keeps the most.
+    """The learning rate of every method: among the rates that learn the task, the rate that keeps the most.
 
     A rate learns the task if its mean downstream accuracy over the sweep is within `TOLERANCE` of the best of any
     method; where no rate of a method does, the one that learns it best is taken.

@@ -1,4 +1,4 @@
-"""The report: tables beside the paper's, paired tests, and plots, from the records alone."""
+"""The report: tables next to the paper's, paired tests, and plots, from the records alone."""
 
 import json
 import statistics

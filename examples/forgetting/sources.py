@@ -26,7 +26,7 @@ class Source:
 
     Attributes:
         model: folder or Hub id of the base model.
-        dtype: dtype of its weights, as text; "auto" is that of the checkpoint.
+        dtype: dtype of its weights, as text; "auto" takes it from the checkpoint.
         upstream: test examples by task that the base model can do.
         train: training examples of the new task, given a seed and a count.
         test: test examples of the new task.

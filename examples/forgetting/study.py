@@ -3,7 +3,7 @@
     python examples/forgetting/study.py --output FOLDER [--quick]
 
 Fine-tunes with every method, scores what was learned and what was lost, and writes `runs.jsonl`, `agreement.json`,
-plots and `report.md`. A study that was interrupted goes on where it stopped. `--quick` is the part on one model and one
+plots and `report.md`. An interrupted study continues where it stopped. `--quick` is the part on one model and one
 task with two seeds.
 
 For a real model and data sets with the columns image, question and answer (from the Hub, or folders):

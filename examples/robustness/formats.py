@@ -112,7 +112,7 @@ class Format:
         ordered: whether positions must increase.
         digests: whether the config holds digests of the positions, and a damaged file keeps them.
         base: makes the base.
-        whole: whether the adapter has whole tensors beside its deltas, and digests are made anew for a damaged file.
+        whole: whether the adapter has whole tensors besides its deltas, and digests are made anew for a damaged file.
         low_cpu_mem_usage: how it is loaded.
     """
 
@@ -179,7 +179,7 @@ class Format:
 
 
 def whole_keys(tensors: Iterable[str]) -> list[str]:
-    """Names of the tensors that are no part of a delta."""
+    """Names of the tensors that are not part of a delta."""
     modules = tuple(f"base_model.model.{module}.{part}" for module in TARGETS for part in PARTS)
     return sorted(key for key in tensors if not key.startswith(modules))
 

@@ -1,6 +1,6 @@
 """What the tiny LLaVA can do (upstream), what it is fine-tuned on (downstream), and the scores.
 
-Images are those of `scenes`, text is that of `prose`. One character is one token.
+Images come from `scenes`, text from `prose`. One character is one token.
 
 | task    | kind       | example                       | unseen in training     |
 |---------|------------|-------------------------------|------------------------|

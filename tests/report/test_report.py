@@ -135,7 +135,7 @@ def test_the_mask_is_that_of_the_module_that_moved_most(tmp_path: Path) -> None:
             layer.dowser_values["default"].weight.data *= 100 if layer.module_name.endswith("1.self_attn.k_proj") else 1
     model.save_pretrained(tmp_path)
     report(tmp_path, tmp_path / "page.html")
-    caption = "The module that was moved most: model.layers.1.self_attn.k_proj."
+    caption = "The module that moved most: model.layers.1.self_attn.k_proj."
     assert caption in check_page(tmp_path / "page.html").texts["figcaption"]
 
 
