@@ -36,7 +36,7 @@ from .notices import (
 from .snapshot import Snapshot
 from .whole import check_whole_modules
 
-# By task, the heads that PEFT trains as a whole, and puts into `modules_to_save` only when the adapter is there.
+# By task, the heads that PEFT trains as a whole. It adds them to `modules_to_save` only after the adapter is made.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 
 
@@ -213,7 +213,7 @@ class New(Injection):
 
 
 def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
-    """Do before an adapter is made what PEFT does after it: ask what a task needs, and set its head aside."""
+    """Do before an adapter is made what PEFT does after it: check what the task needs, and train its head as a whole."""
     if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
         model, "prepare_inputs_for_generation"
     ):
@@ -226,23 +226,23 @@ def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
 
 
 def _counts_beside(load: Load | None, adapter_name: str) -> dict[str, int]:
-    """The counts of a saved adapter whose config has none: those of the config beside its file.
+    """The counts of a saved adapter whose config has none, from the config in the folder of its file.
 
     Raises:
-        DeltaFormatError: there are none. A mask is then not chosen instead: it would be a stranger who decides what is
-            probed, how long, and which files are read for it.
+        DeltaFormatError: there are none. No mask is chosen instead, or a stranger would decide what is probed, how
+            long, and which files are read for it.
     """
     if load is None or load.counts is None:
         raise DeltaFormatError(
             f"Adapter '{adapter_name}': its config came from a file, but has no nnz_pattern, so nothing tells which "
-            "weights it trains. adapter_config.json was edited, or is not that of a saved adapter. To make a new "
+            "weights it trains. adapter_config.json was edited, or does not belong to a saved adapter. To make a new "
             "adapter, make a new DowserConfig."
         )
     return dict(load.counts)
 
 
 def check_adapter_name(adapter_name: str) -> None:
-    """Refuse a name that torch cannot give a module, or that reads as a part of a delta in the name of a tensor."""
+    """Refuse a name that torch cannot give a module, or that looks like a part of a delta in the name of a tensor."""
     taken = hasattr(nn.ModuleDict(), adapter_name) or is_delta(f".{adapter_name}.")
     if not adapter_name or "." in adapter_name or taken:
         raise ValueError(
@@ -252,9 +252,9 @@ def check_adapter_name(adapter_name: str) -> None:
 
 
 def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
-    """Refuse a base whose weights are not its own, where they are scored, or kept as rows of tokens.
+    """Refuse a base with merged adapters: its weights would be scored, or kept as rows of tokens.
 
-    Beside a saved adapter, or a twin, PEFT unmerges what is ours.
+    For a saved adapter, or a twin, PEFT unmerges our layers.
     """
     layers = [
         module
@@ -269,13 +269,13 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
 
 
 def _place_of_base(model: nn.Module) -> str:
-    """Where a model with a head of transformers has its base; "" where it is the base itself."""
+    """The name of the base in a transformers model with a head; "" for the base itself."""
     place = getattr(model, "base_model_prefix", "")
     return place if isinstance(getattr(model, place, None), nn.Module) else ""
 
 
 def _check_not_nested(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse layers that another PEFT method has adapted: what it adds would be left out without a word."""
+    """Refuse layers that another PEFT method has adapted: what that method adds would be left out silently."""
     others = {
         id(layer.get_base_layer()): type(layer)
         for layer in model.modules()

@@ -163,11 +163,13 @@ def test_spider_refuses_sharded_parameters() -> None:
     try:
         model = nn.Linear(2, 2)
         model.weight = nn.Parameter(distribute_tensor(model.weight.data, DeviceMesh("cpu", [0])))
-        with pytest.raises(ValueError, match=r"those of Linear are sharded \(FSDP, ZeRO-3 or tensor parallelism\)"):
+        with pytest.raises(
+            ValueError, match=r"the parameters of Linear are sharded \(FSDP, ZeRO-3 or tensor parallelism\)"
+        ):
             SpiderCallback().on_train_begin(*HOOK, model=model)
     finally:
         dist.destroy_process_group()
     gathered: Any = nn.Linear(2, 2)
     gathered.weight.ds_id = 0  # the mark of ZeRO-3, which a parameter keeps while it is whole
-    with pytest.raises(ValueError, match="those of Linear are sharded"):
+    with pytest.raises(ValueError, match="the parameters of Linear are sharded"):
         SpiderCallback().on_train_begin(*HOOK, model=gathered)
