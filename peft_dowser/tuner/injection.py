@@ -213,7 +213,7 @@ class New(Injection):
 
 
 def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
-    """Do before an adapter is made what PEFT does after it: check what the task needs, and train its head as a whole."""
+    """Do before an adapter is made what PEFT does after it: check what the task needs, and list its head as whole."""
     if config.task_type in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and not hasattr(
         model, "prepare_inputs_for_generation"
     ):
