@@ -139,7 +139,7 @@ assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[native] is peft.LoraModel
 """
 
 FOREIGN = (
-    "This PEFT already has a method DOWSER, from 'peft.tuners.lora.model'. Use that one, or a PEFT without it; "
+    "This PEFT already has a method DOWSER, from 'peft.tuners.lora.model'. Use that method, or a PEFT without it; "
     "peft-dowser does not replace it."
 )
 
