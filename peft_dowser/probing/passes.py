@@ -52,8 +52,7 @@ class Passes:
     """One probe of a frozen model: this rank's share of the prompts, batch by batch.
 
     Attributes:
-        first: number of the first of all prompts.
-        groups: numbers of the prompts, counted from there, that can share a batch.
+        groups: numbers of the prompts that can share a batch.
         mine: those that this rank probes, sorted.
     """
 
@@ -63,10 +62,9 @@ class Passes:
         targets: Mapping[str, Target],
         config: DowserConfig,
         prompts: list[Prompt],
-        first: int,
         share: Share,
     ) -> None:
-        self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
+        self.model, self.targets, self.config, self.prompts = model, targets, config, prompts
         self.share = share
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.fused = {name: target for name, target in targets.items() if target.is_fused}
@@ -176,8 +174,7 @@ class Passes:
         }
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
         generators = [
-            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
-            for number in chosen
+            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", number)) for number in chosen
         ]
         with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
             for numbers in self._rounds():

@@ -63,7 +63,7 @@ def kind_of(model: nn.Module) -> Kind:
     return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
 
 
-def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) -> list[Prompt]:
+def synthetic_prompts(model: nn.Module, config: DowserConfig) -> list[Prompt]:
     """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
 
     Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
@@ -72,10 +72,9 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
     Args:
         model: the base model, in eval mode.
         config: gives N, T, the seed and the fraction of prompts with a noise image.
-        first: leave out the prompts before this number, which exist already.
 
     Returns:
-        N - first prompts, on the device of the input embeddings.
+        N prompts, on the device of the input embeddings.
 
     Raises:
         ValueError: the model has no vocabulary, cannot generate, or needs more than tokens, such as an image or sound.
@@ -85,17 +84,16 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
     if length < config.probe_length:
         logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
     try:
-        tokens = _written_tokens(model, config, length, first)
+        tokens = _written_tokens(model, config, length)
     except _NOT_ON_TOKENS as error:
         name = type(model).__name__
         raise ValueError(
             f"Cannot write prompts with {name}: it does not run on tokens alone ({error}). {_WAY_OUT}"
         ) from error
     prompts = [{"input_ids": row[None]} for row in tokens]
-    images = range(round(config.probe_images * first), round(config.probe_images * config.num_probes))
-    if images:
+    if images := round(config.probe_images * config.num_probes):
         prefixes = _noise_images(model, images, config.seed)
-        prompts[: len(images)] = [
+        prompts[:images] = [
             _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
@@ -235,14 +233,14 @@ def _device(model: PreTrainedModel) -> torch.device:
     return device_of(model.get_input_embeddings())
 
 
-def _written_tokens(model: PreTrainedModel, config: DowserConfig, length: int, first: int) -> Tensor:
-    """Prompts `first`, `first + 1`, ..., in rows."""
+def _written_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:
+    """The prompts, in rows."""
     if kind_of(model) is Kind.ENCODER:
-        tokens = _random_tokens(model, config, length)[first:]
+        tokens = _random_tokens(model, config, length)
         with torch.no_grad():
             model(input_ids=tokens[:1])  # raises where that is not enough
         return tokens
-    chunks = range(first, config.num_probes, _GENERATION_BATCH)
+    chunks = range(0, config.num_probes, _GENERATION_BATCH)
     return torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
 
 
@@ -313,8 +311,8 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
     )
 
 
-def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Prompt]:
-    """The noise images of the given numbers, as inputs that the model's own processor makes of them."""
+def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]:
+    """Noise images, as the inputs that the model's own processor makes of them."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -332,10 +330,8 @@ def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Pro
     generator = torch.Generator().manual_seed(derived_seed(seed, "images"))
     height, width = _image_size(processor.image_processor)
     prefixes = []
-    for number in range(numbers.stop):
+    for _ in range(count):
         noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8, device="cpu")
-        if number not in numbers:
-            continue
         inputs = _processed(processor, Image.fromarray(noise.numpy()))
         prefixes.append({key: value.to(_device(model)) for key, value in inputs.items()})
     return prefixes

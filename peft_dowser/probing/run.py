@@ -22,7 +22,7 @@ from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
 from .passes import Passes, Share
 from .prompts import Prompt, Text, given_prompts, prompt_length, synthetic_prompts
-from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
+from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, combined
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ def probe(
     model: nn.Module,
     config: DowserConfig,
     prompts: Sequence[Text] | None = None,
-    statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """Measure how much the output depends on every neuron, without data (Eq. 4 to 6).
 
@@ -47,16 +46,14 @@ def probe(
         prompts: inputs to probe with instead of synthetic ones, one per probe: texts, for the tokenizer in the folder
             or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
             model's forward with a batch dimension of 1, such as a processor returns.
-        statistics: an earlier probe to continue: only the prompts that it lacks are probed (those beyond its
-            `num_probes`, or all that are passed), and the result covers both.
 
     Returns:
         Statistics of every target module that a prompt reached, float32, on the CPU.
 
     Raises:
         TypeError: the model is not a module, but its name for example.
-        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device or sharded by other
-            means than FSDP2 or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
+        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device, or sharded by
+            other means than FSDP2 or DeepSpeed ZeRO-3.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
     Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
@@ -66,7 +63,7 @@ def probe(
     one backward per forward, so R forwards run there.
     """
     check_is_base(model)
-    return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
+    return probe_targets(model, resolve_targets(model, config), config, prompts)
 
 
 def probe_targets(
@@ -74,7 +71,6 @@ def probe_targets(
     targets: Mapping[str, Target],
     config: DowserConfig,
     prompts: Sequence[Text] | None = None,
-    statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
     model = uncompiled(model)
@@ -90,24 +86,21 @@ def probe_targets(
     for_all = by_all_ranks if spread else partial(from_rank, able[0])
     config = copy.copy(config)
     config.seed = from_rank(0, lambda: config.seed)
-    first = 0 if statistics is None else statistics.info.num_probes
-    inputs = for_all(lambda: _inputs(model, config, prompts, first))
+    inputs = for_all(lambda: _inputs(model, config, prompts))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
-        num_probes=first + len(inputs),
+        num_probes=len(inputs),
         num_rademacher=config.num_rademacher,
         probe_length=prompt_length(model, config) if prompts is None else 0,
         probe_images=config.probe_images if prompts is None else 0.0,
         seed=config.seed,
     )
     samples = for_all(lambda: {name: target.sample() for name, target in targets.items()})
-    if statistics is not None:
-        check_continues(statistics, info, samples, gradient=config.score == "gradient")
     share = Share(able.index(rank()), len(able), spread) if rank() in able else None
-    probed = partial(_probed, model, targets, config, inputs, first, share)
+    probed = partial(_probed, model, targets, config, inputs, share)
     mine, found = probed() if spread else on_every_rank(probed)
     names = [matrix.name for target in targets.values() for matrix in target.matrices()]
-    return ProbeStatistics(_gathered(names, [first + number for number in mine], found, statistics), info, samples)
+    return ProbeStatistics(_gathered(names, mine, found), info, samples)
 
 
 def _report_idle(able: list[int], ranks: int, device: torch.device) -> None:
@@ -137,25 +130,15 @@ def _able_ranks(model: nn.Module, spread: bool) -> tuple[list[int], int]:
     return able, len(missing)
 
 
-def _inputs(
-    model: nn.Module,
-    config: DowserConfig,
-    prompts: Sequence[Text] | None,
-    first: int,
-) -> list[Prompt]:
-    """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`; on the CPU.
+def _inputs(model: nn.Module, config: DowserConfig, prompts: Sequence[Text] | None) -> list[Prompt]:
+    """The prompts to probe, on the CPU: the prompts of the caller, or synthetic ones.
 
     From a GPU they would be sent with its name, for which every rank would take memory there.
     """
     if prompts is not None:
         return _on_cpu(given_prompts(model, prompts))
-    if config.num_probes <= first:
-        raise ValueError(
-            f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
-            "num_probes to continue them."
-        )
     with left_as_it_was(model):
-        return _on_cpu(synthetic_prompts(model, config, first))
+        return _on_cpu(synthetic_prompts(model, config))
 
 
 def _on_cpu(prompts: list[Prompt]) -> list[Prompt]:
@@ -167,36 +150,28 @@ def _probed(
     targets: Mapping[str, Target],
     config: DowserConfig,
     inputs: list[Prompt],
-    first: int,
     share: Share | None,
 ) -> tuple[list[int], dict[str, ModuleStatistics]]:
     """The prompts that this rank probes, and their statistics."""
     if share is None:
         return [], {}
     with left_as_it_was(model):
-        passes = Passes(model, targets, config, inputs, first, share)
+        passes = Passes(model, targets, config, inputs, share)
         return passes.mine, passes.statistics()
 
 
-def _gathered(
-    names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics], earlier: ProbeStatistics | None
-) -> dict[str, ModuleStatistics]:
-    """Statistics of all prompts: those of an earlier probe, and what each rank has found.
+def _gathered(names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics]) -> dict[str, ModuleStatistics]:
+    """Statistics of all prompts, from what each rank has found.
 
     Args:
         names: the matrices, in the same order on every rank.
         mine: numbers of the prompts that this rank has probed.
         found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
-        earlier: the probe that is continued.
     """
     numbers = gather(mine)
-    if earlier is not None:
-        numbers.insert(0, range(earlier.info.num_probes))
     modules = {}
     for name in names:
         parts = gather(found.pop(name, None))
-        if earlier is not None:
-            parts.insert(0, earlier.modules.get(name))
         if (whole := combined(list(zip(numbers, parts, strict=True)))) is not None:
             modules[name] = whole
     return modules

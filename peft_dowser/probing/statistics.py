@@ -225,41 +225,6 @@ def _rows(total: int, parts: list[tuple[Sequence[int], Tensor]]) -> Tensor:
     return rows
 
 
-def check_continues(
-    earlier: ProbeStatistics, info: ProbeInfo, samples: Mapping[str, str | None], gradient: bool
-) -> None:
-    """Refuse to add prompts to statistics that were made with other settings, or of other weights.
-
-    Args:
-        earlier: the statistics.
-        info: how the further prompts will be probed.
-        samples: those of the modules and fused parameters that they will be probed for.
-        gradient: whether the further prompts will have a gradient: a mean over some of the prompts is none over all.
-
-    Raises:
-        ValueError: anything but the number of prompts differs; the message says what.
-    """
-    before, after = asdict(earlier.info), asdict(info)
-    differences = [
-        f"{name} was {before[name]!r} and is {after[name]!r}"
-        for name in before
-        if name != "num_probes" and before[name] != after[name]
-    ]
-    # Of a fused parameter one expert suffices: the prompts may not have reached the others.
-    known = {name.partition("[")[0] for name in earlier.modules}
-    if missing := [name for name in samples if name not in known]:
-        differences.append(f"{len(missing)} target modules were not probed, '{missing[0]}' the first")
-    had = any(module.gradient is not None for module in earlier.modules.values())
-    if had != gradient:
-        differences.append(f"they hold {'a' if had else 'no'} gradient, which score='gradient' alone has")
-    if others := earlier.unlike(samples):
-        differences.append(f"{len(others)} target modules had other weights, '{others[0]}' the first")
-    if differences:
-        raise ValueError(
-            f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."
-        )
-
-
 def _samples(found: object) -> dict[str, str | None]:
     if not isinstance(found, dict) or not all(text is None or is_sample(text) for text in found.values()):
         raise TypeError("its samples of the weights are none")
