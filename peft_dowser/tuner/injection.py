@@ -22,6 +22,7 @@ from ..files.checks import check_counts, compare
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from ..probing.run import probe_targets
 from ..probing.selection import choose_masks, same_on_all_ranks
+from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
 from .notices import (
@@ -158,7 +159,7 @@ class Injection:
         path = self.config.statistics
         if path is not None:  # rank 0 chooses
             return on_every_rank(lambda: self._loaded(model, path) if rank() == 0 else None)
-        return probe_targets(model, self.targets, self.config)
+        return probe_targets(model, self.targets, ProbeSettings.of(self.config))
 
     def _loaded(self, model: nn.Module, path: str) -> ProbeStatistics:
         return ProbeStatistics.load(path).named_as(self.targets, _place_of_base(model))

@@ -348,7 +348,7 @@ def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: p
 
     sent: list[Tensor] = []
     monkeypatch.setattr(Tensor, "cpu", noted)
-    monkeypatch.setattr(sys.modules["peft_dowser.probing.run"], "from_rank", from_rank)
+    monkeypatch.setattr(sys.modules["peft_dowser.probing.ranks"], "from_rank", from_rank)
     probe(tiny_llama(), config(), prompts=[{"input_ids": torch.tensor([[3, 4]])}] if given else None)
     assert len(sent) == (1 if given else 4)
     assert all(any(tensor is other for other in moved) for tensor in sent)

@@ -149,8 +149,8 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": None}, r"holds no probe statistics: write it with ProbeStatistics\.save"),
-        ({"format": "pt"}, r"holds no probe statistics: write it with ProbeStatistics\.save"),
+        ({"format": None}, r"holds no probe statistics\. Write them with ProbeStatistics\.save"),
+        ({"format": "pt"}, r"holds no probe statistics\. Write them with ProbeStatistics\.save"),
         ({"version": "2"}, "written in format 2 of the probe statistics, this release reads format 1: upgrade"),
         ({"info": None}, r"lacks a part of the probe statistics \('info'\)"),
         ({"info": "{"}, "lacks a part of the probe statistics"),
