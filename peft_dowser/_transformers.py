@@ -62,6 +62,13 @@ def experts_implementation(experts: Any) -> str | None:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None)
 
 
+def implementations(model: nn.Module) -> list[Any]:
+    """The code that computes attention and experts in every part of a model: its choice changes the last bits."""
+    configs: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names = ("_attn_implementation", "_experts_implementation")
+    return [getattr(config, name, None) for config in configs for name in names]
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers has marked a module as fused experts."""
     return hasattr(module, "is_transposed")
@@ -91,10 +98,3 @@ def kept_in_float32(model: nn.Module) -> set[str]:
     """Parts of names of the parameters that a class of transformers keeps in float32 whatever dtype is asked for."""
     names = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
     return {part for name in names for part in getattr(model, name, None) or ()}
-
-
-def implementations(model: nn.Module) -> list[Any]:
-    """The code that computes attention and experts in every part of a model: its choice changes the last bits."""
-    configs: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
-    names = ("_attn_implementation", "_experts_implementation")
-    return [getattr(config, name, None) for config in configs for name in names]

@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 _NAME = "probe-{}.safetensors"
 
 # Bytes of all cached statistics; the oldest are deleted beyond it.
-_LIMIT = 4 << 30
+_LIMIT = 4_000_000_000
 
 # A dtype by the number of bytes, for a look at the bits of any other.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -117,7 +117,8 @@ def _make_room(folder: Path, size: int) -> None:
 def _surroundings(model: PreTrainedModel) -> Iterator[Any]:
     """What the outputs of a model depend on besides its weights: its class and config, and what computes them."""
     yield f"{type(model).__module__}.{type(model).__qualname__}"
-    yield [model.config.name_or_path, str(model.config), implementations(model), str(model.generation_config)]
+    yield [model.config.name_or_path, str(model.config), str(getattr(model, "generation_config", None))]
+    yield implementations(model)
     yield [__version__, torch.__version__, transformers.__version__]
 
 

@@ -15,8 +15,8 @@ class Tap:
     """Statistics of one module for the batch in flight.
 
     Attributes:
-        masks: real tokens of the batch, `(batch, tokens)`, float32: of the prompts, and of what a separate decoder reads;
-            empty where the inputs have no tokens.
+        masks: real tokens of the batch, `(batch, tokens)`, float32: of the prompts, and of what a separate decoder
+            reads; empty where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
         calls: how often the module was called with at least one row.
