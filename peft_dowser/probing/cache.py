@@ -35,7 +35,7 @@ _NAME = "probe-{}.safetensors"
 # Bytes of all cached statistics; the oldest are deleted beyond it.
 _LIMIT = 4_000_000_000
 
-# A dtype by the number of bytes, for a look at the bits of any other.
+# The integers of as many bytes as an entry.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -133,10 +133,17 @@ def _weights(model: nn.Module) -> Iterator[bytes]:
             tensors |= dict(module.named_buffers(recurse=False))
             for name, tensor in tensors.items():
                 if not is_delta(f".{path}.{name}"):
-                    bits = tensor.detach().view(_INTEGERS.get(tensor.element_size(), torch.uint8))
                     name = base_name(f"{path}.{name}")
                     yield f"{name} {tensor.dtype} {list(tensor.shape)} {_hardware(tensor.device)} ".encode()
-                    yield bits.sum(-1, dtype=torch.int64).cpu().numpy().tobytes()
+                    yield _row_sums(tensor.detach()).cpu().numpy().tobytes()
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    """The sum of the bits of every row, modulo 2^64."""
+    size = tensor.element_size()
+    row, start = tensor.shape[-1:].numel() * size, tensor.storage_offset() * size
+    fast = tensor.dim() and tensor.is_contiguous() and row % 8 == start % 8 == 0  # twenty times as fast in bfloat16
+    return tensor.view(torch.int64 if fast else _INTEGERS.get(size, torch.uint8)).sum(-1, dtype=torch.int64)
 
 
 def _has_hooks(module: nn.Module) -> bool:

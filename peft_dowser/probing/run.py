@@ -80,13 +80,14 @@ def probe_targets(
     settings = ranks.for_all(lambda: settings)
     samples = ranks.for_all(lambda: {name: target.sample() for name, target in targets.items()})
     names = [matrix.name for target in targets.values() for matrix in target.matrices()]
-    cached = None
+    at = None
     if prompts is None and not ranks.in_step:
-        cached = ranks.for_all(lambda: cache.place_of(model, samples, settings))
-    if cached is not None and (known := ranks.for_all(lambda: cache.read(cached, names, samples))) is not None:
+        at = ranks.for_all(lambda: cache.place_of(model, samples, settings))
+    if at is not None and (known := ranks.for_all(lambda: cache.read(at, names, samples))) is not None:
         return known
     _report_idle(ranks, next(iter(targets.values())).device)
     inputs = ranks.for_all(lambda: _inputs(model, settings, prompts))
+    mine, found = ranks.on_each(lambda: _probed(model, targets, settings, inputs, ranks))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
         num_probes=len(inputs),
@@ -95,10 +96,9 @@ def probe_targets(
         probe_images=settings.probe_images if prompts is None else 0.0,
         seed=settings.seed,
     )
-    mine, found = ranks.on_each(lambda: _probed(model, targets, settings, inputs, ranks))
     statistics = ProbeStatistics(ranks.gathered(names, mine, found), info, samples)
-    if cached is not None:
-        ranks.for_all(lambda: cache.keep(statistics, cached))
+    if at is not None:
+        ranks.for_all(lambda: cache.keep(statistics, at))
     return statistics
 
 
