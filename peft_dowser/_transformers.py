@@ -62,6 +62,13 @@ def experts_implementation(experts: Any) -> str | None:
     return getattr(getattr(experts, "config", None), "_experts_implementation", None)
 
 
+def implementations(model: nn.Module) -> list[Any]:
+    """The code that computes attention and experts in every part of a model: its choice changes the last bits."""
+    configs: list[Any] = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    names = ("_attn_implementation", "_experts_implementation")
+    return [getattr(config, name, None) for config in configs for name in names]
+
+
 def is_experts(module: nn.Module) -> bool:
     """Whether transformers has marked a module as fused experts."""
     return hasattr(module, "is_transposed")

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+# A probe that is read from the cache has no costs to measure. Processes that are started here inherit this.
+os.environ["DOWSER_CACHE"] = "off"
+
 README = Path(__file__).parents[2] / "README.md"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

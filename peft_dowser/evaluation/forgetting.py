@@ -19,6 +19,7 @@ from ..base.untouched import adapters_disabled, base_of, left_as_it_was, measuri
 from ..config import DowserConfig
 from ..probing.batches import alike, collate
 from ..probing.prompts import Prompt, Text, special_ids, synthetic_prompts
+from ..probing.settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -35,20 +36,20 @@ if TYPE_CHECKING:
 class ForgettingCallback(TrainerCallback):
     """Measure what a training forgets: the rise of the next-token loss on upstream texts.
 
-    At the begin of the training, every `every_n_steps`, at every evaluation and after the last step, the console and
+    At the start of training, every `every_n_steps`, at every evaluation and after the last step, the console and
     the log history get `upstream_loss` (mean cross-entropy per token, in nats) and `forgetting` (its rise since the
-    baseline); where asked for, also `upstream_kl`, `upstream_accuracy` and `upstream_accuracy_change`. A rise of 0.01
-    nats per token is little: the perplexity of the texts grows by 1 %. 0.1 is clearly visible (11 %), and 0.7 doubles
-    the perplexity. The baseline is the base model of a `PeftModel`, its adapter disabled, and otherwise the model
-    before the training. The metrics of an evaluation get the same values as `eval_...`, so
+    baseline); if requested, also `upstream_kl`, `upstream_accuracy` and `upstream_accuracy_change`. A rise of 0.01
+    nats per token is small: the perplexity of the texts grows by 1 %. A rise of 0.1 is clearly visible (11 %), and 0.7
+    doubles it. The baseline is the base model of a `PeftModel`, its adapter disabled, and otherwise the model before
+    the training. The metrics of an evaluation get the same values as `eval_...`, so
     `metric_for_best_model="forgetting"` with `greater_is_better=False` keeps the checkpoint that forgot least. The
-    model card of a Dowser adapter tells what was measured last. The training itself does not change: neither weights,
-    modes nor torch's generators.
+    model card of a Dowser adapter tells what was measured last. The callback leaves the training as it is: weights,
+    modes and torch's generators.
 
     Args:
         texts: upstream texts, as strings for the trainer's `processing_class`, as rows of token ids, or as keyword
             arguments of the model's forward with a batch dimension of 1; `labels` among them may be -100 where a token
-            shall not count. None lets the base model write its own prompts, as a probe does: no data needed.
+            does not count. None lets the base model write its own prompts, as a probe does: no data needed.
         config: number, length and seed of those prompts; None takes the defaults of `DowserConfig`.
         batch_size: texts per forward pass.
         max_length: longer texts are cut to this many tokens, except those given as keyword arguments.
@@ -57,7 +58,7 @@ class ForgettingCallback(TrainerCallback):
         max_forgetting: stop the training at the first measurement that finds more forgetting.
         accuracy: a measure of your own, called with the model in eval mode without gradients.
         trainer: the trainer that this callback is added to. With it, the values also reach its report integrations,
-            which are out of the reach of a callback.
+            which a callback cannot reach by itself.
 
     Raises:
         ValueError: an argument is out of its range; or, when the training begins, the model or the training arguments
@@ -94,7 +95,7 @@ class ForgettingCallback(TrainerCallback):
         if max_forgetting is not None and not 0 <= max_forgetting < math.inf:
             raise ValueError(f"max_forgetting must be a finite number of at least 0, got {max_forgetting}.")
         self.texts = texts
-        self.config = DowserConfig() if config is None else config
+        self.settings = ProbeSettings.of(config or DowserConfig())
         self.batch_size, self.max_length = batch_size, max_length
         self.kl, self.max_forgetting, self.accuracy = kl, max_forgetting, accuracy
         self.trainer, self.every_n_steps = trainer, every_n_steps
@@ -115,7 +116,7 @@ class ForgettingCallback(TrainerCallback):
         self._check(args, state, model)
         with measuring(model), adapters_disabled(model):
             if self.texts is None:
-                self.prompts = written_prompts(base_of(model), self.config)
+                self.prompts = written_prompts(base_of(model), self.settings)
             else:
                 self.prompts = read_prompts(self.texts, processing_class, self.max_length)
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
@@ -170,7 +171,7 @@ class ForgettingCallback(TrainerCallback):
         if self.texts is None and isinstance(model, PeftModel) and is_spread(model):
             raise ValueError(
                 "ForgettingCallback cannot let the base inside a sharded PeftModel write prompts: only a forward of "
-                "the whole gathers its weights. Pass texts=[...]."
+                "the whole model gathers its weights. Pass texts=[...]."
             )
         if self.max_forgetting is not None and args.eval_strategy == "no" and self.every_n_steps is None:
             raise ValueError(
@@ -186,7 +187,7 @@ class ForgettingCallback(TrainerCallback):
         if self.kl and not isinstance(model, PeftModel):
             raise ValueError(
                 "kl=True compares a model with its base by disabling the adapter, but "
-                f"{type(model).__name__} is no PeftModel: its base is gone after the first step. Leave kl out."
+                f"{type(model).__name__} is not a PeftModel: its base is gone after the first step. Leave kl out."
             )
         if state.global_step and self.texts is None and not isinstance(model, PeftModel):
             raise ValueError(
@@ -297,15 +298,15 @@ def _tokenizer(processing_class: Any) -> Any:
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def written_prompts(base: Any, config: DowserConfig) -> list[Prompt]:
+def written_prompts(base: Any, settings: ProbeSettings) -> list[Prompt]:
     """The model's own prompts; image placeholders and other special tokens in them do not count."""
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         raise ValueError(
-            f"ForgettingCallback has no texts, and {type(base).__name__} cannot write its own: it is no causal "
-            "language model of transformers. Pass texts=[...]."
+            f"ForgettingCallback has no texts, and {type(base).__name__} cannot write its own: it is not a "
+            "causal language model of transformers. Pass texts=[...]."
         )
     with left_as_it_was(base):
-        prompts = synthetic_prompts(base, config)
+        prompts = synthetic_prompts(base, settings)
     for prompt in prompts:
         ids = prompt["input_ids"]
         special = torch.tensor(special_ids(base), dtype=ids.dtype, device=ids.device)
@@ -314,7 +315,7 @@ def written_prompts(base: Any, config: DowserConfig) -> list[Prompt]:
 
 
 def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: bool) -> tuple[float, float]:
-    """Mean next-token cross-entropy per token, and mean KL(base || model) per token, 0 where not asked for.
+    """Mean next-token cross-entropy per token, and mean KL(base || model) per token, 0 if not requested.
 
     Args:
         model: the model, in eval mode; a `PeftModel` for the divergence.
@@ -340,7 +341,7 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
 
 
 def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Run a batch. For each prompt, at its tokens that count: float32 logits, those of the base, and the tokens."""
+    """Run a batch; for each prompt yield the float32 logits of model and base, and the tokens, where tokens count."""
     inputs, mask = collate(prompts, next(model.parameters()).device)
     ids = inputs["input_ids"]
     targets = inputs.pop("labels", ids)[:, 1:]

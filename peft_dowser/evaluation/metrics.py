@@ -1,8 +1,10 @@
 """Metrics: what a fine-tuned model keeps and learns, how masks overlap, and how alike two scores rank (Eq. 9, 28-31).
 
-Plain functions of numbers and tensors. Results of an evaluation may be fractions or percent, as long as all that enter
-one call are in the same unit; a function returns that unit unless it says otherwise. A result that is negative,
-infinite or NaN raises a ValueError, and so does a reference of 0.
+Results of an evaluation are fractions or percent, all of one call in the same unit, which the function also returns
+unless it says otherwise. A result that is negative, infinite or NaN, or a reference of 0, raises a ValueError.
+
+`accuracy[t][i]` is A_ti, the accuracy on task i after training task t, shape `(T, T)`. Only i <= t is read: above the
+diagonal there may be NaN, and in a nested sequence nothing at all. Other shapes raise a ValueError.
 
 Masks are flat positions, strictly increasing, shape `(nnz,)`, int32 or int64; two masks may differ in count, dtype and
 device. Other positions raise a ValueError.
@@ -21,30 +23,19 @@ _SAMPLE = 1_000_000
 
 
 def average(upstream: float, downstream: float) -> float:
-    """Arithmetic mean of what is kept and what is learned (Avg, Eq. 9): (A_up + A_down) / 2.
-
-    Args:
-        upstream: A_up, the mean accuracy over the upstream benchmarks.
-        downstream: A_down, accuracy or CIDEr x 100 on the downstream task.
-    """
+    """Arithmetic mean of upstream and downstream accuracy (Avg, Eq. 9): (A_up + A_down) / 2."""
     _check_results(upstream=upstream, downstream=downstream)
     return (upstream + downstream) / 2
 
 
 def h_score(upstream: float, downstream: float) -> float:
-    """Harmonic mean of what is kept and what is learned (H-score, Eq. 9): 2 A_up A_down / (A_up + A_down).
+    """Harmonic mean of upstream and downstream accuracy (H-score, Eq. 9): 2 A_up A_down / (A_up + A_down).
 
-    Args:
-        upstream: as in `average`.
-        downstream: as in `average`.
+    It is 0 where both are 0. The mean of several H-scores is not the H-score of the mean results.
 
-    Returns:
-        The H-score, at most twice the smaller result; 0 where both are 0.
-
-    Note: CIDEr x 100 may exceed 100, and an accuracy in percent cannot. H then exceeds what the same A_up could reach
-    with any accuracy, and the excess can decide a ranking: A_up = 59.1 with CIDEr 123.6 gives H = 80.0, and with CIDEr
-    capped at 100 it gives 74.3. `h_score(retention(...), plasticity(...))` puts both on the scale of their references.
-    The mean of several H-scores is not the H-score of the mean results.
+    Note: CIDEr x 100 may exceed 100, which an accuracy in percent cannot, and this excess can decide a ranking: A_up =
+    59.1 gives H = 80.0 with CIDEr 123.6, and 74.3 with CIDEr capped at 100. `h_score(retention(...), plasticity(...))`
+    puts both on the scale of their references.
     """
     _check_results(upstream=upstream, downstream=downstream)
     if upstream == downstream == 0:
@@ -53,30 +44,14 @@ def h_score(upstream: float, downstream: float) -> float:
 
 
 def retention(upstream: float, base_upstream: float) -> float:
-    """Fraction of the base model's upstream result that is left (not in the paper): A_up / A_up(base).
-
-    Args:
-        upstream: A_up of the fine-tuned model.
-        base_upstream: A_up of the base model, on the same benchmarks and in the same unit.
-
-    Returns:
-        A fraction: 1 where nothing is forgotten, above 1 where fine-tuning also helped upstream.
-    """
+    """Fraction of the base model's upstream accuracy that is left (not in the paper): A_up / A_up(base)."""
     _check_results(upstream=upstream, base_upstream=base_upstream)
     _check_reference(base_upstream=base_upstream)
     return upstream / base_upstream
 
 
 def plasticity(downstream: float, best_downstream: float) -> float:
-    """Fraction of the best known downstream result that is reached (not in the paper): A_down / A_down(best).
-
-    Args:
-        downstream: A_down of the fine-tuned model.
-        best_downstream: A_down of the best single-task model, on the same test set and in the same unit.
-
-    Returns:
-        A fraction: 1 where the reference is reached, above 1 where it is exceeded.
-    """
+    """Fraction of the downstream accuracy of the best single-task model (not in the paper): A_down / A_down(best)."""
     _check_results(downstream=downstream, best_downstream=best_downstream)
     _check_reference(best_downstream=best_downstream)
     return downstream / best_downstream
@@ -95,50 +70,27 @@ def _check_reference(**reference: float) -> None:
 
 
 def mean_finetune_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
-    """Mean accuracy on each task just after it was learned (MFT, Eq. 28): sum_i A_ii / T.
-
-    Args:
-        accuracy: `accuracy[t][i]` is A_ti, on task i after training task t, shape `(T, T)`. Only i <= t is read: above
-            the diagonal there may be NaN, and in a nested sequence nothing at all.
-
-    Raises:
-        ValueError: there is no task, or the shape is not `(T, T)` or its lower triangle.
-    """
+    """Mean accuracy on each task just after it was learned (MFT, Eq. 28): sum_i A_ii / T."""
     return _mean([row[-1] for row in _lower_triangle(accuracy)])
 
 
 def mean_final_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
-    """Mean accuracy over all tasks at the end of the sequence (MFN, Eq. 29): sum_i A_Ti / T.
-
-    Args:
-        accuracy: as in `mean_finetune_accuracy`.
-    """
+    """Mean accuracy on all tasks after the last one (MFN, Eq. 29): sum_i A_Ti / T."""
     return _mean(_lower_triangle(accuracy)[-1])
 
 
 def mean_average_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
-    """Mean over time of the mean accuracy on the tasks seen so far (MAA, Eq. 30): sum_t (sum_{i<=t} A_ti / t) / T.
-
-    Args:
-        accuracy: as in `mean_finetune_accuracy`.
-    """
+    """Mean over time of the mean accuracy on the tasks seen so far (MAA, Eq. 30): sum_t (sum_{i<=t} A_ti / t) / T."""
     return _mean([_mean(row) for row in _lower_triangle(accuracy)])
 
 
 def backward_transfer(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
     """Mean change on the earlier tasks since each was learned (BWT, Eq. 31): sum_{i<T} (A_Ti - A_ii) / (T - 1).
 
-    Args:
-        accuracy: as in `mean_finetune_accuracy`, of at least two tasks.
+    It is negative where earlier tasks are forgotten, and needs at least two tasks.
 
-    Returns:
-        BWT; negative where earlier tasks are forgotten.
-
-    Raises:
-        ValueError: as in `mean_finetune_accuracy`, or there is only one task.
-
-    Note: equals T / (T - 1) (MFN - MFT). The BWT printed in Table 9 of the paper is MFN - MFT, a division by T;
-    multiply it by T / (T - 1) to compare.
+    Note: equals T / (T - 1) (MFN - MFT). Table 9 of the paper prints MFN - MFT, a division by T, as BWT; multiply it by
+    T / (T - 1) to compare.
     """
     *earlier, final = _lower_triangle(accuracy)
     if not earlier:
@@ -172,17 +124,15 @@ def _lower_triangle(accuracy: Sequence[Sequence[float]] | Tensor) -> list[Sequen
 
 
 def hamming(first: Tensor, second: Tensor, numel: int) -> float:
-    """Fraction of the weights on which two masks of one matrix differ (Appendix G): mean(M1 != M2).
+    """Fraction of the weights of a matrix on which two masks differ (Appendix G): mean(M1 != M2).
+
+    Masks of trained and masks of protected weights give the same number. It grows with the density of the masks:
+    compare it with `random_hamming`.
 
     Args:
         first: the first mask.
         second: the second mask.
         numel: number of entries of the matrix, at least 1.
-
-    Returns:
-        A fraction: 0 where the masks agree. Masks of trained and masks of protected weights give the same number.
-
-    Note: grows with the density of the masks; compare it with `random_hamming`.
     """
     if numel < 1:
         raise ValueError(f"numel must be an integer of at least 1, got {numel!r}.")
@@ -191,16 +141,9 @@ def hamming(first: Tensor, second: Tensor, numel: int) -> float:
 
 
 def overlap(first: Tensor, second: Tensor) -> float:
-    """Fraction of the smaller mask that the other one shares (not in the paper): |M1 & M2| / min(k1, k2).
+    """Fraction of the smaller mask that lies in the other (not in the paper): |M1 & M2| / min(|M1|, |M2|).
 
-    Args:
-        first: the first mask, shape `(k1,)`, not empty.
-        second: the second mask, shape `(k2,)`, not empty.
-
-    Returns:
-        A fraction: 1 where one mask contains the other. For masks of one size k it is |M1 & M2| / k.
-
-    Note: two random masks of density p share a fraction p.
+    Neither mask may be empty. Two random masks of density p share a fraction p.
     """
     common = _common(first, second)
     if min(len(first), len(second)) == 0:
@@ -211,14 +154,7 @@ def overlap(first: Tensor, second: Tensor) -> float:
 def jaccard(first: Tensor, second: Tensor) -> float:
     """Common positions of two masks, as a fraction of all their positions (not in the paper): |M1 & M2| / |M1 | M2|.
 
-    Args:
-        first: the first mask.
-        second: the second mask; not both are empty.
-
-    Returns:
-        A fraction: 1 where the masks are equal, 0 where they share nothing.
-
-    Note: two random masks of density p have p / (2 - p) in common.
+    At most one mask may be empty. Two random masks of density p have p / (2 - p) in common.
     """
     common = _common(first, second)
     if len(first) + len(second) == 0:
@@ -227,16 +163,9 @@ def jaccard(first: Tensor, second: Tensor) -> float:
 
 
 def random_hamming(p: float, q: float) -> float:
-    """`hamming` that two independent random masks are expected to have: p + q - 2 p q.
+    """The expected `hamming` of two independent random masks of densities p and q in [0, 1]: p + q - 2 p q.
 
-    Args:
-        p: density of the first mask, the fraction of weights in it, in [0, 1].
-        q: density of the second mask, likewise.
-
-    Returns:
-        A fraction, whichever scope the masks were ranked in.
-
-    Note: 0.18 for two masks of 10 %. The random baseline of Table 8, 0.226, is that of two masks of 13 %.
+    Note: 0.18 for two masks of 10 %. Table 8 of the paper has 0.226, the value of two masks of 13 %.
     """
     for name, density in (("p", p), ("q", q)):
         if not 0 <= density <= 1:
@@ -245,7 +174,7 @@ def random_hamming(p: float, q: float) -> float:
 
 
 def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
-    """Number of positions in both masks, by binary search of the fewer in the more."""
+    """Number of positions in both masks."""
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)
@@ -266,22 +195,20 @@ def _check_positions(name: str, positions: Tensor, numel: float) -> None:
 
 
 def spearman(first: Tensor, second: Tensor, seed: int = 0) -> float:
-    """Rank correlation of two scores of one matrix (Appendix G): Pearson's correlation of their ranks.
+    """Rank correlation of two scores of one matrix (Appendix G): Pearson's correlation of their ranks, in [-1, 1].
+
+    Equal scores share the mean of their ranks, and infinite ones rank at the ends.
 
     Args:
-        first: scores, any shape and float dtype; read only. Infinite scores rank at the ends.
+        first: scores, any shape and float dtype.
         second: scores of the same shape; its dtype and device may differ.
         seed: seed of the sample that is ranked above 1e6 entries. One seed gives one sample, on every device.
-
-    Returns:
-        The correlation, in [-1, 1]: 1 where both rank alike, about 0 for a random score. Equal scores share the mean
-        of their ranks.
 
     Raises:
         ValueError: shapes differ, there are no entries, some are NaN, or all that are ranked are equal.
 
     Note: above 1e6 entries, one at random out of each of 1e6 equal stretches of the matrix is ranked, so that neither
-    time nor memory grows; the correlation then moves by about 0.001 with the seed. Computes in float64 on the CPU.
+    time nor memory grows; the correlation then changes by about 0.001 with the seed.
     """
     if first.shape != second.shape:
         raise ValueError(

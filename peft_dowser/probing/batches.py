@@ -1,4 +1,4 @@
-"""Batches of prompts: which ones go together, their padding, and which tokens are real."""
+"""Batches of prompts: which prompts share a batch, their padding, and which tokens are real."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ def alike(prompts: Sequence[Prompt], padding: bool) -> list[list[int]]:
 
     Args:
         prompts: inputs of one sample each.
-        padding: prompts of different lengths may share a batch; without, only equal shapes do.
+        padding: whether prompts of different lengths may share a batch.
     """
     groups: dict[tuple, list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -33,8 +33,8 @@ def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, 
         device: where the batch goes.
 
     Returns:
-        The model's inputs, and the real tokens, `(batch, tokens)`, float32 zeros and ones; None where the inputs are
-        no token ids.
+        The model's inputs, and the mask of the real tokens, `(batch, tokens)`, float32; None where the inputs are not
+        token ids.
     """
     width = max((prompt["input_ids"].shape[1] for prompt in prompts if "input_ids" in prompt), default=0)
     inputs = {}
@@ -50,12 +50,12 @@ def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, 
 
 
 def decoder_tokens(prompts: Sequence[Prompt], mask: Tensor) -> Tensor:
-    """The real tokens that the decoder of a seq2seq model reads, as `mask`, from `collate`, tells those of its encoder.
+    """The mask of the real tokens that the decoder of a seq2seq model reads.
 
-    They are the same where the prompts bring none for the decoder.
+    It is the mask of the encoder, from `collate`, where the prompts have no inputs for the decoder.
 
     Raises:
-        ValueError: both are equally many and padded in different ways; a module would not show which of them it reads.
+        ValueError: the two masks have one shape and differ, so a module does not show which of them it reads.
     """
     rows = []
     for prompt in prompts:
@@ -66,7 +66,7 @@ def decoder_tokens(prompts: Sequence[Prompt], mask: Tensor) -> Tensor:
     found = _stacked(rows, mask.device)
     if found.shape == mask.shape and not torch.equal(found, mask):
         raise ValueError(
-            "A prompt has as many tokens for the encoder as for the decoder, but other padding (attention_mask, "
+            "A prompt has as many tokens for the encoder as for the decoder, but different padding (attention_mask, "
             "decoder_attention_mask), so the probe cannot tell which of them a module reads. Leave the padding out: "
             "the probe pads by itself."
         )

@@ -34,13 +34,13 @@ class ExpertsTap:
         experts: number of experts.
         wants_gradient: rows are kept until the backward of a loss needs them.
         calls: how often the module was called.
-        rows: real tokens that each expert got, `(experts,)`.
+        rows: number of real tokens that each expert got, `(experts,)`.
         activity: sum over calls of the mean |h|, `(batch * experts, in)`.
         energy: sum over calls and real tokens of h squared, `(experts, in)`.
         sensitivity: sum over backwards and calls of the mean |dz|, `(batch * experts, out)`.
         gradient: by expert, sum over calls of dz^T h in the backward of a loss, `(out, in)`.
         starts: products at which the graph begins.
-        of_loss: the running backward is that of a loss, not of a Rademacher vector.
+        of_loss: the running backward belongs to a loss, not to a Rademacher vector.
     """
 
     mask: Tensor
@@ -91,7 +91,7 @@ class ExpertsTap:
         return result
 
     def by_expert(self) -> Iterator[tuple[int, Tap]]:
-        """The statistics of every expert that a real token reached, as those of a matrix of its own."""
+        """For every expert that a real token reached, its number and its statistics as a single matrix."""
         if self.rows is None or self.activity is None or self.energy is None:
             return
         activity = self.activity.unflatten(0, (-1, self.experts)).cpu()

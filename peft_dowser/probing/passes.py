@@ -4,7 +4,6 @@ import gc
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,77 +16,56 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
-from ..base.distributed import gather, is_zero3, rank
 from ..base.target import Target
-from ..config import DowserConfig
 from ..delta.seeds import derived_seed
 from .batches import alike, collate, decoder_tokens, last_positions
 from .expert_taps import ExpertsTap, tapped_experts
 from .prompts import Kind, Prompt, kind_of
+from .ranks import Ranks
+from .settings import ProbeSettings
 from .statistics import ModuleStatistics
 from .taps import LayoutTap, Tap, tap_of, tapped
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Share:
-    """The part of a probe that this rank does.
-
-    Attributes:
-        number: of this rank among those that probe.
-        ranks: how many probe.
-        in_step: each must run as many passes as the others, because they gather the weights together.
-    """
-
-    number: int
-    ranks: int
-    in_step: bool
-
-    def of(self, group: list[int]) -> list[int]:
-        return group[self.number :: self.ranks]
-
-
 class Passes:
-    """One probe of a frozen model: this rank's share of the prompts, batch by batch.
+    """The passes of one probe of a frozen model: this rank's share of the prompts, batch by batch.
 
     Attributes:
-        first: number of the first of all prompts.
-        groups: numbers of the prompts, counted from there, that can share a batch.
-        mine: those that this rank probes, sorted.
+        groups: numbers of the prompts that can share a batch.
+        mine: numbers of the prompts that this rank probes, increasing.
     """
 
     def __init__(
         self,
         model: nn.Module,
         targets: Mapping[str, Target],
-        config: DowserConfig,
+        settings: ProbeSettings,
         prompts: list[Prompt],
-        first: int,
-        share: Share,
+        ranks: Ranks,
     ) -> None:
-        self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
-        self.share = share
+        self.model, self.targets, self.settings, self.prompts, self.ranks = model, targets, settings, prompts, ranks
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.fused = {name: target for name, target in targets.items() if target.is_fused}
         self.plain = {name: target for name, target in targets.items() if not target.is_fused}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
-        self.wants_gradient = config.score == "gradient"
-        self.one_backward = is_zero3(model)  # DeepSpeed gathers the weights for one backward after a forward only
         self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
-        self.mine = sorted(number for group in self.groups for number in share.of(group))
+        self.mine = sorted(number for group in self.groups for number in ranks.share(group))
         self.found: dict[str, ModuleStatistics] = {}
 
     def statistics(self) -> dict[str, ModuleStatistics]:
         """Statistics of this rank's prompts, in the order of `mine`."""
         size = self._batch_size()
-        total = len(self.mine) * self.config.num_rademacher
-        with tqdm(total=total, desc="Probing", unit="pass", disable=not _shows_progress()) as bar:
+        total = len(self.mine) * self.settings.num_rademacher
+        with tqdm(
+            total=total, desc="Probing", unit="pass", disable=not (self.ranks.is_first and is_progress_bar_enabled())
+        ) as bar:
             for group in self.groups:
-                waiting = self.share.of(group)
-                if self.share.in_step and _batches(len(group), size * self.share.ranks) > _batches(len(waiting), size):
+                waiting = self.ranks.share(group)
+                if self.ranks.in_step and self.ranks.batches(group, size) > -(-len(waiting) // size):
                     self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
                 while waiting:
                     if self._fits(partial(self._probe_batch, waiting[:size], bar)):
@@ -103,10 +81,8 @@ class Passes:
         return {name: self.found.pop(name).of_prompts(self.mine) for name in self.matrices if name in self.found}
 
     def _batch_size(self) -> int:
-        """How many prompts are probed at a time: 1 where a target module does not keep those of a batch apart."""
-        size = self.config.probe_batch_size or self._fitting_batch()
-        if self.share.in_step:
-            size = min(gather(size))
+        """How many prompts are probed at a time: 1 where a target module mixes the prompts of a batch."""
+        size = self.ranks.smallest(self.settings.batch_size or self._fitting_batch())
         mixing: list[str] = []
         if size == 1 or not self._fits(lambda: mixing.extend(self._mixing())):
             return 1
@@ -120,10 +96,10 @@ class Passes:
         return 1 if mixing else size
 
     def _mixing(self) -> list[str]:
-        """The target modules that do not keep the prompts of a batch apart.
+        """The target modules that mix the prompts of a batch.
 
-        A forward of the longest two prompts of every kind tells, so the answer does not depend on the size of the
-        batches, and is the same on every rank.
+        A forward of the two longest prompts of every kind shows them, so the answer depends neither on the size of the
+        batches nor on the rank.
         """
         mixing: set[str] = set()
         for group in self.groups:
@@ -150,12 +126,12 @@ class Passes:
         return max(1, min(len(self.prompts), free // 2 // max(1, prompt)))
 
     def _fits(self, work: Callable[[], None]) -> bool:
-        """Do some work; False where the memory does not suffice."""
+        """Do some work; False if the memory is too small."""
         try:
             work()
         except RuntimeError as error:
             # Ranks that gather weights together wait for this one by now, and cannot be told of smaller batches.
-            if self.share.in_step or not should_reduce_batch_size(error):
+            if self.ranks.in_step or not should_reduce_batch_size(error):
                 raise
         else:
             return True
@@ -169,15 +145,14 @@ class Passes:
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
-                name: ExpertsTap(mask, target.shape[0], self.wants_gradient) for name, target in self.fused.items()
+                name: ExpertsTap(mask, target.shape[0], self.settings.gradient) for name, target in self.fused.items()
             }
         of_plain = {
-            name: tap_of(target, masks, len(chosen), self.wants_gradient) for name, target in self.plain.items()
+            name: tap_of(target, masks, len(chosen), self.settings.gradient) for name, target in self.plain.items()
         }
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
         generators = [
-            torch.Generator().manual_seed(derived_seed(self.config.seed, "rademacher", self.first + number))
-            for number in chosen
+            torch.Generator().manual_seed(derived_seed(self.settings.seed, "rademacher", number)) for number in chosen
         ]
         with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
             for numbers in self._rounds():
@@ -186,7 +161,7 @@ class Passes:
                 starts = [start for tap in taps for start in tap.starts]
                 for number in numbers:
                     output, direction = self._probed_output(outputs, written), None
-                    if number < self.config.num_rademacher:
+                    if number < self.settings.num_rademacher:
                         direction = _rademacher(generators, output, written)
                         bar.update(len(chosen))
                     else:
@@ -206,7 +181,10 @@ class Passes:
                 self._keep(matrices[expert].name, tap, chosen)
 
     def _collated(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
-        """The inputs of a batch, its real tokens, and those that the output belongs to: of a decoder with its own."""
+        """The batch, the mask of its real tokens, and the mask of the tokens whose output is probed.
+
+        The two masks differ for an encoder-decoder: the output is that of the decoder.
+        """
         prompts = [self.prompts[number] for number in chosen]
         inputs, mask = collate(prompts, self.device)
         if self.kind is not Kind.SEQ2SEQ or mask is None:
@@ -215,8 +193,8 @@ class Passes:
 
     def _rounds(self) -> list[range]:
         """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
-        count = self.config.num_rademacher + int(self.wants_gradient)
-        return [range(number, number + 1) for number in range(count)] if self.one_backward else [range(count)]
+        count = self.settings.num_rademacher + int(self.settings.gradient)
+        return [range(number, number + 1) for number in range(count)] if self.ranks.one_backward else [range(count)]
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
         if self.kind is Kind.OTHER or mask is None or written is None:
@@ -227,8 +205,8 @@ class Passes:
             options["output_hidden_states"] = True
         if "use_cache" in accepted:
             options["use_cache"] = False
-        if "logits_to_keep" in accepted and not self.wants_gradient and not self._probes_head():
-            # A number: of a base over several devices, a tensor would lie on another one than the hidden states.
+        if "logits_to_keep" in accepted and not self.settings.gradient and not self._probes_head():
+            # A number, because a tensor might be on another device than the hidden states.
             options["logits_to_keep"] = written.shape[1] - int(last_positions(written).min())
         return self.model(**(inputs | options))
 
@@ -264,14 +242,14 @@ class Passes:
                 sensitivity=zeros(len(self.prompts), out),
                 activity=zeros(len(self.prompts), width),
                 energy=zeros(width),
-                gradient=zeros(out, width) if self.wants_gradient else None,
+                gradient=zeros(out, width) if self.settings.gradient else None,
             )
             self.found[name] = module
         forwards = len(self._rounds())
         module.activity[chosen] = (tap.activity / tap.calls).cpu()
         module.energy += (tap.energy / forwards).cpu()
         if tap.sensitivity is not None:
-            backwards = tap.calls // forwards * self.config.num_rademacher
+            backwards = tap.calls // forwards * self.settings.num_rademacher
             module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
         if module.gradient is not None and tap.gradient is not None:
             module.gradient += tap.gradient.cpu()
@@ -283,10 +261,6 @@ def _length(prompt: Prompt) -> int:
 
 def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:
     return [tokens for tokens in (mask, written) if tokens is not None]
-
-
-def _batches(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
@@ -321,7 +295,3 @@ def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], writte
         )
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
     return ((losses * written[:, 1:]).sum(1) / written[:, 1:].sum(1).clamp(min=1)).sum()
-
-
-def _shows_progress() -> bool:
-    return rank() == 0 and is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""Prompts without data: the model writes its own from a few random tokens (Eq. 6)."""
+"""Prompts: the model writes its own from a few random tokens (Eq. 6), or a caller passes some."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from ..base.distributed import shape_of
 from ..base.storage import device_of
-from ..config import DowserConfig
 from ..delta.seeds import derived_seed, seed_generators
+from .settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ Prompt = dict[str, Tensor]
 _MAX_SEED_TOKENS = 5
 
 
-# What a model says that cannot run on tokens alone: it wants an image, sound, a language ...
+# Errors of a model that cannot run on tokens alone, because it needs an image, sound, a language ...
 _NOT_ON_TOKENS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
 
 
@@ -63,7 +63,7 @@ def kind_of(model: nn.Module) -> Kind:
     return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
 
 
-def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) -> list[Prompt]:
+def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
     """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
 
     Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
@@ -71,31 +71,31 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
 
     Args:
         model: the base model, in eval mode.
-        config: gives N, T, the seed and the fraction of prompts with a noise image.
-        first: leave out the prompts before this number, which exist already.
+        settings: how many prompts, how long, and so on.
 
     Returns:
-        N - first prompts, on the device of the input embeddings.
+        N prompts, on the device of the input embeddings.
 
     Raises:
         ValueError: the model has no vocabulary, cannot generate, or needs more than tokens, such as an image or sound.
     """
     model = _promptable(model)
-    length = prompt_length(model, config)
-    if length < config.probe_length:
-        logger.warning("%s cannot write %d tokens; prompts have %d.", type(model).__name__, config.probe_length, length)
+    length = prompt_length(model, settings)
+    if length < settings.probe_length:
+        logger.warning(
+            "%s cannot write %d tokens; prompts have %d.", type(model).__name__, settings.probe_length, length
+        )
     try:
-        tokens = _written_tokens(model, config, length, first)
+        tokens = _written_tokens(model, settings, length)
     except _NOT_ON_TOKENS as error:
         name = type(model).__name__
         raise ValueError(
             f"Cannot write prompts with {name}: it does not run on tokens alone ({error}). {_WAY_OUT}"
         ) from error
     prompts = [{"input_ids": row[None]} for row in tokens]
-    images = range(round(config.probe_images * first), round(config.probe_images * config.num_probes))
-    if images:
-        prefixes = _noise_images(model, images, config.seed)
-        prompts[: len(images)] = [
+    if images := round(settings.probe_images * settings.num_probes):
+        prefixes = _noise_images(model, images, settings.seed)
+        prompts[:images] = [
             _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
@@ -108,10 +108,10 @@ def synthetic_prompts(model: nn.Module, config: DowserConfig, first: int = 0) ->
 
 
 def given_prompts(model: nn.Module, prompts: Sequence[Text]) -> list[Prompt]:
-    """Turn what a caller wants to probe with into inputs of the model; texts by the tokenizer that it was loaded with.
+    """Turn the prompts of a caller into inputs of the model; texts with the tokenizer beside its weights.
 
     Raises:
-        ValueError: there are none, one is neither a text, a row of token ids nor a mapping, or no tokenizer is at hand.
+        ValueError: there are none, one is neither a text, a row of token ids nor a mapping, or there is no tokenizer.
     """
     if isinstance(prompts, str):
         raise ValueError("prompts must be a list, got a single string; pass [text].")
@@ -129,7 +129,7 @@ def _tokenizer(model: nn.Module) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"prompts has texts, and the tokenizer of {type(model).__name__} is not at hand: '{folder}', where the "
+            f"prompts has texts, and the tokenizer of {type(model).__name__} is missing: '{folder}', where the "
             "model comes from, has none that loads. Pass token ids: prompts=[tokenizer(text)['input_ids'], ...]."
         ) from error
 
@@ -146,11 +146,11 @@ def _as_prompt(prompt: Text, number: int, tokenizer: Any) -> Prompt:
     return {"input_ids": ids.long()[None]}
 
 
-def prompt_length(model: Any, config: DowserConfig) -> int:
-    """T, or the longest prompt that the model can write where that is shorter."""
+def prompt_length(model: Any, settings: ProbeSettings) -> int:
+    """T, or the length of the longest prompt that the model can write if it is shorter."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
     # XLNet says -1 where it has no limit.
-    return min(config.probe_length, limit - _MAX_SEED_TOKENS) if limit > 0 else config.probe_length
+    return min(settings.probe_length, limit - _MAX_SEED_TOKENS) if limit > 0 else settings.probe_length
 
 
 def _promptable(model: nn.Module) -> PreTrainedModel:
@@ -174,7 +174,7 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
     """How many tokens the model knows; 0 where it reads none."""
     try:
         weight = getattr(model.get_input_embeddings(), "weight", None)
-    except NotImplementedError:  # what transformers' own says where it finds none
+    except NotImplementedError:  # raised by transformers where it finds none
         return 0
     shape = shape_of(weight) if isinstance(weight, Tensor) else ()
     size = getattr(model.config.get_text_config(), "vocab_size", 0)
@@ -182,7 +182,7 @@ def _vocabulary_size(model: PreTrainedModel) -> int:
 
 
 def _special_tokens(config: Any) -> Iterator[int]:
-    """Ids of the tokens that are no text, from every `..._token_id` of a config and its parts."""
+    """Ids of the tokens that are not text, from every `..._token_id` of a config and its parts."""
     for key, value in config.to_dict().items():
         if key.endswith(("_token_id", "_token_index")):
             yield from (token for token in (value if isinstance(value, list | tuple) else [value]) if token is not None)
@@ -192,13 +192,13 @@ def _special_tokens(config: Any) -> Iterator[int]:
 
 
 def special_ids(model: PreTrainedModel) -> list[int]:
-    """Ids of the tokens of the vocabulary that are no text, increasing."""
+    """Ids of the tokens of the vocabulary that are not text, increasing."""
     found = {token for config in _token_configs(model) for token in _special_tokens(config)}
     return sorted(token for token in found if 0 <= token < _vocabulary_size(model))
 
 
 def _token_configs(model: PreTrainedModel) -> list[Any]:
-    """Where a model names its special tokens."""
+    """The configs in which a model names its special tokens."""
     configs = [model.config.get_text_config(), model.config, getattr(model, "generation_config", None)]
     return [config for config in configs if config is not None]
 
@@ -235,30 +235,30 @@ def _device(model: PreTrainedModel) -> torch.device:
     return device_of(model.get_input_embeddings())
 
 
-def _written_tokens(model: PreTrainedModel, config: DowserConfig, length: int, first: int) -> Tensor:
-    """Prompts `first`, `first + 1`, ..., in rows."""
+def _written_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int) -> Tensor:
+    """The prompts, in rows."""
     if kind_of(model) is Kind.ENCODER:
-        tokens = _random_tokens(model, config, length)[first:]
+        tokens = _random_tokens(model, settings, length)
         with torch.no_grad():
             model(input_ids=tokens[:1])  # raises where that is not enough
         return tokens
-    chunks = range(first, config.num_probes, _GENERATION_BATCH)
-    return torch.cat([_sampled_tokens(model, config, length, first) for first in chunks])
+    chunks = range(0, settings.num_probes, _GENERATION_BATCH)
+    return torch.cat([_sampled_tokens(model, settings, length, first) for first in chunks])
 
 
-def _random_tokens(model: PreTrainedModel, config: DowserConfig, length: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, "tokens"))
+def _random_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "tokens"))
     text, start = _text_tokens(model), _start(model)
-    shape = (config.num_probes, length - len(start))
+    shape = (settings.num_probes, length - len(start))
     tokens = text[torch.randint(len(text), shape, generator=generator, device="cpu")]
-    begin = torch.tensor(start, dtype=tokens.dtype, device="cpu").expand(config.num_probes, -1)
+    begin = torch.tensor(start, dtype=tokens.dtype, device="cpu").expand(settings.num_probes, -1)
     return torch.cat([begin, tokens], 1).to(_device(model))
 
 
-def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, first: int) -> Tensor:
+def _sampled_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int, first: int) -> Tensor:
     """Prompts `first`, `first + 1`, ..., up to one generation batch."""
-    count = min(_GENERATION_BATCH, config.num_probes - first)
-    generator = torch.Generator().manual_seed(derived_seed(config.seed, "seed tokens", first))
+    count = min(_GENERATION_BATCH, settings.num_probes - first)
+    generator = torch.Generator().manual_seed(derived_seed(settings.seed, "seed tokens", first))
     text, start = _text_tokens(model), _start(model)
     seeds = text[torch.randint(len(text), (count, _MAX_SEED_TOKENS), generator=generator, device="cpu")]
     seed_lengths = torch.randint(1, _MAX_SEED_TOKENS + 1, (count,), generator=generator, device="cpu")
@@ -271,7 +271,7 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
         ids[row, width - len(beginning) :] = beginning
         mask[row, width - len(beginning) :] = 1
     new = length - len(start)
-    seed_generators(derived_seed(config.seed, "sampling", first))
+    seed_generators(derived_seed(settings.seed, "sampling", first))
     with torch.no_grad(), _without_defaults(model):
         generate: Any = model.generate
         written = generate(
@@ -285,7 +285,7 @@ def _sampled_tokens(model: PreTrainedModel, config: DowserConfig, length: int, f
 
 @contextmanager
 def _without_defaults(model: Any) -> Iterator[None]:
-    """Keep `generate` from taking what we leave open from the model: beam search, tokens that it forces, and more."""
+    """Keep `generate` from reading the model's own defaults, such as beam search or forced tokens."""
     own = model.generation_config
     try:
         model.generation_config = GenerationConfig()
@@ -313,8 +313,8 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
     )
 
 
-def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Prompt]:
-    """The noise images of the given numbers, as inputs that the model's own processor makes of them."""
+def _noise_images(model: PreTrainedModel, count: int, seed: int) -> list[Prompt]:
+    """Noise images, as the inputs that the model's own processor makes of them."""
     from PIL import Image
     from transformers import AutoProcessor
 
@@ -332,10 +332,8 @@ def _noise_images(model: PreTrainedModel, numbers: range, seed: int) -> list[Pro
     generator = torch.Generator().manual_seed(derived_seed(seed, "images"))
     height, width = _image_size(processor.image_processor)
     prefixes = []
-    for number in range(numbers.stop):
+    for _ in range(count):
         noise = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8, device="cpu")
-        if number not in numbers:
-            continue
         inputs = _processed(processor, Image.fromarray(noise.numpy()))
         prefixes.append({key: value.to(_device(model)) for key, value in inputs.items()})
     return prefixes
@@ -363,7 +361,7 @@ def _processed(processor: Any, image: Any) -> Prompt:
 
 
 def _after_image(image: Prompt, ids: Tensor) -> Prompt:
-    """A prompt that continues an image with text: token-wise inputs grow along."""
+    """A prompt of an image and a text after it: every token-wise input grows by the text."""
     shape = image["input_ids"].shape
     prompt = {}
     for key, value in image.items():

@@ -1,28 +1,27 @@
-"""Probing: one forward and R backwards per prompt, of which only two thin statistics per matrix remain.
+"""The probe: one forward and R backwards per prompt, reduced to two thin statistics per matrix.
 
 Every parameter is frozen while the probe runs, and the graph begins at the outputs of the first probed modules, so
 autograd computes gradients of activations only, through the probed layers only. Samples of a batch do not interact:
 one backward serves all of them.
 """
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import nn
 
 from ..base.compiled import uncompiled
-from ..base.distributed import by_all_ranks, check_gathers, from_rank, gather, is_spread, on_every_rank, rank
-from ..base.storage import _on_meta, check_materialized
 from ..base.target import Target
 from ..base.targets import check_is_base, resolve_targets
 from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
-from .passes import Passes, Share
+from . import cache
+from .passes import Passes
 from .prompts import Prompt, Text, given_prompts, prompt_length, synthetic_prompts
-from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics, check_continues, combined
+from .ranks import Ranks
+from .settings import ProbeSettings
+from .statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +30,6 @@ def probe(
     model: nn.Module,
     config: DowserConfig | None = None,
     prompts: Sequence[Text] | None = None,
-    statistics: ProbeStatistics | None = None,
 ) -> ProbeStatistics:
     """Measure how much the output depends on every neuron, without data (Eq. 4 to 6).
 
@@ -44,38 +42,33 @@ def probe(
         model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
             only where it is half and has parts that were made wider, such as norms.
         config: gives the targets, N, R, T, the seed and the batch size; None takes the defaults.
-        prompts: inputs to probe with instead of synthetic ones, one per probe: texts, for the tokenizer in the folder
+        prompts: inputs to probe with instead of synthetic ones: texts, for the tokenizer in the folder
             or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
             model's forward with a batch dimension of 1, such as a processor returns.
-        statistics: an earlier probe to continue: only the prompts that it lacks are probed (those beyond its
-            `num_probes`, or all that are passed), and the result covers both.
 
     Returns:
         Statistics of every target module that a prompt reached, float32, on the CPU.
 
     Raises:
         TypeError: the model is not a module, but its name for example.
-        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device or sharded by other
-            means than FSDP2 or DeepSpeed ZeRO-3, or `statistics` were made with other settings.
+        ValueError: there is nothing to probe with, the model is a `PeftModel`, on the meta device, or sharded by
+            other means than FSDP2 or DeepSpeed ZeRO-3.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
-    Note: time is one forward and R backwards over N T tokens, plus the generation of the prompts; memory is that of
-    one batch plus N (out + in) numbers per module. In a distributed run every rank must call it: each probes a part of
-    the prompts, and all return the whole. Of a base that is sharded with FSDP2 or DeepSpeed ZeRO-3 only the weights
-    are gathered that its own forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for
-    one backward per forward, so R forwards run there.
+    Note: the time is one forward and R backwards over N T tokens, plus the generation of the prompts; the memory is one
+    batch plus N (out + in) numbers per module. A probe with synthetic prompts is kept in a cache, `DOWSER_CACHE` or the
+    folder `dowser` in that of Hugging Face, and read from there the next time; `DOWSER_CACHE=off` turns it off. In a
+    distributed run every rank must call this: each probes a part of the prompts, and all return the whole. A base that
+    is sharded with FSDP2 or DeepSpeed ZeRO-3 gathers the weights that its own forward and backward gather, and one
+    matrix at a time for `samples`; ZeRO-3 gathers for one backward per forward, so R forwards run there.
     """
     config = config or DowserConfig()
     check_is_base(model)
-    return probe_targets(model, resolve_targets(model, config), config, prompts, statistics)
+    return probe_targets(model, resolve_targets(model, config), ProbeSettings.of(config), prompts)
 
 
 def probe_targets(
-    model: nn.Module,
-    targets: Mapping[str, Target],
-    config: DowserConfig,
-    prompts: Sequence[Text] | None = None,
-    statistics: ProbeStatistics | None = None,
+    model: nn.Module, targets: Mapping[str, Target], settings: ProbeSettings, prompts: Sequence[Text] | None = None
 ) -> ProbeStatistics:
     """`probe` for targets that are found already, by name; of a tied weight every use is probed by itself."""
     model = uncompiled(model)
@@ -84,79 +77,60 @@ def probe_targets(
         raise RuntimeError(
             "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
         )
-    spread = is_spread(model)
-    check_gathers(model)
-    able, ranks = _able_ranks(model, spread)
-    _report_idle(able, ranks, next(iter(targets.values())).device)
-    for_all = by_all_ranks if spread else partial(from_rank, able[0])
-    config = copy.copy(config)
-    config.seed = from_rank(0, lambda: config.seed)
-    first = 0 if statistics is None else statistics.info.num_probes
-    inputs = for_all(lambda: _inputs(model, config, prompts, first))
+    ranks = Ranks.of(model)
+    settings = ranks.for_all(lambda: settings)
+    samples = ranks.for_all(lambda: {name: target.sample() for name, target in targets.items()})
+    names = [matrix.name for target in targets.values() for matrix in target.matrices()]
+    at = None
+    if prompts is None and not ranks.in_step:
+        at = ranks.for_all(lambda: cache.place_of(model, samples, settings))
+    if at is not None and (known := ranks.for_all(lambda: cache.read(at, names, samples))) is not None:
+        return known
+    _report_idle(ranks, next(iter(targets.values())).device)
+    inputs = ranks.for_all(lambda: _inputs(model, settings, prompts))
+    mine, found = ranks.on_each(lambda: _probed(model, targets, settings, inputs, ranks))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
-        num_probes=first + len(inputs),
-        num_rademacher=config.num_rademacher,
-        probe_length=prompt_length(model, config) if prompts is None else 0,
-        probe_images=config.probe_images if prompts is None else 0.0,
-        seed=config.seed,
+        num_probes=len(inputs),
+        num_rademacher=settings.num_rademacher,
+        probe_length=prompt_length(model, settings) if prompts is None else 0,
+        probe_images=settings.probe_images if prompts is None else 0.0,
+        seed=settings.seed,
     )
-    samples = for_all(lambda: {name: target.sample() for name, target in targets.items()})
-    if statistics is not None:
-        check_continues(statistics, info, samples, gradient=config.score == "gradient")
-    share = Share(able.index(rank()), len(able), spread) if rank() in able else None
-    probed = partial(_probed, model, targets, config, inputs, first, share)
-    mine, found = probed() if spread else on_every_rank(probed)
-    names = [matrix.name for target in targets.values() for matrix in target.matrices()]
-    return ProbeStatistics(_gathered(names, [first + number for number in mine], found, statistics), info, samples)
+    statistics = ProbeStatistics(ranks.gathered(names, mine, found), info, samples)
+    if at is not None:
+        ranks.for_all(lambda: cache.keep(statistics, at))
+    return statistics
 
 
-def _report_idle(able: list[int], ranks: int, device: torch.device) -> None:
+def _report_idle(ranks: Ranks, device: torch.device) -> None:
     """Say which GPUs or ranks do nothing while the probe runs."""
-    if rank() != able[0]:
+    if not ranks.is_first:
         return
     if device.type == "cpu" and torch.accelerator.is_available():
         logger.warning(
             "The probe runs on the CPU, where the base is, while a GPU is idle. Move the base there before, or load it "
             "with device_map: the probe then takes seconds instead of minutes."
         )
-    if len(able) < ranks:
+    if len(ranks.able) < ranks.count:
         logger.warning(
             "%d of %d ranks have the weights and probe, while the others wait, no longer than the time-out of the "
             "process group. For a large base probe first: probe(model, config).save(path), then "
             "DowserConfig(statistics=path).",
-            len(able),
-            ranks,
+            len(ranks.able),
+            ranks.count,
         )
 
 
-def _able_ranks(model: nn.Module, spread: bool) -> tuple[list[int], int]:
-    """The ranks that can probe, and how many there are: rank 0 alone can where it alone loads the base."""
-    missing = gather(bool(_on_meta(model)))
-    able = [number for number, lacks in enumerate(missing) if not lacks]
-    on_every_rank(lambda: check_materialized(model) if not able or spread or rank() in able else None)
-    return able, len(missing)
-
-
-def _inputs(
-    model: nn.Module,
-    config: DowserConfig,
-    prompts: Sequence[Text] | None,
-    first: int,
-) -> list[Prompt]:
-    """The prompts to probe: those of the caller, or synthetic ones beginning with number `first`; on the CPU.
+def _inputs(model: nn.Module, settings: ProbeSettings, prompts: Sequence[Text] | None) -> list[Prompt]:
+    """The prompts to probe, on the CPU: the prompts of the caller, or synthetic ones.
 
     From a GPU they would be sent with its name, for which every rank would take memory there.
     """
     if prompts is not None:
         return _on_cpu(given_prompts(model, prompts))
-    if config.num_probes <= first:
-        raise ValueError(
-            f"The statistics cover {first} prompts already, and num_probes is {config.num_probes}: choose a larger "
-            "num_probes to continue them."
-        )
     with left_as_it_was(model):
-        return _on_cpu(synthetic_prompts(model, config, first))
+        return _on_cpu(synthetic_prompts(model, settings))
 
 
 def _on_cpu(prompts: list[Prompt]) -> list[Prompt]:
@@ -164,40 +138,11 @@ def _on_cpu(prompts: list[Prompt]) -> list[Prompt]:
 
 
 def _probed(
-    model: nn.Module,
-    targets: Mapping[str, Target],
-    config: DowserConfig,
-    inputs: list[Prompt],
-    first: int,
-    share: Share | None,
+    model: nn.Module, targets: Mapping[str, Target], settings: ProbeSettings, inputs: list[Prompt], ranks: Ranks
 ) -> tuple[list[int], dict[str, ModuleStatistics]]:
     """The prompts that this rank probes, and their statistics."""
-    if share is None:
+    if not ranks.probes:
         return [], {}
     with left_as_it_was(model):
-        passes = Passes(model, targets, config, inputs, first, share)
+        passes = Passes(model, targets, settings, inputs, ranks)
         return passes.mine, passes.statistics()
-
-
-def _gathered(
-    names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics], earlier: ProbeStatistics | None
-) -> dict[str, ModuleStatistics]:
-    """Statistics of all prompts: those of an earlier probe, and what each rank has found.
-
-    Args:
-        names: the matrices, in the same order on every rank.
-        mine: numbers of the prompts that this rank has probed.
-        found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
-        earlier: the probe that is continued.
-    """
-    numbers = gather(mine)
-    if earlier is not None:
-        numbers.insert(0, range(earlier.info.num_probes))
-    modules = {}
-    for name in names:
-        parts = gather(found.pop(name, None))
-        if earlier is not None:
-            parts.insert(0, earlier.modules.get(name))
-        if (whole := combined(list(zip(numbers, parts, strict=True)))) is not None:
-            modules[name] = whole
-    return modules

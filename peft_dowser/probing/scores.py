@@ -27,7 +27,7 @@ def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     """
     sensitivity, activity = statistics.sensitivity, statistics.activity
     _check_shape(weight, (sensitivity.shape[1], activity.shape[1]))
-    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which MPS has not
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # MPS has no float64
     rows, columns = sensitivity.to(weight.device, wide).T, activity.to(weight.device, wide)
     score = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     height = max(1, _BLOCK // max(1, weight.shape[1]))

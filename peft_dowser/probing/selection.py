@@ -1,4 +1,4 @@
-"""Choosing the mask of every target: score, rank in the scope of the config, keep the positions."""
+"""Selection: score every target, rank in the scope of the config, and keep the positions."""
 
 import hashlib
 import warnings
@@ -50,7 +50,7 @@ def choose_masks(
 
 
 def _joined(target: Target, masks: Mapping[str, Tensor]) -> Tensor | None:
-    """The positions of all matrices of a target, in the target; None where all are frozen."""
+    """The positions of a target, joined from its matrices; None where all are frozen."""
     parts = [
         masks[matrix.name].to(position_dtype(target.numel)) + (matrix.expert or 0) * matrix.numel
         for matrix in target.matrices()

@@ -1,4 +1,4 @@
-"""What a probe of the model leaves behind: two thin factors per weight matrix, from which any mask can be chosen."""
+"""The result of a probe: two thin factors per weight matrix, from which masks of any ratio are chosen."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -36,13 +36,13 @@ class ModuleStatistics:
     gradient: Tensor | None = None
 
     def of_prompts(self, numbers: Sequence[int]) -> "ModuleStatistics":
-        """Without the rows of other prompts."""
+        """The statistics with the rows of these prompts only."""
         return replace(self, sensitivity=self.sensitivity[numbers], activity=self.activity[numbers])
 
 
 @dataclass
 class ProbeInfo:
-    """How statistics were made: what a reader needs to repeat the probe.
+    """How statistics were made, as their file tells it.
 
     Attributes:
         base_model: name or path of the probed model, "" where it has none.
@@ -73,8 +73,8 @@ class ProbeStatistics:
         modules: statistics by module name, relative to the base model; of an expert by the name of the fused parameter
             and its number: "model.layers.0.mlp.experts.down_proj[3]".
         info: how they were made.
-        samples: a few entries of every probed weight, by the name of the module or of the fused parameter, by which
-            other weights of the same shapes are told from these (`delta.format.base_sample`); None of a quantized one.
+        samples: a few entries of every probed weight (`delta.format.base_sample`), by the name of the module or of the
+            fused parameter; they tell this base from others of the same shapes. None for a quantized weight.
     """
 
     modules: dict[str, ModuleStatistics]
@@ -144,15 +144,15 @@ class ProbeStatistics:
     def named_as(self, names: Collection[str], own: str) -> "ProbeStatistics":
         """The statistics under the names that another class of the same base gives its modules.
 
-        LlamaForCausalLM has its layers at "model.layers", LlamaModel at "layers", LlamaForQuestionAnswering at
-        "transformer.layers": what follows the prefix of the class is the same.
+        The layers are at "model.layers" in LlamaForCausalLM, at "layers" in LlamaModel, and at "transformer.layers" in
+        LlamaForQuestionAnswering: only the prefix differs.
 
         Args:
-            names: the modules that statistics are wanted for.
-            own: where the model has its base, such as "transformer"; "" where it is the base.
+            names: the modules that need statistics.
+            own: the prefix of the base in that class, such as "transformer"; "" where the model is the base.
 
         Raises:
-            ValueError: the names fit to several parts of the model that was probed, or to none.
+            ValueError: the names fit several parts of the model that was probed, or none.
         """
         known = {name.partition("[")[0] for name in (*self.samples, *self.modules)}
         if not known.isdisjoint(names):
@@ -168,14 +168,13 @@ class ProbeStatistics:
         }
         if len(found) > 1:
             raise ValueError(
-                f"The probe statistics are of a model that names its modules differently, and '{min(bare)}' and others "
-                f"fit to several parts of it: {few(sorted(found))}. Choose target_modules "
-                "that fit to one of them, or probe this model."
+                f"The probed model names its modules differently, and '{min(bare)}' and others fit several parts of "
+                f"it: {few(sorted(found))}. Choose target_modules that fit one of them, or probe this model."
             )
         if not found:
             raise ValueError(
-                f"The probe statistics have none of the {len(names)} target modules, such as '{min(names)}': they have "
-                f"{few(sorted(known))}. Probe this model, or choose target_modules among those."
+                f"The probe statistics have none of the {len(names)} target modules, such as '{min(names)}', but "
+                f"{few(sorted(known))}. Probe this model, or choose target_modules among these."
             )
         (prefix,) = found
 
@@ -189,19 +188,18 @@ class ProbeStatistics:
         )
 
     def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
-        """The weights that are not those that were probed, in whatever float dtype either is, by name."""
+        """Names of the weights that differ from the probed ones by more than a cast to another float dtype."""
         return unlike_samples(self.samples, samples)
 
 
 def combined(parts: Sequence[tuple[Sequence[int], ModuleStatistics | None]]) -> ModuleStatistics | None:
-    """Statistics of one module over several lots of prompts: exactly those of all prompts together.
+    """Join the statistics of one module over parts of the prompts to the statistics of all prompts.
 
     Args:
-        parts: for each lot the numbers of its prompts among all, and its statistics; None where none of them reached
-            the module.
+        parts: the numbers of the prompts of each part, and their statistics; None where no prompt reached the module.
 
     Returns:
-        The statistics, their rows in the order of the numbers; None where no lot reached the module.
+        The statistics, their rows in the order of the numbers; None where no prompt reached the module.
     """
     reached = [(numbers, part) for numbers, part in parts if part is not None]
     if not reached:
@@ -225,50 +223,15 @@ def _rows(total: int, parts: list[tuple[Sequence[int], Tensor]]) -> Tensor:
     return rows
 
 
-def check_continues(
-    earlier: ProbeStatistics, info: ProbeInfo, samples: Mapping[str, str | None], gradient: bool
-) -> None:
-    """Refuse to add prompts to statistics that were made with other settings, or of other weights.
-
-    Args:
-        earlier: the statistics.
-        info: how the further prompts will be probed.
-        samples: those of the modules and fused parameters that they will be probed for.
-        gradient: whether the further prompts will have a gradient: a mean over some of the prompts is none over all.
-
-    Raises:
-        ValueError: anything but the number of prompts differs; the message says what.
-    """
-    before, after = asdict(earlier.info), asdict(info)
-    differences = [
-        f"{name} was {before[name]!r} and is {after[name]!r}"
-        for name in before
-        if name != "num_probes" and before[name] != after[name]
-    ]
-    # Of a fused parameter one expert suffices: the prompts may not have reached the others.
-    known = {name.partition("[")[0] for name in earlier.modules}
-    if missing := [name for name in samples if name not in known]:
-        differences.append(f"{len(missing)} target modules were not probed, '{missing[0]}' the first")
-    had = any(module.gradient is not None for module in earlier.modules.values())
-    if had != gradient:
-        differences.append(f"they hold {'a' if had else 'no'} gradient, which score='gradient' alone has")
-    if others := earlier.unlike(samples):
-        differences.append(f"{len(others)} target modules had other weights, '{others[0]}' the first")
-    if differences:
-        raise ValueError(
-            f"The statistics cannot be continued: {'; '.join(differences)}. Probe with the same settings, or anew."
-        )
-
-
 def _samples(found: object) -> dict[str, str | None]:
     if not isinstance(found, dict) or not all(text is None or is_sample(text) for text in found.values()):
-        raise TypeError("its samples of the weights are none")
+        raise TypeError("'samples' is not a mapping of names to samples of weights")
     return found
 
 
 def _check_version(metadata: dict[str, str], path: str | Path) -> None:
     if metadata.get("format") != _FORMAT:
-        raise ValueError(f"'{path}' holds no probe statistics: write it with ProbeStatistics.save.")
+        raise ValueError(f"'{path}' holds no probe statistics. Write them with ProbeStatistics.save.")
     version = printable(str(metadata.get("version"))[:50])
     if version != str(_VERSION):
         raise ValueError(

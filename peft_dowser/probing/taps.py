@@ -15,17 +15,17 @@ class Tap:
     """Statistics of one module for the batch in flight.
 
     Attributes:
-        masks: real tokens of the batch, `(batch, tokens)`, float32: those of the prompts, and those that a decoder of
-            its own reads; none where the inputs have no tokens.
+        masks: real tokens of the batch, `(batch, tokens)`, float32: of the prompts, and of what a separate decoder
+            reads; empty where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
-        calls: how often the module was called with any row.
+        calls: how often the module was called with at least one row.
         activity: sum over calls of the mean |h|, `(batch, in)`.
         energy: sum over calls and real tokens of h squared, `(in,)`.
         sensitivity: sum over backwards and calls of the mean |dz|, `(batch, out)`.
         gradient: sum over calls of dz^T h in the backward of a loss, `(out, in)`.
         starts: outputs at which the graph begins.
-        of_loss: the running backward is that of a loss, not of a Rademacher vector.
+        of_loss: the running backward belongs to a loss, not to a Rademacher vector.
     """
 
     masks: Sequence[Tensor]
@@ -80,7 +80,7 @@ class Tap:
     def _by_prompt(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Values as `(batch, tokens, features)` and the weight of each token in its prompt's mean.
 
-        Rows that are but some of the tokens of a prompt, as behind a router, are weighted as if the others were zero.
+        Behind a router the rows are only some of the tokens of a prompt; the others count as zero.
         """
         if not self.tells_apart(values.shape[:-1]):
             raise ValueError(
@@ -98,9 +98,9 @@ class Tap:
         return tokens, (1 / count).expand(tokens.shape[:2])
 
     def tells_apart(self, rows: torch.Size) -> bool:
-        """Whether the rows of an input of shape `(*rows, features)` can be told apart by prompt.
+        """Whether it is known which prompt each row of an input of shape `(*rows, features)` belongs to.
 
-        They are those of one prompt, or come prompt by prompt.
+        The rows belong to one prompt, or come prompt by prompt.
         """
         in_order = rows[:1] == (self.batch,) or any(rows == (mask.numel(),) for mask in self.masks)
         return self.batch == 1 or in_order
@@ -108,17 +108,17 @@ class Tap:
 
 @dataclass
 class LayoutTap(Tap):
-    """Measures nothing, but finds out whether the module keeps the prompts of a batch apart.
+    """Measures nothing, but finds out whether the module mixes the prompts of a batch.
 
     Attributes:
-        mixes: a call has had rows that cannot be told apart by prompt.
+        mixes: in a call it was not known which prompt each row belongs to.
     """
 
     mixes: bool = False
 
     def forward(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
         rows = output.shape[:-1]
-        # Prompts of as many tokens as there are prompts: the other way round the shape would be the same.
+        # As many tokens as prompts: a transposed batch would have the same shape.
         square = rows[:2] == (self.batch, self.batch)
         self.mixes |= square or not self.tells_apart(rows)
         return output

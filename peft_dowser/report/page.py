@@ -90,6 +90,8 @@ def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]
 
 
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
+    roots = {row["module"].partition(".")[0] for row in modules}
+    statistics = statistics.named_as({row["module"] for row in modules}, roots.pop() if len(roots) == 1 else "")
     sizes = {name: (found.sensitivity.shape[1], found.activity.shape[1]) for name, found in statistics.modules.items()}
     # For an expert, the statistics put its number after the name of the fused parameter.
     probed = {name.partition("[")[0]: sorted(size) for name, size in sizes.items()}

@@ -23,6 +23,7 @@ from ..files.checks import check_counts, compare
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from ..probing.run import probe_targets
 from ..probing.selection import choose_masks, same_on_all_ranks
+from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
 from .notices import (
@@ -198,7 +199,7 @@ class New(Injection):
             return None
         path = self.config.statistics
         if path is None:
-            return probe_targets(model, self.targets, self.config)
+            return probe_targets(model, self.targets, ProbeSettings.of(self.config))
         place = _place_of_base(model)
         # Rank 0 chooses.
         return on_every_rank(lambda: ProbeStatistics.load(path).named_as(self.targets, place) if rank() == 0 else None)

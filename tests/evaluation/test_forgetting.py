@@ -341,7 +341,7 @@ def test_bad_arguments_are_refused_at_once(arguments: dict[str, Any], message: s
         ({"texts": ["a text"]}, "they are strings, and the trainer has no processing_class"),
         ({"texts": [[1, 2], [3]]}, r"texts\[1\] must be .* two tokens or more .* shape \(1, 1\)"),
         ({"texts": [{"pixel_values": torch.zeros(1)}]}, r"texts\[0\] must be a text, a row of token ids or a mapping"),
-        ({"texts": TEXTS, "kl": True}, "but LlamaForCausalLM is no PeftModel: its base is gone"),
+        ({"texts": TEXTS, "kl": True}, "but LlamaForCausalLM is not a PeftModel: its base is gone"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_at_train_begin(
@@ -355,7 +355,7 @@ def test_a_model_that_cannot_write_or_predict_is_refused(tmp_path: Path) -> None
     headless = LlamaModel(
         LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
     )
-    with pytest.raises(ValueError, match=r"LlamaModel cannot write its own: it is no causal .* Pass texts="):
+    with pytest.raises(ValueError, match=r"LlamaModel cannot write its own: it is not a causal .* Pass texts="):
         trained(headless, tmp_path, [ForgettingCallback()])
     with pytest.raises(ValueError, match=r"LlamaModel gives logits of shape none for \(7, 9\) tokens"):
         trained(headless, tmp_path, [ForgettingCallback(TEXTS)])

@@ -511,19 +511,6 @@ def test_batches_and_untargeted_parameters_do_not_matter() -> None:
             torch.testing.assert_close(module.activity, other.activity, rtol=1e-4, atol=1e-8)
 
 
-def test_a_probe_is_continued_for_experts_that_the_first_prompts_did_not_reach() -> None:
-    model = tiny_moe("qwen3_moe")
-    settings = config(target_parameters=PARAMETERS, target_modules=[])
-    first = probe(model, settings, prompts=PROMPTS[1:2])
-    found = probe(model, settings, prompts=[PROMPTS[0], PROMPTS[2]], statistics=first)
-    whole = probe(model, settings, prompts=[PROMPTS[1], PROMPTS[0], PROMPTS[2]])
-    assert len(first.modules) < len(whole.modules)
-    assert found.modules.keys() == whole.modules.keys()
-    for name, module in whole.modules.items():
-        torch.testing.assert_close(found.modules[name].sensitivity, module.sensitivity, rtol=1e-4, atol=1e-8)
-        torch.testing.assert_close(found.modules[name].activity, module.activity, rtol=1e-4, atol=1e-8)
-
-
 def test_the_gradient_score_is_that_of_the_dense_gradient() -> None:
     for family in FAMILIES:
         model = tiny_moe(family)

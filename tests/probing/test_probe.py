@@ -331,46 +331,6 @@ def test_gradient_checkpointing_does_not_matter() -> None:
         assert torch.equal(found.modules[name].sensitivity, expected.modules[name].sensitivity)
 
 
-def test_an_earlier_probe_is_continued() -> None:
-    model = tiny_llama()
-    whole = probe(model, config(num_probes=66, probe_batch_size=2))
-    earlier = probe(model, config(num_probes=64, probe_batch_size=2))
-    continued = probe(model, config(num_probes=66, probe_batch_size=2), statistics=earlier)
-    assert continued.info == whole.info
-    for name, module in whole.modules.items():
-        assert torch.equal(module.sensitivity, continued.modules[name].sensitivity)
-        assert torch.equal(module.activity, continued.modules[name].activity)
-        torch.testing.assert_close(module.energy, continued.modules[name].energy)
-
-
-def test_gradients_of_two_lots_are_those_of_all() -> None:
-    model, prompts = tiny_llama(), [torch.arange(3, 3 + n) for n in (4, 7, 9)]
-    whole = probe(model, config(score="gradient"), prompts=prompts)
-    earlier = probe(model, config(score="gradient"), prompts=prompts[:1])
-    continued = probe(model, config(score="gradient"), prompts=prompts[1:], statistics=earlier)
-    for name, module in whole.modules.items():
-        torch.testing.assert_close(module.gradient, continued.modules[name].gradient)
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"seed": 1}, "seed was 0 and is 1"),
-        ({"num_rademacher": 3}, "num_rademacher was 2 and is 3"),
-        ({"num_probes": 4}, "The statistics cover 4 prompts already, and num_probes is 4"),
-        (
-            {"target_modules": ["up_proj", "down_proj"]},
-            "2 target modules were not probed",
-        ),
-    ],
-)
-def test_other_settings_do_not_continue_a_probe(changed: dict, message: str) -> None:
-    model = tiny_llama()
-    earlier = probe(model, config(target_modules=["up_proj"]))
-    with pytest.raises(ValueError, match=message):
-        probe(model, config(**({"num_probes": 8, "target_modules": ["up_proj"]} | changed)), statistics=earlier)
-
-
 @pytest.mark.parametrize("given", [True, False])
 def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a GPU every rank would unpack them onto the same one."""
@@ -388,7 +348,7 @@ def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: p
 
     sent: list[Tensor] = []
     monkeypatch.setattr(Tensor, "cpu", noted)
-    monkeypatch.setattr(sys.modules["peft_dowser.probing.run"], "from_rank", from_rank)
+    monkeypatch.setattr(sys.modules["peft_dowser.probing.ranks"], "from_rank", from_rank)
     probe(tiny_llama(), config(), prompts=[{"input_ids": torch.tensor([[3, 4]])}] if given else None)
     assert len(sent) == (1 if given else 4)
     assert all(any(tensor is other for other in moved) for tensor in sent)

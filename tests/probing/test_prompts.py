@@ -18,6 +18,7 @@ from peft_dowser import DowserLayer, ProbeStatistics, probe
 from peft_dowser.base.targets import resolve_targets
 from peft_dowser.delta.seeds import derived_seed
 from peft_dowser.probing.prompts import special_ids, synthetic_prompts
+from peft_dowser.probing.settings import ProbeSettings
 
 SIZES = {
     "d_model": 32,
@@ -89,7 +90,7 @@ def test_tokens_that_a_config_forces_are_not_written(family: str) -> None:
     given = config(num_probes=2, target_modules=[name])
     found = probe(model, given)
     assert model.generation_config is before
-    for number, prompt in enumerate(synthetic_prompts(model, given)):
+    for number, prompt in enumerate(synthetic_prompts(model, ProbeSettings.of(given))):
         assert prompt["input_ids"].shape == (1, 12)
         assert not set(special_ids(model)) & set(prompt["input_ids"][0, 1:].tolist())
         expected = sensitivity(model, name, prompt, number)
@@ -192,12 +193,10 @@ def test_statistics_that_fit_to_several_parts_or_to_none_are_refused(tmp_path: P
     found = probe(tiny_llama(), config())
     twice = {f"{part}.{name}": copy.deepcopy(module) for part in ("a", "b") for name, module in found.modules.items()}
     ProbeStatistics(twice, found.info).save(path)
-    with pytest.raises(
-        ValueError, match=r"'layers\.0\.mlp\.down_proj' and others fit to several .* 'a\.model\.', 'b\."
-    ):
+    with pytest.raises(ValueError, match=r"'layers\.0\.mlp\.down_proj' and others fit several .* 'a\.model\.', 'b\."):
         get_peft_model(tiny_llama(), config(statistics=str(path)))
     ProbeStatistics({"other.q_proj": next(iter(found.modules.values()))}, found.info).save(path)
-    with pytest.raises(ValueError, match=r"have none of the 14 target modules, such as .*: they have 'other\.q_proj'"):
+    with pytest.raises(ValueError, match=r"have none of the 14 target modules, such as .*, but 'other\.q_proj'"):
         get_peft_model(tiny_llama(), config(statistics=str(path)))
 
 
@@ -262,9 +261,7 @@ def test_texts_without_a_tokenizer_are_refused(saved: bool, tmp_path: Path) -> N
     if saved:
         model.save_pretrained(tmp_path)
         model = type(model).from_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"the tokenizer of LlamaForCausalLM is not at hand: '.*prompts=\[tokenizer\(text"
-    ):
+    with pytest.raises(ValueError, match=r"the tokenizer of LlamaForCausalLM is missing: '.*prompts=\[tokenizer\(text"):
         probe(model, config(), prompts=["a text"])
 
 

@@ -185,6 +185,17 @@ def test_statistics_of_another_model_are_refused(statistics: ProbeStatistics, tm
     assert not (tmp_path / "page.html").exists()
 
 
+def test_statistics_of_the_bare_base_are_found_under_the_names_of_the_adapter(
+    statistics: ProbeStatistics, tmp_path: Path
+) -> None:
+    saved(tmp_path)
+    bare = {name.removeprefix("model."): module for name, module in statistics.modules.items()}
+    for name, modules in (("whole", statistics.modules), ("bare", bare)):
+        ProbeStatistics(modules, statistics.info).save(tmp_path / name)
+        report(tmp_path, tmp_path / f"{name}.html", statistics=tmp_path / name)
+    assert (tmp_path / "bare.html").read_bytes() == (tmp_path / "whole.html").read_bytes()
+
+
 def test_an_adapter_without_a_manifest_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
     edit(tmp_path, {"manifest": None})

@@ -43,6 +43,7 @@ from transformers import (
 
 from peft_dowser import DowserLayer, probe
 from peft_dowser.probing.prompts import special_ids, synthetic_prompts
+from peft_dowser.probing.settings import ProbeSettings
 
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny_llava"
 TEXT = {
@@ -206,7 +207,7 @@ def test_life_cycle(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llava", "gpt2", "t5", "bert"])
 def test_synthetic_prompts(family: str) -> None:
     model = built(family)
-    prompts = [prompt["input_ids"][0] for prompt in synthetic_prompts(model, config(num_probes=70))]
+    prompts = [prompt["input_ids"][0] for prompt in synthetic_prompts(model, ProbeSettings.of(config(num_probes=70)))]
     assert len(prompts) == 70
     assert {len(ids) for ids in prompts} == {12}
     start = 1 if family in ("llava", "bert") else None  # the others name a BOS outside of the vocabulary, or none
@@ -233,21 +234,21 @@ def test_token_0_is_special_where_a_config_says_so(family: str) -> None:
     build, special = SPECIALS[family]
     model = build().eval()
     assert special_ids(model) == special
-    prompts = synthetic_prompts(model, config(num_probes=32, probe_length=64))
+    prompts = synthetic_prompts(model, ProbeSettings.of(config(num_probes=32, probe_length=64)))
     text = torch.cat([prompt["input_ids"][0, 0 if family == "bert" else 1 :] for prompt in prompts])
     assert not set(special) & set(text.tolist())
     assert (0 in text) == (family == "llama")
 
 
 def test_an_image_token_is_never_written() -> None:
-    for prompt in synthetic_prompts(built("llava"), config(num_probes=64, probe_length=64)):
+    for prompt in synthetic_prompts(built("llava"), ProbeSettings.of(config(num_probes=64, probe_length=64))):
         assert 5 not in prompt["input_ids"]
 
 
 def test_the_image_pathway_is_probed_with_noise() -> None:
     model = AutoModelForImageTextToText.from_pretrained(TINY_LLAVA)
     given = config(num_probes=6, probe_images=0.5)
-    prompts = synthetic_prompts(model.eval(), given)
+    prompts = synthetic_prompts(model.eval(), ProbeSettings.of(given))
     assert [("pixel_values" in prompt) for prompt in prompts] == [True] * 3 + [False] * 3
     image = model.config.image_token_id
     for prompt in prompts[:3]:

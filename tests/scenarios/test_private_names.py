@@ -180,6 +180,8 @@ def test_transformers_marks_experts_and_chooses_how_they_compute() -> None:
     assert experts.is_transposed is False, moved(path)
     model.set_experts_implementation("batched_mm")
     assert experts.config._experts_implementation == "batched_mm", moved(path)
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager", moved("transformers:PreTrainedModel.set_attn_implementation")
     assert callable(torch.ops.transformers.grouped_mm_fallback), moved("transformers.integrations.moe")
 
 
@@ -225,6 +227,7 @@ PUBLIC = {
 }
 ATTRIBUTES = {
     "_adapters",
+    "_attn_implementation",
     "_disable_adapters",
     "_experts_implementation",
     "_from_config",

@@ -1,0 +1,155 @@
+"""The cache of probes: what was measured once is read from the user's cache folder, bit for bit.
+
+`DOWSER_CACHE` names another folder, or is "off". A file is found by a digest of everything that the statistics depend
+on, so nothing in the folder ever has to be brought up to date, and all of it may be deleted.
+"""
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.constants import HF_HOME
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .._transformers import implementations
+from .._version import __version__
+from ..base.storage import backend_of, onloaded
+from ..delta.format import base_name, is_delta
+from .settings import ProbeSettings
+from .statistics import ProbeStatistics
+
+logger = logging.getLogger(__name__)
+
+# A file, by its digest; other files in the folder are left alone.
+_NAME = "probe-{}.safetensors"
+
+# Bytes of all cached statistics; the oldest are deleted beyond it.
+_LIMIT = 4_000_000_000
+
+# The integers of as many bytes as an entry.
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def place_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> Path | None:
+    """The file in the cache for a probe with synthetic prompts, whether or not it exists.
+
+    Args:
+        model: the base model, not sharded.
+        samples: samples of the target weights, by name.
+        settings: how it is probed.
+
+    Returns:
+        None where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized
+        weight stands for, what a hook does, or which image processor lies in a folder.
+    """
+    folder = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
+    if folder.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
+        return None
+    if None in samples.values() or any(backend_of(part) is not None or _has_hooks(part) for part in model.modules()):
+        return None
+    digest = hashlib.sha256(json.dumps([*_surroundings(model), list(samples), astuple(settings)]).encode())
+    for line in _weights(model):
+        digest.update(line)
+    return Path(folder).expanduser() / _NAME.format(digest.hexdigest())
+
+
+def read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
+    """The statistics in a file of the cache, in the order of the names of the matrices.
+
+    Returns:
+        None where there is no such file, or, with a warning, a damaged one.
+    """
+    if not path.exists():
+        return None
+    try:
+        statistics = ProbeStatistics.load(path)
+        modules = statistics.modules
+        if statistics.samples != samples or not modules.keys() <= set(names):
+            raise ValueError("it holds the statistics of other weights")
+    except (OSError, ValueError) as error:
+        logger.warning("Probing again, because the cached statistics '%s' cannot be used: %s", path, error)
+        return None
+    logger.info("The statistics were read from the cache, and not probed: '%s'. DOWSER_CACHE=off probes anew.", path)
+    return replace(statistics, modules={name: modules[name] for name in names if name in modules})
+
+
+def keep(statistics: ProbeStatistics, path: Path) -> None:
+    """Write statistics into the cache, whole or not at all; a folder that cannot be written is a warning."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".probe-", dir=path.parent) as work:
+            statistics.save(Path(work) / path.name)
+            size = (Path(work) / path.name).stat().st_size
+            if size > _LIMIT:
+                logger.info("The statistics are not cached: %.1f GB is more than the whole cache may hold.", size / 1e9)
+                return
+            _make_room(path.parent, size)
+            (Path(work) / path.name).replace(path)
+    except OSError as error:
+        logger.warning("The statistics are not cached in '%s' (%s); DOWSER_CACHE names another folder.", path, error)
+        return
+    logger.info(
+        "The statistics are cached in '%s': %.1f MB, of at most %.1f GB in that folder. DOWSER_CACHE=off turns it off.",
+        path,
+        size / 1e6,
+        _LIMIT / 1e9,
+    )
+
+
+def _make_room(folder: Path, size: int) -> None:
+    """Delete the oldest statistics until there is room for as many bytes more."""
+    newest = sorted(folder.glob(_NAME.format("[0-9a-f]" * 64)), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in newest:
+        size += file.stat().st_size
+        if size > _LIMIT:
+            file.unlink(missing_ok=True)
+
+
+def _surroundings(model: PreTrainedModel) -> Iterator[Any]:
+    """What the outputs of a model depend on besides its weights: its class and config, and what computes them."""
+    yield f"{type(model).__module__}.{type(model).__qualname__}"
+    yield [model.config.name_or_path, str(model.config), str(getattr(model, "generation_config", None))]
+    yield implementations(model)
+    yield [__version__, torch.__version__, transformers.__version__]
+
+
+def _weights(model: nn.Module) -> Iterator[bytes]:
+    """Every tensor of the base: its name, dtype, shape and device, and the exact sum of the bits of every row.
+
+    Not of samples: the statistics depend on all weights, and a merge may have changed only a few of them.
+    """
+    for path, module in model.named_modules():
+        with onloaded(module):
+            tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+            tensors |= dict(module.named_buffers(recurse=False))
+            for name, tensor in tensors.items():
+                if not is_delta(f".{path}.{name}"):
+                    name = base_name(f"{path}.{name}")
+                    yield f"{name} {tensor.dtype} {list(tensor.shape)} {_hardware(tensor.device)} ".encode()
+                    yield _row_sums(tensor.detach()).cpu().numpy().tobytes()
+
+
+def _row_sums(tensor: Tensor) -> Tensor:
+    """The sum of the bits of every row, modulo 2^64."""
+    size = tensor.element_size()
+    row, start = tensor.shape[-1:].numel() * size, tensor.storage_offset() * size
+    fast = tensor.dim() and tensor.is_contiguous() and row % 8 == start % 8 == 0  # twenty times as fast in bfloat16
+    return tensor.view(torch.int64 if fast else _INTEGERS.get(size, torch.uint8)).sum(-1, dtype=torch.int64)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind) for kind in kinds)
+
+
+def _hardware(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

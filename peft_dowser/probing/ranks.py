@@ -1,0 +1,89 @@
+"""Which ranks of a distributed run take part in a probe, and how their results come together."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from ..base.distributed import by_all_ranks, check_gathers, from_rank, gather, is_spread, is_zero3, on_every_rank, rank
+from ..base.storage import _on_meta, check_materialized
+from .statistics import ModuleStatistics, combined
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of one probe, decided before it begins; one process is a run of one rank.
+
+    Attributes:
+        able: the ranks that have the weights, and probe.
+        count: how many ranks there are.
+        in_step: the base is sharded, and all ranks gather its weights together: each must run as many passes as the
+            others.
+        one_backward: the weights are gathered for one backward after every forward, as by DeepSpeed.
+    """
+
+    able: Sequence[int]
+    count: int
+    in_step: bool
+    one_backward: bool
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Ranks":
+        """Decide who probes: rank 0 alone can where it alone loads the base.
+
+        Raises:
+            ValueError: no rank has the weights, or they are sharded in a way that the probe cannot follow.
+        """
+        in_step = is_spread(model)
+        check_gathers(model)
+        missing = gather(bool(_on_meta(model)))
+        able = [number for number, lacks in enumerate(missing) if not lacks]
+        on_every_rank(lambda: check_materialized(model) if not able or in_step or rank() in able else None)
+        return cls(able, len(missing), in_step, is_zero3(model))
+
+    @property
+    def probes(self) -> bool:
+        """Whether this rank probes."""
+        return rank() in self.able
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for those that probe."""
+        return rank() == self.able[0]
+
+    def share(self, prompts: list[int]) -> list[int]:
+        """The prompts that this rank probes."""
+        return prompts[self.able.index(rank()) :: len(self.able)]
+
+    def batches(self, prompts: list[int], size: int) -> int:
+        """How many batches the rank with the largest share of some prompts runs."""
+        return -(-len(prompts) // (size * len(self.able)))
+
+    def smallest(self, size: int) -> int:
+        """A batch size that all ranks can use where they run in step, and otherwise this rank's own."""
+        return min(gather(size)) if self.in_step else size
+
+    def for_all(self, work: Callable[[], T]) -> T:
+        """Do some work that needs the weights, and hand one result to all ranks."""
+        return by_all_ranks(work) if self.in_step else from_rank(self.able[0], work)
+
+    def on_each(self, work: Callable[[], T]) -> T:
+        """Do some work on every rank; an error is raised on all of them, unless they run in step."""
+        return work() if self.in_step else on_every_rank(work)
+
+    def gathered(
+        self, names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics]
+    ) -> dict[str, ModuleStatistics]:
+        """Statistics of all prompts, from what each rank has found.
+
+        Args:
+            names: the matrices, in the same order on every rank.
+            mine: numbers of the prompts that this rank has probed.
+            found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
+        """
+        numbers = gather(mine)
+        wholes = ((name, combined(list(zip(numbers, gather(found.pop(name, None)), strict=True)))) for name in names)
+        return {name: whole for name, whole in wholes if whole is not None}
