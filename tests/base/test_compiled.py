@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, tiny_llama
+from models import IDS, config, logits, tiny_llama
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from peft_dowser import DowserConfig, Patch, hotswap, merge, probe, verify
 
 # torch asks for the gradient of an activation that it is about to trace.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-IDS = torch.arange(1, 13).view(1, 12)
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -50,10 +49,6 @@ def base(biased: bool = True) -> nn.Module:
     if biased:
         model.model.layers[0].self_attn.q_proj.bias = nn.Parameter(torch.zeros(32))
     return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS).logits
 
 
 def trained(model: nn.Module) -> nn.Module:

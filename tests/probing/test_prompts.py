@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as T
-from models import config, tiny_llama
+from models import MAPPINGS, classes, config, seeded, small_model, tiny_llama
 from peft import get_peft_model
-from small_models import MAPPINGS, classes, small_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
@@ -49,14 +48,6 @@ TEXT = {
     "eos_token_id": 2,
     "pad_token_id": 0,
 }
-
-
-def seeded(build: Callable[[], nn.Module]) -> nn.Module:
-    state = torch.get_rng_state()
-    torch.manual_seed(0)
-    model = build().eval()
-    torch.set_rng_state(state)
-    return model
 
 
 # Models whose config forces tokens to be written, or names none to begin with.
