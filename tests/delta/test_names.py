@@ -93,6 +93,7 @@ def harmless(text: str) -> bool:
 def test_the_commands_show_names_and_obey_none(
     edit: Callable[[Path, str], None], name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    drawn = edit is renamed or name == EVIL["escape"]  # a report of every edit and of every name, but not of all pairs
     if name == "\udc80" and edit in (renamed, damaged):
         name = "\x85"  # safetensors writes no other names than those of UTF-8
     folder, good = adapter_of(tmp_path / "evil", base), adapter_of(tmp_path / "good", base)
@@ -106,7 +107,7 @@ def test_the_commands_show_names_and_obey_none(
         ["merge", str(folder), "-o", str(tmp_path / "merged")],
         ["merge", str(folder), "-o", str(tmp_path / "other"), "--base", str(base)],
         ["verify", str(folder)],
-        ["report", str(folder), "-o", str(tmp_path / "page.html")],
+        *([["report", str(folder), "-o", str(tmp_path / "page.html")]] if drawn else []),
     ):
         result = main(command)
         captured = capsys.readouterr()

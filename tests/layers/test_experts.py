@@ -762,6 +762,7 @@ def sharded_losses(rank: int, size: int = 2) -> dict[str, list[float]]:
     return found
 
 
+@pytest.mark.slow
 def test_sharded_experts_train_as_one_process_does(tmp_path: Path) -> None:
     parts = on_ranks(sharded_losses, tmp_path)
     for implementation, losses in sharded_losses(0, size=1).items():

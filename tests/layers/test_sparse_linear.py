@@ -678,6 +678,7 @@ def test_checkpointed_it_gives_the_same_bits(reentrant: bool, dtype: torch.dtype
     assert_all_same_bits(*results)
 
 
+@pytest.mark.slow
 def test_the_first_use_warns_of_nothing() -> None:
     script = """
 import sys, types, warnings

@@ -251,6 +251,7 @@ def has_browser() -> bool:
     return all(importlib.util.find_spec(name) for name in ("PyQt6", "PyQt6.QtWebEngineWidgets"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_browser(), reason="needs PyQt6-WebEngine, the Chromium that pip can install")
 def test_a_browser_shows_the_page_and_asks_for_nothing(statistics: ProbeStatistics, tmp_path: Path) -> None:
     saved(tmp_path)

@@ -20,6 +20,7 @@ from peft_dowser.base.distributed import is_sharded
 
 # `DS_BUILD_OPS=0 pip install deepspeed` gives one that runs on CPUs.
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow  # starts processes
 
 
 def engine_of(model: nn.Module, stage: int) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import pairwise
 from models import logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
@@ -90,7 +91,7 @@ def by_transformers(base: PreTrainedModel, folder: Path, settings: dict) -> nn.M
     return base
 
 
-@pytest.mark.parametrize(("tied", "save_embeddings", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("tied", "save_embeddings", "name"), pairwise(COMBINATIONS))
 def test_what_peft_writes_loads(
     tied: bool, save_embeddings: bool | str, name: str, folder: Path, tmp_path: Path
 ) -> None:
@@ -107,7 +108,16 @@ def test_what_peft_writes_loads(
         assert expected is None or torch.equal(logits(loaded, BATCH), expected), load.__name__
 
 
-@pytest.mark.parametrize(("tied", "name"), [pair for pair in product((False, True), TRAINED) if pair != MUTE])
+# Every choice with one of the two bases always runs.
+RESUMED = [
+    pytest.param(tied, name, marks=pytest.mark.slow if (number + tied) % 2 else ())
+    for tied in (False, True)
+    for number, name in enumerate(TRAINED)
+    if (tied, name) != MUTE
+]
+
+
+@pytest.mark.parametrize(("tied", "name"), RESUMED)
 def test_a_checkpoint_of_the_trainer_is_resumed_from(tied: bool, name: str, folder: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 5, 96, 99], "labels": [1, 5, 96, 99]}] * 4
     options = {"report_to": [], "per_device_train_batch_size": 1, "use_cpu": True, "disable_tqdm": True, "seed": 0}

@@ -187,18 +187,22 @@ def modules_imported_by(path: Path) -> set[str]:
 # Importing
 
 
+@pytest.mark.slow
 def test_the_ground_floor_needs_torch_only() -> None:
     output_of(WITHOUT_PEFT)
 
 
+@pytest.mark.slow
 def test_the_registration_survives_every_way_of_importing_again() -> None:
     output_of(WORKS + AGAIN_AND_AGAIN)
 
 
+@pytest.mark.slow
 def test_importing_after_peft_works_and_loads_no_other_package() -> None:
     assert output_of(WORKS + AFTER_PEFT) == "peft_dowser"
 
 
+@pytest.mark.slow
 def test_a_peft_with_the_name_is_fine_and_one_with_the_method_is_refused() -> None:
     assert output_of(WORKS + IN_PEFT) == FOREIGN
 

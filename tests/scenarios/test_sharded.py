@@ -40,6 +40,8 @@ from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, probe
 from peft_dowser.baselines import SpiderCallback
 from peft_dowser.probing.statistics import ModuleStatistics
 
+pytestmark = pytest.mark.slow  # starts processes
+
 RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 

@@ -344,6 +344,7 @@ def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
         trainer.model.merge_and_unload()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_sft_example_trains_from_its_yaml(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The very command of the README, on a model and texts in folders."""
