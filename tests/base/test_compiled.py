@@ -59,8 +59,15 @@ def trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("also", ALSO, ids=["head", "tokens"])
-@pytest.mark.parametrize(("before", "after"), [(way, plain) for way in WAYS] + [(plain, way) for way in WAYS])
+# Each order with one of the two always runs.
+ORDERS = [
+    pytest.param(*order, also, marks=pytest.mark.slow if number % 2 != kind else ())
+    for number, order in enumerate([(way, plain) for way in WAYS] + [(plain, way) for way in WAYS])
+    for kind, also in enumerate(ALSO)
+]
+
+
+@pytest.mark.parametrize(("before", "after", "also"), ORDERS)
 def test_every_order_gives_the_adapter_of_the_plain_model(
     before: Callable, after: Callable, also: dict, tmp_path: Path
 ) -> None:

@@ -208,7 +208,7 @@ traced = pytest.mark.skipif(Version(torch.__version__) < Version("2.13"), reason
         ("mixtral", "batched_mm", torch.bfloat16),
         ("mixtral", "grouped_mm", torch.float32),
         ("gpt_oss", "batched_mm", torch.float32),
-        ("gpt_oss", "grouped_mm", torch.float32),
+        pytest.param("gpt_oss", "grouped_mm", torch.float32, marks=pytest.mark.slow),
     ],
 )
 @traced

@@ -116,7 +116,7 @@ def test_a_forward_mode_derivative_is_refused(transform: str, make: Callable[[],
         assert FORWARD[transform](model, given(model)).norm() > 0
 
 
-@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transform", COMPILED)
 def test_it_is_refused_where_torch_compiles(transform: str, trainable: bool) -> None:
     model = ran(linear, trainable)
