@@ -61,9 +61,9 @@ def trained(model: nn.Module) -> nn.Module:
 
 # Each order with one of the two always runs.
 ORDERS = [
-    pytest.param(*order, also, marks=pytest.mark.slow if number % 2 != kind else ())
+    pytest.param(*order, also, marks=pytest.mark.slow if number % 2 != kind else (), id=f"{number}-{name}")
     for number, order in enumerate([(way, plain) for way in WAYS] + [(plain, way) for way in WAYS])
-    for kind, also in enumerate(ALSO)
+    for kind, (name, also) in enumerate(zip(("head", "tokens"), ALSO, strict=True))
 ]
 
 
