@@ -1,6 +1,5 @@
 """A small saved adapter, the ways of damaging it, and what must hold after somebody has tried to load it."""
 
-import json
 import random
 import struct
 import sys
@@ -8,19 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from models import config, set_values
+from models import config, edit_config, edit_tensors, set_values
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "robustness"))
 
-from formats import CONFIG, FILE, Before, Small
+from formats import CONFIG, FILE, Before, Small  # noqa: F401 - CONFIG is handed on
 
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(1))
 
 
-def saved(folder: Path, **overrides) -> None:
+def saved_small(folder: Path, **overrides) -> None:
     """An adapter of `Small`, with values as if it had been trained."""
     settings = {"score": "random", "update_ratio": 0.1, "target_modules": ["up", "down"], "task_type": None}
     model = get_peft_model(Small(), config(**(settings | overrides)))
@@ -33,16 +31,9 @@ def base_holds(before: Before) -> bool:
     return before.margins_hold() and before.weights_hold(besides=[name for name in before.bits if ".dowser_" in name])
 
 
-def edit_tensors(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor] | None]) -> None:
-    tensors = load_file(folder / FILE)
-    changed = change(tensors)
-    save_file(changed if isinstance(changed, dict) else tensors, folder / FILE)
-
-
-def edit_config(folder: Path, change: Callable[[dict], dict | None]) -> None:
-    found = json.loads((folder / CONFIG).read_text())
-    changed = change(found)
-    (folder / CONFIG).write_text(json.dumps(changed if isinstance(changed, dict) else found))
+def edit_file(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    """Change the tensors of a saved adapter."""
+    edit_tensors(folder / FILE, change)
 
 
 # Random damage
@@ -90,7 +81,7 @@ def change_code(folder: Path, generator: random.Random) -> None:
             code = code.to(generator.choice([torch.int8, torch.int32, torch.float32, torch.bool]))
         tensors[key] = code
 
-    edit_tensors(folder, change)
+    edit_file(folder, change)
 
 
 def change_values(folder: Path, generator: random.Random) -> None:
@@ -110,7 +101,7 @@ def change_values(folder: Path, generator: random.Random) -> None:
             values = values.to(generator.choice([torch.int32, torch.uint8, torch.float8_e4m3fn, torch.bool]))
         tensors[key] = values
 
-    edit_tensors(folder, change)
+    edit_file(folder, change)
 
 
 def change_names(folder: Path, generator: random.Random) -> None:
@@ -126,7 +117,7 @@ def change_names(folder: Path, generator: random.Random) -> None:
         else:
             tensors[first.replace("down", generator.choice(["up", "head", "..", "down\0"])) + "x"] = tensors.pop(first)
 
-    edit_tensors(folder, change)
+    edit_file(folder, change)
 
 
 def change_counts(folder: Path, generator: random.Random) -> None:

@@ -12,7 +12,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
 from models import config, set_values, tiny_llama
@@ -23,12 +22,9 @@ import peft_dowser.cli
 from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
 from peft_dowser.cli import main
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 QUICK = ["--num-probes", "3", "--num-rademacher", "2", "--probe-length", "10"]
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")

@@ -6,16 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, tiny_llama
+from models import IDS, config, logits, tiny_llama
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.eval_frame import OptimizedModule
 
 from peft_dowser import DowserConfig, Patch, hotswap, merge, probe, verify
 
 # torch asks for the gradient of an activation that it is about to trace.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-IDS = torch.arange(1, 13).view(1, 12)
 
 
 def whole(model: nn.Module) -> nn.Module:
@@ -52,10 +51,6 @@ def base(biased: bool = True) -> nn.Module:
     return model
 
 
-def logits(model: nn.Module) -> Tensor:
-    return model(input_ids=IDS).logits
-
-
 def trained(model: nn.Module) -> nn.Module:
     """After a step of training, in eval mode."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
@@ -64,8 +59,15 @@ def trained(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize("also", ALSO, ids=["head", "tokens"])
-@pytest.mark.parametrize(("before", "after"), [(way, plain) for way in WAYS] + [(plain, way) for way in WAYS])
+# Each order with one of the two always runs.
+ORDERS = [
+    pytest.param(*order, also, marks=pytest.mark.slow if number % 2 != kind else (), id=f"{number}-{name}")
+    for number, order in enumerate([(way, plain) for way in WAYS] + [(plain, way) for way in WAYS])
+    for kind, (name, also) in enumerate(zip(("head", "tokens"), ALSO, strict=True))
+]
+
+
+@pytest.mark.parametrize(("before", "after", "also"), ORDERS)
 def test_every_order_gives_the_adapter_of_the_plain_model(
     before: Callable, after: Callable, also: dict, tmp_path: Path
 ) -> None:

@@ -6,13 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from models import config, set_values, tiny_llama
+from models import IDS, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_dowser import DowserLayer, probe
-
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 
 
 def on_cpu(model: nn.Module, folder: Path) -> nn.Module:
@@ -32,11 +30,6 @@ def partly_on_disk(model: nn.Module, folder: Path) -> nn.Module:
 
 OFFLOADS = pytest.mark.parametrize("offload", [on_cpu, on_disk, partly_on_disk])
 Offload = Callable[[nn.Module, Path], nn.Module]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def positions(model: nn.Module) -> list[Tensor]:

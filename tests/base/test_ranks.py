@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from groups import on_ranks
@@ -12,6 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dowser import DowserLayer, probe
+
+pytestmark = pytest.mark.slow  # starts processes
 
 
 def train(rank: int) -> dict:

@@ -28,7 +28,7 @@ def matrices(dtype: torch.dtype = torch.float32, shape=(OUT, IN), change: float 
     return base.to(dtype), (base + change * normal(*shape, seed=2)).to(dtype)
 
 
-def dense(delta: Delta, shape: torch.Size | tuple[int, ...]) -> np.ndarray:
+def matrix_of(delta: Delta, shape: torch.Size | tuple[int, ...]) -> np.ndarray:
     """The delta as a matrix, once its positions are those that an adapter can hold."""
     numel = int(np.prod(shape))
     assert delta.positions.dtype == torch.int32
@@ -61,7 +61,7 @@ def test_top_delta_keeps_the_largest_differences(ratio: float, dtype: torch.dtyp
     expected[order] = difference.reshape(-1)[order]
     found = top_delta(base, tuned, ratio)
     assert len(found.positions) == round(ratio * OUT * IN)
-    assert np.array_equal(dense(found, base.shape), expected.reshape(OUT, IN))
+    assert np.array_equal(matrix_of(found, base.shape), expected.reshape(OUT, IN))
 
 
 def test_ties_go_to_the_lowest_position() -> None:
@@ -99,7 +99,7 @@ def test_inputs_are_read_only_and_may_be_views(method) -> None:
 
 
 def test_a_ratio_too_small_for_one_entry_keeps_none() -> None:
-    assert dense(top_delta(*matrices(), 0.001), (OUT, IN)).any() == np.False_
+    assert matrix_of(top_delta(*matrices(), 0.001), (OUT, IN)).any() == np.False_
 
 
 # dare
@@ -108,9 +108,9 @@ def test_a_ratio_too_small_for_one_entry_keeps_none() -> None:
 def test_dare_is_a_scaled_part_of_the_difference() -> None:
     base, tuned = matrices(shape=(200, 300))
     difference = (tuned - base).numpy()
-    found, bare = dense(dare(base, tuned, 0.1, seed=3), base.shape), dare(base, tuned, 0.1, seed=3, rescale=False)
+    found, bare = matrix_of(dare(base, tuned, 0.1, seed=3), base.shape), dare(base, tuned, 0.1, seed=3, rescale=False)
     kept = found != 0
-    assert np.array_equal(dense(bare, base.shape), np.where(kept, difference, 0))
+    assert np.array_equal(matrix_of(bare, base.shape), np.where(kept, difference, 0))
     np.testing.assert_allclose(found[kept], difference[kept] / 0.1, rtol=1e-6)
     # 60000 draws of probability 0.1: standard deviation 73.
     assert abs(kept.sum() - 6000) < 4 * 73
@@ -118,7 +118,7 @@ def test_dare_is_a_scaled_part_of_the_difference() -> None:
 
 def test_dare_draws_entries_independently_and_without_bias() -> None:
     base, tuned = matrices()
-    draws = np.stack([dense(dare(base, tuned, 0.25, seed=seed), (OUT, IN)) for seed in range(2000)])
+    draws = np.stack([matrix_of(dare(base, tuned, 0.25, seed=seed), (OUT, IN)) for seed in range(2000)])
     difference = (tuned - base).numpy()
     deviation = np.abs(difference) * np.sqrt(0.75 / 0.25 / 2000)
     assert (np.abs(draws.mean(0) - difference) < 5 * deviation).all()
@@ -138,7 +138,7 @@ def test_one_seed_is_one_draw_and_the_global_generator_is_left_alone() -> None:
 
 def test_dare_of_everything_is_the_difference() -> None:
     base, tuned = matrices()
-    assert np.array_equal(dense(dare(base, tuned, 1.0, seed=0), base.shape), (tuned - base).numpy())
+    assert np.array_equal(matrix_of(dare(base, tuned, 1.0, seed=0), base.shape), (tuned - base).numpy())
 
 
 # wise_ft
@@ -172,7 +172,7 @@ def test_graft_ranks_all_matrices_together() -> None:
     keep = np.argsort(-np.abs(differences), kind="stable")[:count]
     expected = np.zeros_like(differences)
     expected[keep] = differences[keep]
-    together = np.concatenate([dense(delta, shape).reshape(-1) for delta, shape in zip(found, shapes, strict=True)])
+    together = np.concatenate([matrix_of(delta, shape).reshape(-1) for delta, shape in zip(found, shapes, strict=True)])
     assert np.array_equal(together, expected)
     assert sum(len(delta.positions) for delta in found) == count
     assert len(found[2].positions) == 0
@@ -236,7 +236,7 @@ def test_tailor_is_its_formula(block: int, alpha: float, compensation: str | Non
     assert found.positions.tolist() == np.flatnonzero(kept).tolist()
     assert len(found.positions) == round(0.3 * OUT * IN)
     expected = np.where(kept, difference, 0)
-    np.testing.assert_allclose(dense(found, base.shape), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+    np.testing.assert_allclose(matrix_of(found, base.shape), expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
     # The compensation is what is compared: it changes most of the values by far more than the tolerance.
     plain = np.where(kept, (tuned - base).numpy(), 0)
     changed = np.abs(expected - plain)[kept] > 0.01
@@ -248,7 +248,7 @@ def test_tailor_is_its_formula(block: int, alpha: float, compensation: str | Non
 def test_tailor_damps_the_hessian(damping: float, dtype: torch.dtype) -> None:
     base, tuned = matrices(dtype)
     kept, difference = by_formula(base, tuned, hessian(), 0.2, 0.8, damping, 4, -1)
-    found = dense(tailor(base, tuned, hessian(), 0.2, damping=damping, block=4), base.shape)
+    found = matrix_of(tailor(base, tuned, hessian(), 0.2, damping=damping, block=4), base.shape)
     np.testing.assert_allclose(found, np.where(kept, difference, 0), rtol=1e-4, atol=1e-4)
 
 
@@ -290,7 +290,7 @@ def test_an_input_that_is_always_zero_is_no_obstacle() -> None:
     given[2], given[:, 2] = 0, 0
     base, tuned = matrices()
     kept, difference = by_formula(base, tuned, given, 0.3, 0.8, 0.01, 4, -1)
-    found = dense(tailor(base, tuned, given, 0.3, block=4), base.shape)
+    found = matrix_of(tailor(base, tuned, given, 0.3, block=4), base.shape)
     np.testing.assert_allclose(found, np.where(kept, difference, 0), rtol=1e-4, atol=1e-4)
 
 
@@ -354,7 +354,7 @@ def test_a_learned_graft_is_better_than_its_base_patch() -> None:
     assert mean_loss(Regression(), found, batches) < 0.2 * before
     for name in NAMES:
         difference = (tuned[name] - Regression().get_parameter(name)).detach().numpy()
-        matrix = dense(found[name], difference.shape)
+        matrix = matrix_of(found[name], difference.shape)
         assert np.array_equal(matrix, np.where(matrix != 0, difference, 0))
 
 

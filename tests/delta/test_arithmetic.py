@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values, tiny_llama
+from models import IDS, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,6 @@ from peft_dowser.layers.layer import dowser_layers
 
 NUMEL = 200
 TYPES = ["linear", "magnitude_prune", "ties", "dare_linear", "dare_ties"]
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 
 
 # Dense twins and oracles
@@ -215,11 +214,6 @@ def test_deltas_on_several_devices_are_refused() -> None:
 
 
 # Adapters
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def two_adapters(dtype: torch.dtype = torch.float32) -> PeftModel:

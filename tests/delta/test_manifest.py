@@ -5,11 +5,12 @@ import importlib.resources
 import json
 import struct
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values, tiny_llama
+from models import adapted, config, edit_config, set_values, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -25,22 +26,8 @@ from peft_dowser.delta.format import base_sample, same_base
 UP = "model.layers.1.mlp.up_proj"
 
 
-def adapted(model: nn.Module | None = None, **overrides) -> PeftModel:
-    model = get_peft_model(tiny_llama() if model is None else model, config(**overrides))
-    set_values(model)
-    return model.eval()
-
-
 def manifest(folder: Path) -> dict:
     return json.loads((folder / "adapter_config.json").read_text())["manifest"]
-
-
-def edit(folder: Path, change) -> None:
-    """Change the manifest of a saved adapter."""
-    path = folder / "adapter_config.json"
-    saved = json.loads(path.read_text())
-    saved["manifest"] = change(saved["manifest"])
-    path.write_text(json.dumps(saved))
 
 
 def sample_by_hand(weight: Tensor) -> str:
@@ -48,6 +35,10 @@ def sample_by_hand(weight: Tensor) -> str:
     flat = weight.flatten().tolist()
     at = [((i * 0x9E3779B97F4A7C15 % 2**64) * len(flat)) >> 64 for i in range(1, 17)]
     return struct.pack("<16f", *(flat[position] for position in at)).hex()
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], dict]) -> None:
+    edit_config(folder, lambda found: found | {"manifest": change(found["manifest"])})
 
 
 def silent(load) -> None:
@@ -250,7 +241,7 @@ def with_its_config(folder: Path) -> None:
 @pytest.mark.parametrize("load", [with_transformers, with_peft, with_auto, as_second, with_its_config])
 def test_a_newer_format_is_refused_by_name_everywhere(load, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     adapted().save_pretrained(tmp_path)
-    edit(tmp_path, lambda saved: {"format": 2, "written_by": "peft-dowser 9.0", "sections": []})
+    edit_manifest(tmp_path, lambda _: {"format": 2, "written_by": "peft-dowser 9.0", "sections": []})
     message = (
         "the adapter is in format 2, written by 'peft-dowser 9.0'; this release of peft-dowser reads up to format 1"
     )
@@ -281,7 +272,7 @@ ENTRY = {"nnz": 205, "shape": [64, 32], "code_sha256": "0", "values_sha256": "0"
 )
 def test_an_edited_entry_is_refused_before_anything_changes(change: dict, message: str, tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
-    edit(tmp_path, lambda saved: saved | {"modules": {**saved["modules"], UP: saved["modules"][UP] | change}})
+    edit_manifest(tmp_path, lambda saved: saved | {"modules": {**saved["modules"], UP: saved["modules"][UP] | change}})
     base = tiny_llama()
     names = [name for name, _ in base.named_modules()]
     with pytest.raises(DeltaFormatError, match=message):
@@ -292,7 +283,7 @@ def test_an_edited_entry_is_refused_before_anything_changes(change: dict, messag
 @pytest.mark.parametrize("change", [lambda m: {"x": ENTRY} | m, lambda m: {k: v for k, v in m.items() if k != UP}])
 def test_a_manifest_of_other_modules_is_refused(change, tmp_path: Path) -> None:
     adapted().save_pretrained(tmp_path)
-    edit(tmp_path, lambda saved: saved | {"modules": change(saved["modules"])})
+    edit_manifest(tmp_path, lambda saved: saved | {"modules": change(saved["modules"])})
     with pytest.raises(DeltaFormatError, match=rf"its manifest and its counts disagree on '(x|{UP})'\. adapter_config"):
         PeftModel.from_pretrained(tiny_llama(), tmp_path)
 

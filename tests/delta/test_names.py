@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import CONFIG, FILE, edit_config, edit_tensors
+from bad_files import CONFIG, FILE, edit_file
 from huggingface_hub import ModelCard
-from models import config, set_values, tiny_llama
+from models import config, edit_config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 
 from peft_dowser import DeltaFormatError, DowserConfig, Patch, extract, hotswap, merge, verify
@@ -39,7 +39,7 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
-def saved(folder: Path, base: Path) -> Path:
+def adapter_of(folder: Path, base: Path) -> Path:
     model = tiny_llama(layers=1)
     model.name_or_path = model.config._name_or_path = str(base)
     model = get_peft_model(model, config(score="random", target_modules=["q_proj", "v_proj"]))
@@ -50,7 +50,7 @@ def saved(folder: Path, base: Path) -> Path:
 
 def renamed(folder: Path, name: str) -> None:
     """Call a module otherwise, wherever the adapter names it."""
-    edit_tensors(folder, lambda found: {key.replace(MODULE, name): tensor for key, tensor in found.items()})
+    edit_file(folder, lambda found: {key.replace(MODULE, name): tensor for key, tensor in found.items()})
 
     def rename(found: dict) -> None:
         for by_module in (found["nnz_pattern"], found["manifest"]["modules"]):
@@ -78,7 +78,7 @@ def targeting(folder: Path, name: str) -> None:
 def damaged(folder: Path, name: str) -> None:
     """A module of that name whose values are not finite."""
     renamed(folder, name)
-    edit_tensors(folder, lambda found: {key: t.fill_(torch.nan) if "values" in key else t for key, t in found.items()})
+    edit_file(folder, lambda found: {key: t.fill_(torch.nan) if "values" in key else t for key, t in found.items()})
 
 
 EDITS = [renamed, unbased, unrevised, miscounted, targeting, damaged]
@@ -93,9 +93,10 @@ def harmless(text: str) -> bool:
 def test_the_commands_show_names_and_obey_none(
     edit: Callable[[Path, str], None], name: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    drawn = edit is renamed or name == EVIL["escape"]  # a report of every edit and of every name, but not of all pairs
     if name == "\udc80" and edit in (renamed, damaged):
         name = "\x85"  # safetensors writes no other names than those of UTF-8
-    folder, good = saved(tmp_path / "evil", base), saved(tmp_path / "good", base)
+    folder, good = adapter_of(tmp_path / "evil", base), adapter_of(tmp_path / "good", base)
     edit(folder, name)
     capsys.readouterr()
     for command in (
@@ -106,7 +107,7 @@ def test_the_commands_show_names_and_obey_none(
         ["merge", str(folder), "-o", str(tmp_path / "merged")],
         ["merge", str(folder), "-o", str(tmp_path / "other"), "--base", str(base)],
         ["verify", str(folder)],
-        ["report", str(folder), "-o", str(tmp_path / "page.html")],
+        *([["report", str(folder), "-o", str(tmp_path / "page.html")]] if drawn else []),
     ):
         result = main(command)
         captured = capsys.readouterr()
@@ -122,7 +123,7 @@ def test_no_message_has_more_than_text_in_it(
 ) -> None:
     if name == "\udc80" and edit in (renamed, damaged):
         name = "\x85"
-    folder, good = saved(tmp_path / "evil", base), saved(tmp_path / "good", base)
+    folder, good = adapter_of(tmp_path / "evil", base), adapter_of(tmp_path / "good", base)
     edit(folder, name)
     model = PeftModel.from_pretrained(tiny_llama(layers=1), good)
     for call in (
@@ -145,7 +146,7 @@ def test_no_message_has_more_than_text_in_it(
 def test_what_safetensors_says_of_a_file_is_text_only(
     dtype: str, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = saved(tmp_path / "evil", base)
+    folder = adapter_of(tmp_path / "evil", base)
     header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 4]}}).encode()
     (folder / FILE).write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     capsys.readouterr()
@@ -199,7 +200,7 @@ def claiming(folder: Path, shape: tuple[int, int]) -> None:
         found["manifest"]["modules"] = {MODULE: entry}
 
     stem = f"base_model.model.{MODULE}.dowser_"
-    edit_tensors(folder, lambda _: {f"{stem}index.code": code, f"{stem}values.weight": values})
+    edit_file(folder, lambda _: {f"{stem}index.code": code, f"{stem}values.weight": values})
     edit_config(folder, change)
 
 
@@ -207,7 +208,7 @@ def claiming(folder: Path, shape: tuple[int, int]) -> None:
 def test_a_report_takes_no_memory_for_what_a_manifest_claims(
     shape: tuple[int, int], base: Path, tmp_path: Path
 ) -> None:
-    folder = saved(tmp_path / "evil", base)
+    folder = adapter_of(tmp_path / "evil", base)
     claiming(folder, shape)
     assert (folder / FILE).stat().st_size + (folder / CONFIG).stat().st_size < 10_000
     begin = time.perf_counter()
@@ -216,7 +217,7 @@ def test_a_report_takes_no_memory_for_what_a_manifest_claims(
 
 
 def test_a_shape_that_no_weight_has_is_refused(base: Path, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "evil", base)
+    folder = adapter_of(tmp_path / "evil", base)
     claiming(folder, (2**25, 2**25))
     with pytest.raises(ValueError, match="which no weight has"):
         diff(folder, folder)
@@ -224,7 +225,7 @@ def test_a_shape_that_no_weight_has_is_refused(base: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", [r"$\frac{$", "$x$", "a$b$c_{"])
 def test_a_picture_shows_names_as_they_are(name: str, base: Path, tmp_path: Path) -> None:
-    folder = saved(tmp_path / "evil", base)
+    folder = adapter_of(tmp_path / "evil", base)
     renamed(folder, name)
     report(folder, tmp_path / "page.html")
     figure = mask_density(folder, name)

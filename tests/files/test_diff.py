@@ -5,10 +5,9 @@ import math
 from pathlib import Path
 from random import Random
 
-import huggingface_hub.constants
 import pytest
 import torch
-from models import config, set_values, tiny_llama
+from models import config, edit_config, saved, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
@@ -18,23 +17,17 @@ from peft_dowser.delta.apply import Delta
 from peft_dowser.files.inspection import Overlap, diff, overlap
 from peft_dowser.files.inspection import total_overlap as total
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 UP = "model.layers.1.mlp.up_proj"
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def made(folder: Path, seed: int, **overrides) -> PeftModel:
+    """A saved adapter with a mask large enough to share positions with others."""
+    return saved(folder, seed=seed, **({"update_ratio": 0.3} | overrides))
 
 
-def saved(folder: Path, seed: int, **overrides) -> PeftModel:
-    """An adapter with a mask and values of its own, saved to `folder`."""
-    model = get_peft_model(tiny_llama(), config(score="random", seed=seed, **({"update_ratio": 0.3} | overrides)))
-    set_values(model, seed=seed)
-    model.save_pretrained(folder)
-    return model
-
-
-def dense(model: PeftModel) -> dict[str, Tensor]:
+def delta_rows(model: PeftModel) -> dict[str, Tensor]:
     """By module, the delta as a matrix in a row; NaN where it has no position."""
     found = {}
     for layer in model.modules():
@@ -117,7 +110,7 @@ def test_the_total_is_the_overlap_of_all_weights_in_a_row() -> None:
 
 
 def test_the_overlap_of_adapters_is_that_of_their_dense_deltas(tmp_path: Path) -> None:
-    a, b = dense(saved(tmp_path / "a", 0)), dense(saved(tmp_path / "b", 1, update_ratio=0.1))
+    a, b = delta_rows(made(tmp_path / "a", 0)), delta_rows(made(tmp_path / "b", 1, update_ratio=0.1))
     found = diff(tmp_path / "a", tmp_path / "b")
     assert list(found) == sorted(a)
     for module, one in found.items():
@@ -127,11 +120,11 @@ def test_the_overlap_of_adapters_is_that_of_their_dense_deltas(tmp_path: Path) -
 
 
 def test_a_module_of_one_adapter_alone_shares_nothing(tmp_path: Path) -> None:
-    saved(tmp_path / "a", 0, target_modules=["q_proj", "up_proj"])
-    one = saved(tmp_path / "b", 0, target_modules=["up_proj", "down_proj"])
+    made(tmp_path / "a", 0, target_modules=["q_proj", "up_proj"])
+    one = made(tmp_path / "b", 0, target_modules=["up_proj", "down_proj"])
     found = diff(tmp_path / "a", tmp_path / "b")
     assert {module.split(".")[-1] for module in found} == {"q_proj", "up_proj", "down_proj"}
-    counts = {module: int((~values.isnan()).sum()) for module, values in dense(one).items()}
+    counts = {module: int((~values.isnan()).sum()) for module, values in delta_rows(one).items()}
     assert numbers(found["model.layers.0.mlp.down_proj"]) == (0, 0, counts["model.layers.0.mlp.down_proj"], 0, None)
     assert found["model.layers.0.self_attn.q_proj"].only_a == round(0.3 * 32 * 32)
     assert found[UP].cosine is not None
@@ -142,8 +135,8 @@ def test_a_module_of_one_adapter_alone_shares_nothing(tmp_path: Path) -> None:
 
 def test_the_command_prints_json_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    saved(tmp_path / "a", 0, target_modules=["q_proj"])
-    saved(tmp_path / "b", 1, target_modules=["q_proj", "k_proj"])
+    made(tmp_path / "a", 0, target_modules=["q_proj"])
+    made(tmp_path / "b", 1, target_modules=["q_proj", "k_proj"])
     found = diff(a, b)
     assert main(["diff", a, b, "--json"]) == 0
     modules = [{"module": name} | one.summary() for name, one in found.items()]
@@ -164,23 +157,10 @@ def test_the_command_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capt
 # Refusals
 
 
-def edit(folder: Path, change: dict) -> None:
-    """Change entries of the manifest for one module; None takes the whole manifest away."""
-    path = folder / "adapter_config.json"
-    written = json.loads(path.read_text())
-    written["manifest"]["modules"][UP] |= change
-    path.write_text(json.dumps(written))
-
-
-def without_manifest(folder: Path) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"manifest": None}))
-
-
 def test_an_adapter_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    saved(tmp_path / "a", 0)
-    saved(tmp_path / "b", 1)
-    without_manifest(tmp_path / "b")
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1)
+    edit_config(tmp_path / "b", lambda found: found | {"manifest": None})
     with pytest.raises(DeltaFormatError, match="/b' has no manifest, so the shapes of its weights are unknown"):
         diff(tmp_path / "a", tmp_path / "b")
     assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
@@ -188,7 +168,7 @@ def test_an_adapter_without_a_manifest_is_refused(tmp_path: Path, capsys: pytest
 
 
 def test_adapters_for_other_shapes_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "a", 0)
+    made(tmp_path / "a", 0)
     wide = get_peft_model(tiny_llama(hidden=64), config(score="random"))
     wide.save_pretrained(tmp_path / "b")
     message = r"other shapes in 14 of 14 modules .* '.*' is \(32, 64\) in the first and \(64, 128\) in the second"
@@ -197,8 +177,8 @@ def test_adapters_for_other_shapes_are_refused(tmp_path: Path) -> None:
 
 
 def test_adapters_that_share_no_module_are_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "a", 0, target_modules=["q_proj"])
-    saved(tmp_path / "b", 0, target_modules=["v_proj"])
+    made(tmp_path / "a", 0, target_modules=["q_proj"])
+    made(tmp_path / "b", 0, target_modules=["v_proj"])
     with pytest.raises(ValueError, match=r"no module in common: the first adapts 'model.layers.0.self_attn.q_proj'"):
         diff(tmp_path / "a", tmp_path / "b")
 
@@ -217,15 +197,15 @@ def test_adapters_that_share_no_module_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_edited_manifest_is_refused(change: dict, message: str, tmp_path: Path) -> None:
-    saved(tmp_path / "a", 0)
-    saved(tmp_path / "b", 1)
+    made(tmp_path / "a", 0)
+    made(tmp_path / "b", 1)
     for folder in ("a", "b"):
-        edit(tmp_path / folder, change)
+        edit_config(tmp_path / folder, lambda found: found["manifest"]["modules"][UP].update(change))
     with pytest.raises(DeltaFormatError, match=message):
         diff(tmp_path / "a", tmp_path / "b")
 
 
 def test_what_is_no_adapter_is_named(tmp_path: Path) -> None:
-    saved(tmp_path / "a", 0)
+    made(tmp_path / "a", 0)
     with pytest.raises(OSError, match="'nobody/has-this' is neither a folder nor a model on the Hub"):
         diff(tmp_path / "a", "nobody/has-this")

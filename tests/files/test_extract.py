@@ -7,27 +7,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
-from models import config, tiny_llama
+from models import SHAPE, assert_same_bits, config, edit_tensors, gpt2, llava, seeded, t5, tiny_llama
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    CLIPVisionConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 from peft_dowser import extract
@@ -35,18 +26,8 @@ from peft_dowser.baselines import postmerge
 from peft_dowser.delta import format as files
 from peft_dowser.delta.seeds import derived_seed
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def seeded(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make().eval()
+pytestmark = pytest.mark.usefixtures("offline")
+FILE = "model.safetensors"
 
 
 def tune(model: nn.Module, part: str = "_proj.weight", change: float = 0.1) -> nn.Module:
@@ -89,11 +70,6 @@ def difference(base: str, tuned: str) -> dict[str, Tensor]:
     one, other = LlamaForCausalLM.from_pretrained(base), LlamaForCausalLM.from_pretrained(tuned)
     modules = [name for name, module in one.named_modules() if isinstance(module, nn.Linear) and "lm_head" not in name]
     return {m: (other.get_submodule(m).weight - one.get_submodule(m).weight).detach() for m in modules}
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    assert not [name for name in expected if not torch.equal(found[name], expected[name])]
 
 
 # The whole difference
@@ -266,27 +242,8 @@ def test_the_adapter_loads_trains_and_saves_like_any_other(tmp_path: Path) -> No
 # Other architectures
 
 
-def llava() -> LlavaForConditionalGeneration:
-    vision = {"image_size": 28, "patch_size": 14, "projection_dim": 32}
-    return LlavaForConditionalGeneration(
-        LlavaConfig(
-            text_config=LlamaConfig(**TINY, vocab_size=64),
-            vision_config=CLIPVisionConfig(**TINY, **vision),
-            image_token_index=5,
-        )
-    )
-
-
-def gpt2() -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32))
-
-
-def t5() -> T5ForConditionalGeneration:
-    return T5ForConditionalGeneration(T5Config(d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4, vocab_size=64))
-
-
 def classifier() -> LlamaForSequenceClassification:
-    return LlamaForSequenceClassification(LlamaConfig(**TINY, vocab_size=64, pad_token_id=0))
+    return LlamaForSequenceClassification(LlamaConfig(**SHAPE, vocab_size=64, pad_token_id=0))
 
 
 FAMILIES = [
@@ -462,20 +419,18 @@ def test_another_dtype_is_refused(tmp_path: Path) -> None:
         f"F32 of shape (32, 32) in '{tmp_path / 'base'}' and BF16 of shape (32, 32) in '{half}'", tmp_path, tuned=half
     )
     for side in ("base", "tuned"):
-        edit(tmp_path / side, lambda tensors: {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()})
+        edit_tensors(
+            tmp_path / side / FILE,
+            lambda tensors: {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()},
+        )
     refuse("it must be the same in both, of one of F16, BF16, F32, F64.", tmp_path)
-
-
-def edit(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    path = folder / "model.safetensors"
-    save_file(change(load_file(path)), path)
 
 
 @pytest.mark.parametrize("side", ["base", "tuned"])
 def test_a_missing_weight_is_refused(side: str, tmp_path: Path) -> None:
     pair(tmp_path)
     name = "model.layers.1.mlp.down_proj.weight"
-    edit(tmp_path / side, lambda tensors: {key: value for key, value in tensors.items() if key != name})
+    edit_tensors(tmp_path / side / FILE, lambda tensors: {key: value for key, value in tensors.items() if key != name})
     refuse(f"'{tmp_path / side}' has no tensor for the target weight '{name}': the checkpoint is incomplete", tmp_path)
 
 
@@ -484,8 +439,9 @@ def test_a_missing_weight_is_refused(side: str, tmp_path: Path) -> None:
 def test_weights_that_are_not_finite_are_refused(side: str, method: str, tmp_path: Path) -> None:
     pair(tmp_path)
     name = "model.layers.1.mlp.down_proj.weight"
-    edit(
-        tmp_path / side, lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor([2]), float("nan"))}
+    edit_tensors(
+        tmp_path / side / FILE,
+        lambda tensors: tensors | {name: tensors[name].index_fill(0, torch.tensor([2]), float("nan"))},
     )
     message = f"'{tmp_path / side}': tensor '{name}' has 64 entries that are not finite."
     refuse(message, tmp_path, method=method)

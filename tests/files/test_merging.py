@@ -7,22 +7,16 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
 import torch
-from models import config, set_values, tiny_llama
+from models import SHAPE, assert_same_bits, config, edit_tensors, gpt2, llava, seeded, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    CLIPVisionConfig,
-    GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     PreTrainedModel,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -35,43 +29,22 @@ from peft_dowser.cli import main
 from peft_dowser.files import checkpoint as checkpoints
 from peft_dowser.files import merging
 
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+pytestmark = pytest.mark.usefixtures("offline")
+
 SHARDS = "20KB"
 UP = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
-def llava() -> LlavaForConditionalGeneration:
-    vision = CLIPVisionConfig(**TINY, image_size=28, patch_size=14, projection_dim=32)
-    text = LlamaConfig(**TINY, vocab_size=64)
-    return LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=5))
 
 
 def qwen2_vl() -> Qwen2VLForConditionalGeneration:
     """Its config says whether embeddings are tied, that of its text model does not."""
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
-    text = {**TINY, "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope}
+    text = {**SHAPE, "num_key_value_heads": 2, "vocab_size": 64, "rope_parameters": rope}
     vision = {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 32}
     return Qwen2VLForConditionalGeneration(Qwen2VLConfig(text_config=text, vision_config=vision, image_token_id=5))
 
 
-def gpt2() -> GPT2LMHeadModel:
-    tokens = {"bos_token_id": 1, "eos_token_id": 2}
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=32, **tokens))
-
-
 def roberta() -> RobertaForSequenceClassification:
-    return RobertaForSequenceClassification(RobertaConfig(**TINY, vocab_size=64, max_position_embeddings=32))
-
-
-def seeded(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return make().eval()
+    return RobertaForSequenceClassification(RobertaConfig(**SHAPE, vocab_size=64, max_position_embeddings=32))
 
 
 def pair(
@@ -103,17 +76,6 @@ def merged_in_memory(base: str, adapter: str, folder: Path, make: Callable = tin
 def stored(folder: Path | str) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whatever its files."""
     return {name: tensor for path in Path(folder).glob("*.safetensors") for name, tensor in load_file(path).items()}
-
-
-def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-
-def edit(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
-    save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
 def printed(capsys: pytest.CaptureFixture) -> str:
@@ -235,7 +197,7 @@ def test_trained_biases_and_modules_are_written_too(tmp_path: Path) -> None:
     ]:
         folder = tmp_path / name
         base, adapter = pair(folder, make, torch.bfloat16, **choice)
-        edit(
+        edit_tensors(
             Path(adapter) / "adapter_model.safetensors",
             lambda tensors: {key: value if "dowser" in key else value + 0.5 for key, value in tensors.items()},
         )
@@ -246,7 +208,7 @@ def test_trained_biases_and_modules_are_written_too(tmp_path: Path) -> None:
 
 def test_a_module_that_the_file_lacks_is_named(tmp_path: Path) -> None:
     _, adapter = pair(tmp_path, tiny_llama, modules_to_save=["lm_head", "norm"])
-    edit(
+    edit_tensors(
         Path(adapter) / "adapter_model.safetensors",
         lambda tensors: {key: value for key, value in tensors.items() if ".norm." not in key},
     )
@@ -282,7 +244,7 @@ def test_what_goes_with_the_weights_is_copied(tmp_path: Path) -> None:
 def test_tensors_that_the_model_does_not_know_are_kept(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path, shards="1GB")
     extra = {"model.extra.weight": torch.tensor([1.0, float("nan")]), "scalar": torch.tensor(3)}
-    edit(Path(base) / "model.safetensors", lambda tensors: tensors | extra)
+    edit_tensors(Path(base) / "model.safetensors", lambda tensors: tensors | extra)
     merge(adapter, tmp_path / "merged")
     found = stored(tmp_path / "merged")
     assert found.keys() == stored(base).keys()
@@ -292,7 +254,8 @@ def test_tensors_that_the_model_does_not_know_are_kept(tmp_path: Path) -> None:
 def test_of_two_tensors_for_one_name_the_one_that_is_loaded_is_merged(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path, shards="1GB")
     twice = stored(base)[f"{UP}.weight"].clone()
-    edit(Path(base) / "model.safetensors", lambda tensors: tensors | {f"{UP}.weight".removeprefix("model."): twice})
+    short = f"{UP}.weight".removeprefix("model.")
+    edit_tensors(Path(base) / "model.safetensors", lambda tensors: tensors | {short: twice})
     merge(adapter, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype="auto")
     assert_same_bits(merged.state_dict(), merged_in_memory(base, adapter, tmp_path / "memory"))
@@ -415,16 +378,16 @@ def test_a_foreign_base_is_refused(tmp_path: Path) -> None:
 
 def test_a_base_of_another_shape_than_its_config_is_refused(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path, shards="1GB")
-    edit(Path(base) / "model.safetensors", lambda tensors: tensors | {f"{UP}.weight": torch.zeros(64, 31)})
+    edit_tensors(Path(base) / "model.safetensors", lambda tensors: tensors | {f"{UP}.weight": torch.zeros(64, 31)})
     message = f"The target weight '{UP}.weight' is F32 of shape (64, 31) in '{base}'; it must be one of F16, BF16"
     refuse(message, adapter, tmp_path / "merged")
-    edit(
+    edit_tensors(
         Path(base) / "model.safetensors",
         lambda tensors: {key: value.to(torch.float8_e4m3fn) for key, value in tensors.items()},
     )
     refuse("is F8_E4M3 of shape", adapter, tmp_path / "merged")
     assert len(verify(adapter)) == 14
-    edit(
+    edit_tensors(
         Path(base) / "model.safetensors",
         lambda tensors: {key: value.float() for key, value in tensors.items() if UP not in key},
     )
@@ -601,7 +564,7 @@ def test_a_damaged_adapter_is_refused_by_both(
     change: Callable, message: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     _, adapter = pair(tmp_path)
-    edit(Path(adapter) / "adapter_model.safetensors", change)
+    edit_tensors(Path(adapter) / "adapter_model.safetensors", change)
     capsys.readouterr()
     assert main(["verify", adapter]) == 2
     (line,) = printed(capsys).splitlines()
@@ -613,7 +576,7 @@ def test_a_damaged_adapter_is_refused_by_both(
 
 def test_verify_reports_every_problem(tmp_path: Path) -> None:
     _, adapter = pair(tmp_path)
-    edit(
+    edit_tensors(
         Path(adapter) / "adapter_model.safetensors",
         lambda tensors: {key: value / 0 if "up_proj.dowser_values" in key else value for key, value in tensors.items()},
     )
@@ -641,7 +604,7 @@ def test_an_adapter_without_counts_in_its_config_is_read(tmp_path: Path) -> None
 def test_a_model_that_is_not_the_sum_is_found(change: Callable, message: str, tmp_path: Path) -> None:
     _, adapter = pair(tmp_path)
     merge(adapter, tmp_path / "merged")
-    edit(tmp_path / "merged/model.safetensors", change)
+    edit_tensors(tmp_path / "merged/model.safetensors", change)
     (problem,) = verify(adapter, merged=tmp_path / "merged")
     assert message in problem
 
@@ -650,9 +613,9 @@ def test_a_tied_tensor_that_is_stored_by_itself_is_compared_too(tmp_path: Path) 
     base, adapter = pair(tmp_path, gpt2, shards="1GB")
     merge(adapter, tmp_path / "merged")
     head = stored(base)["transformer.wte.weight"]
-    edit(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head})
+    edit_tensors(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head})
     assert verify(adapter, merged=tmp_path / "merged") == []
-    edit(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head + 1})
+    edit_tensors(tmp_path / "merged/model.safetensors", lambda tensors: tensors | {"lm_head.weight": head + 1})
     (problem,) = verify(adapter, merged=tmp_path / "merged")
     assert problem.endswith("2048 of 2048 entries of tensor 'lm_head.weight' are not base + delta.")
 

@@ -234,6 +234,7 @@ def test_an_image_part_that_reads_its_weights_to_initialize_them_is_planned() ->
     assert found.parameters == Gemma3ForConditionalGeneration(gemma).num_parameters()
 
 
+@pytest.mark.slow
 def test_seven_billion_parameters_train_on_24_gigabytes() -> None:
     from transformers import LlamaConfig
 

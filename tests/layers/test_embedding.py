@@ -7,29 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import cpu_offload
-from models import config, set_values, tiny_llama
+from models import IDS, adapted, config, logits, tied_llama, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from peft_dowser import DowserLayer, probe
 from peft_dowser.layers.linear_op import summed_rows
 
 EMBEDDING = "model.embed_tokens"
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def adapted(base: nn.Module | None = None, **overrides) -> PeftModel:
-    choice = {"target_modules": ["embed_tokens", "up_proj"], "score": "magnitude", "update_ratio": 0.3}
-    model = get_peft_model(tiny_llama() if base is None else base, config(**(choice | overrides)))
-    set_values(model)
-    return model.eval()
 
 
 def gemma(dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
@@ -39,9 +26,9 @@ def gemma(dtype: torch.dtype = torch.float32) -> Gemma3ForCausalLM:
     return Gemma3ForCausalLM(settings).to(dtype).eval()
 
 
-def tied_llama() -> LlamaForCausalLM:
-    settings = tiny_llama().config
-    return LlamaForCausalLM(LlamaConfig(**(settings.to_dict() | {"tie_word_embeddings": True}))).eval()
+def with_embedding(base: nn.Module | None = None, **overrides) -> PeftModel:
+    choice = {"target_modules": ["embed_tokens", "up_proj"], "score": "magnitude", "update_ratio": 0.3}
+    return adapted(base, **(choice | overrides))
 
 
 def embedding(model: nn.Module) -> DowserLayer:
@@ -75,7 +62,7 @@ def test_summed_rows_against_the_dense_sum(dtype: torch.dtype, index: torch.dtyp
 def test_gradients_are_those_of_the_dense_embedding(padding: int | None) -> None:
     base = tiny_llama()
     base.model.embed_tokens.padding_idx = padding
-    layer = embedding(adapted(base, target_modules=["embed_tokens"]))
+    layer = embedding(with_embedding(base, target_modules=["embed_tokens"]))
     index, values = layer.index("default"), layer.values("default")
     loss_weights = torch.randn(*IDS.shape, 32, generator=torch.Generator().manual_seed(1))
     (layer(IDS) * loss_weights).sum().backward()
@@ -95,7 +82,7 @@ def test_adapted_and_merged_models_give_the_same_bits(make, dtype: torch.dtype) 
     base = make(dtype)
     before = base.get_submodule(EMBEDDING).weight.detach().clone()
     bare = logits(base)
-    model = adapted(base)
+    model = with_embedding(base)
     trained = logits(model)
     assert not torch.equal(trained, bare)
     model.merge_adapter()
@@ -108,7 +95,7 @@ def test_adapted_and_merged_models_give_the_same_bits(make, dtype: torch.dtype) 
 
 
 def test_only_the_chosen_entries_train_and_a_saved_adapter_gives_the_same_bits(tmp_path: Path) -> None:
-    model = adapted().train()
+    model = with_embedding().train()
     layer = embedding(model)
     before = layer.weight.detach().clone()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -125,16 +112,16 @@ def test_only_the_chosen_entries_train_and_a_saved_adapter_gives_the_same_bits(t
 
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
 def test_an_adapter_that_peft_saved_with_the_embeddings_loads_too(tmp_path: Path) -> None:
-    model = adapted()
+    model = with_embedding()
     model.save_pretrained(tmp_path)
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path).eval()), logits(model))
 
 
 def test_hooks_of_the_embedding_run() -> None:
-    plain, hooked = adapted(), tiny_llama()
+    plain, hooked = with_embedding(), tiny_llama()
     seen = []
     hooked.model.embed_tokens.register_forward_hook(lambda module, args, output: seen.append(args[0]))
-    model = adapted(hooked)
+    model = with_embedding(hooked)
     seen.clear()
     assert torch.allclose(logits(model), logits(plain), atol=1e-5)
     assert len(seen) == 1
@@ -155,7 +142,7 @@ def test_an_embedding_that_does_more_than_look_up_is_refused(max_norm: float | N
     base = tiny_llama()
     base.model.embed_tokens = Shifted(64, 32) if max_norm is None else nn.Embedding(64, 32, max_norm=max_norm)
     with pytest.raises(TypeError, match=r"'model.embed_tokens' is a .*Embedding that only looks up rows"):
-        adapted(base)
+        with_embedding(base)
 
 
 # The probe
@@ -208,13 +195,13 @@ def test_a_tied_target_is_refused(name: str) -> None:
 def test_a_tied_target_of_an_offloaded_base_is_refused(name: str) -> None:
     base = cpu_offload(tied_llama(), execution_device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"is tied: it is \['.*.weight'\] too"):
-        adapted(base, target_modules=[name])
+        with_embedding(base, target_modules=[name])
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_not_tied_in_an_offloaded_base_is_adapted(tied: bool) -> None:
     base = cpu_offload(tied_llama() if tied else tiny_llama(), execution_device=torch.device("cpu"))
-    model = adapted(base, target_modules=["up_proj"] if tied else ["embed_tokens", "lm_head"])
+    model = with_embedding(base, target_modules=["up_proj"] if tied else ["embed_tokens", "lm_head"])
     trained = logits(model)
     model.merge_adapter()
     assert torch.allclose(logits(model), trained, atol=1e-5)
@@ -224,7 +211,7 @@ def test_an_untied_target_merges_and_reloads_with_the_same_bits(tmp_path: Path) 
     base = tied_llama()
     base.lm_head.weight = nn.Parameter(base.lm_head.weight.detach().clone())
     base.config.tie_word_embeddings = False
-    model = adapted(base, target_modules=["embed_tokens", "lm_head"])
+    model = with_embedding(base, target_modules=["embed_tokens", "lm_head"])
     trained = logits(model)
     merged = model.merge_and_unload()
     assert torch.equal(logits(merged), trained)
@@ -233,7 +220,7 @@ def test_an_untied_target_merges_and_reloads_with_the_same_bits(tmp_path: Path) 
 
 
 def test_the_other_weights_of_a_tied_model_merge_and_reload_with_the_same_bits(tmp_path: Path) -> None:
-    model = adapted(tied_llama(), target_modules=["up_proj"])
+    model = with_embedding(tied_llama(), target_modules=["up_proj"])
     trained = logits(model)
     merged = model.merge_and_unload()
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
@@ -258,7 +245,7 @@ def test_a_name_that_torch_cannot_give_an_adapter_is_refused(name: str) -> None:
 
 def test_a_weight_that_is_no_parameter_meanwhile() -> None:
     """FSDP1 (`use_orig_params`) puts the gathered weight into a plain attribute while a forward runs."""
-    model = adapted()
+    model = with_embedding()
     expected = logits(model)
     base = embedding(model).get_base_layer()
     weight = base.weight

@@ -23,7 +23,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4))
 
 
-def adapted(base: nn.Module) -> PeftModel:
+def on_the_first(base: nn.Module) -> PeftModel:
     return get_peft_model(base, config(score="random", target_modules=["0"], update_ratio=0.5, task_type=None))
 
 
@@ -44,14 +44,14 @@ def test_a_weight_that_is_computed_from_others_is_refused(compute: Callable[[nn.
     base = network()
     compute(base[0])
     with pytest.raises(TypeError, match=r"'0' computes its weight from other tensors.*remove_parametrizations"):
-        adapted(base)
+        on_the_first(base)
 
 
 def test_a_class_with_a_forward_of_its_own_is_refused() -> None:
     base = network()
     base[0] = Scaled(8, 16)
     with pytest.raises(TypeError, match=r"'0' is a Scaled.*with no other forward than theirs"):
-        adapted(base)
+        on_the_first(base)
 
 
 @pytest.mark.parametrize("targets", [None, ["q_proj"]])
@@ -68,7 +68,7 @@ def test_a_forward_that_was_set_on_a_layer_runs() -> None:
     plain = base[0].forward
     base[0].forward = lambda x: 2 * plain(x)
     expected = base(x)
-    model = adapted(base)
+    model = on_the_first(base)
     assert torch.equal(model(x), expected)
     set_values(model)
     layer = base[0]
@@ -78,7 +78,7 @@ def test_a_forward_that_was_set_on_a_layer_runs() -> None:
 def test_a_forward_that_was_put_back_is_that_of_the_class() -> None:
     base, x = network(), torch.randn(3, 8)
     base[0].forward = base[0].forward  # what accelerate leaves when it takes a hook off
-    model = adapted(base)
+    model = on_the_first(base)
     set_values(model)
     assert not base[0].is_additive
     output = model(x)

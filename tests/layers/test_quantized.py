@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CountedOps, config, set_values, tiny_llama
+from models import IDS, CountedOps, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -36,7 +36,6 @@ KINDS = [
     for kind, library in LIBRARIES.items()
 ]
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny_llava"
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 MERGING = "ignore:Merging into a base quantized by"
 
 
@@ -77,11 +76,6 @@ def with_hqq(model: nn.Module) -> nn.Module:
             quantized = HQQLinear(module, wanted, compute_dtype=torch.float32, device="cpu")
             setattr(parent, name.rpartition(".")[2], quantized)
     return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def layers(model: nn.Module) -> list[QuantizedLinear]:

@@ -130,7 +130,7 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().contiguous().view(INTEGER[tensor.dtype][0])
 
 
-def assert_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
+def assert_all_same_bits(left: Sequence[Tensor], right: Sequence[Tensor]) -> None:
     assert [t.dtype for t in left] == [t.dtype for t in right]
     assert [torch.equal(bits(a), bits(b)) for a, b in zip(left, right, strict=True)] == [True] * len(left)
 
@@ -256,7 +256,7 @@ def test_the_output_is_bit_for_bit_that_of_the_merged_layer(
     case = case._replace(bias=case.bias if bias else None)
     output = sparse_linear(*case)
     assert output.shape == (*tokens, OUT)
-    assert_same_bits([output], [merged_output(case)])
+    assert_all_same_bits([output], [merged_output(case)])
 
 
 @pytest.mark.parametrize("tokens", [(), (1,), (2, 1, 3, 4)])
@@ -277,7 +277,7 @@ def test_a_model_may_change_the_output_in_place(tokens: tuple[int, ...], bias: b
     output.mul_(2).add_(1)
     assert torch.equal(output, merged_output(case) * 2 + 1)
     found = torch.autograd.grad(output, inputs(case), upstream(case))
-    assert_same_bits(found, gradients(case, 2 * upstream(case)))
+    assert_all_same_bits(found, gradients(case, 2 * upstream(case)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -290,7 +290,7 @@ def test_under_autocast_the_rounded_sum_is_cast(dtype: torch.dtype, transposed: 
         cast = case._replace(x=case.x.detach().to(dtype).requires_grad_())
         inside = sparse_linear(*cast)
     assert inside.dtype == dtype
-    assert_same_bits([inside, sparse_linear(*cast)], [merged_output(cast)] * 2)
+    assert_all_same_bits([inside, sparse_linear(*cast)], [merged_output(cast)] * 2)
     torch.testing.assert_close(inside, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert_gradients_of_the_twin(cast, upstream(cast))
 
@@ -302,7 +302,7 @@ def test_values_of_another_dtype_are_added_exactly_and_keep_their_dtype(
 ) -> None:
     case = make(dtype, nnz=(30, 500))
     case = case._replace(values=[values.detach().to(value_dtype).requires_grad_() for values in case.values])
-    assert_same_bits([sparse_linear(*case)], [merged_output(case)])
+    assert_all_same_bits([sparse_linear(*case)], [merged_output(case)])
     found, expected = gradients(case, upstream(case)), twin_gradients(case, upstream(case))
     tolerance = max(TOLERANCE[dtype], TOLERANCE[value_dtype])
     assert [t.dtype for t in found[2:]] == [value_dtype] * 2
@@ -344,7 +344,7 @@ def test_whatever_subset_of_gradients_is_asked_for_comes_out(wanted: tuple[bool,
     sparse_linear(*case).backward(upstream(case))
     assert [tensor.grad is not None for tensor in inputs(case)] == list(wanted)
     pairs = [(tensor.grad, full) for tensor, full in zip(inputs(case), expected, strict=True) if tensor.requires_grad]
-    assert_same_bits(*zip(*pairs, strict=True))
+    assert_all_same_bits(*zip(*pairs, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_no_tokens_give_gradients_of_zero(dtype: torch.dtype, transposed: bool, 
     poison_buffer()
     of_x, *rest = torch.autograd.grad(output, inputs(case), upstream(case))
     assert of_x.shape == case.x.shape
-    assert_same_bits(rest, [torch.zeros_like(tensor) for tensor in inputs(case)[1:]])
+    assert_all_same_bits(rest, [torch.zeros_like(tensor) for tensor in inputs(case)[1:]])
 
 
 @pytest.mark.parametrize("position_dtype", [torch.int32, torch.int64])
@@ -458,7 +458,7 @@ def test_inputs_and_gradients_need_not_be_contiguous(dtype: torch.dtype, transpo
     case = case._replace(x=change(case.x.detach()).requires_grad_())
     assert not case.x.is_contiguous()
     assert not grad.is_contiguous()
-    assert_same_bits([sparse_linear(*case)], [merged_output(case)])
+    assert_all_same_bits([sparse_linear(*case)], [merged_output(case)])
     assert_gradients_of_the_twin(case, grad)
 
 
@@ -520,7 +520,7 @@ def test_no_input_is_written(dtype: torch.dtype, transposed: bool) -> None:
     positions = [at.clone() for at in case.positions]
     grad = upstream(case)
     gradients(case, grad)
-    assert_same_bits([*tensors, grad], [*before, upstream(case)])
+    assert_all_same_bits([*tensors, grad], [*before, upstream(case)])
     assert [t._version for t in tensors] == versions
     assert all(torch.equal(at, other) for at, other in zip(case.positions, positions, strict=True))
 
@@ -536,13 +536,13 @@ def test_later_calls_do_not_alter_earlier_results(dtype: torch.dtype, transposed
         later = make(other, nnz=(30, 500), transposed=transposed, seed=1)
         gradients(later, upstream(later))
     poison_buffer()
-    assert_same_bits(results, before)
+    assert_all_same_bits(results, before)
 
 
 def test_calls_of_other_dtypes_and_sizes_between_are_harmless(fresh_buffer: None) -> None:
     for dtype, shape in product(DTYPES, [(3, 5), (OUT, IN), (1, 7), (64, 33), (2, 2)]):
         case = make(dtype, nnz=(3, 4), shape=shape)
-        assert_same_bits([sparse_linear(*case)], [merged_output(case)])
+        assert_all_same_bits([sparse_linear(*case)], [merged_output(case)])
         assert_gradients_of_the_twin(case, upstream(case))
 
 
@@ -551,10 +551,10 @@ def test_what_the_buffer_held_does_not_matter(fresh_buffer: None) -> None:
     sparse_linear(*case)
     poison_buffer()
     output = sparse_linear(*case)
-    assert_same_bits([output], [merged_output(case)])
+    assert_all_same_bits([output], [merged_output(case)])
     poison_buffer()
     found = torch.autograd.grad(output, inputs(case), upstream(case))
-    assert_same_bits(found, gradients(case, upstream(case)))
+    assert_all_same_bits(found, gradients(case, upstream(case)))
     assert all(tensor.isfinite().all() for tensor in found)
 
 
@@ -589,8 +589,8 @@ def test_a_call_in_another_thread_leaves_the_buffer_in_use_alone(
     monkeypatch.setattr(module, function, interrupted)
     output = sparse_linear(*case)
     found = [output.detach(), *torch.autograd.grad(output, inputs(case), upstream(case))]
-    assert_same_bits(found, expected)
-    assert_same_bits(found_there, expected_there)
+    assert_all_same_bits(found, expected)
+    assert_all_same_bits(found_there, expected_there)
 
 
 @over_dtypes
@@ -598,7 +598,7 @@ def test_training_works_after_inference_mode_made_the_buffer(dtype: torch.dtype,
     case = make(dtype, nnz=(30, 500))
     with torch.inference_mode():
         assert torch.equal(sparse_linear(*case), merged_output(case))
-    assert_same_bits([sparse_linear(*case)], [merged_output(case)])
+    assert_all_same_bits([sparse_linear(*case)], [merged_output(case)])
     assert_gradients_of_the_twin(case, upstream(case))
 
 
@@ -657,7 +657,7 @@ def test_compiled_it_gives_the_same_bits(transposed: bool, dtype: torch.dtype, d
     for function in (step, compiled):
         output = function(*inputs(case))
         results.append([output.detach(), *torch.autograd.grad(output, inputs(case), upstream(case))])
-    assert_same_bits(*results)
+    assert_all_same_bits(*results)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -675,9 +675,10 @@ def test_checkpointed_it_gives_the_same_bits(reentrant: bool, dtype: torch.dtype
             tensor.grad = None
         output.backward(upstream(case))
         results.append([output.detach(), *(tensor.grad for tensor in inputs(case))])
-    assert_same_bits(*results)
+    assert_all_same_bits(*results)
 
 
+@pytest.mark.slow
 def test_the_first_use_warns_of_nothing() -> None:
     script = """
 import sys, types, warnings

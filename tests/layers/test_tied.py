@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values
+from models import IDS, adapted, config, logits, set_values, tied_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -22,28 +22,13 @@ from transformers import (
 from peft_dowser import DeltaFormatError, DowserLayer, Patch, merge, probe, verify
 from peft_dowser.layers.tied import Tied
 
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 EMBEDDING = "model.embed_tokens"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def tied_llama(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    tokens = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **tokens, tie_word_embeddings=True)).to(dtype).eval()
-
-
-def adapted(base: nn.Module | None = None, **overrides) -> PeftModel:
+def with_tied(base: nn.Module | None = None, **overrides) -> PeftModel:
     choice = {"target_modules": ["embed_tokens", "up_proj"], "score": "random", "ensure_weight_tying": True}
-    model = get_peft_model(tied_llama() if base is None else base, config(**(choice | overrides)))
-    set_values(model)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+    return adapted(tied_llama() if base is None else base, **(choice | overrides))
 
 
 def shared_layer(model: nn.Module) -> DowserLayer:
@@ -55,7 +40,7 @@ def shared_layer(model: nn.Module) -> DowserLayer:
 def test_adapted_merged_and_reloaded_model_give_the_same_bits(tmp_path: Path, dtype: torch.dtype, target: str) -> None:
     base = tied_llama(dtype)
     before = logits(base)
-    model = adapted(base, target_modules=[target, "up_proj"])
+    model = with_tied(base, target_modules=[target, "up_proj"])
     found = logits(model)
     assert not torch.equal(found, before)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
@@ -67,7 +52,7 @@ def test_adapted_merged_and_reloaded_model_give_the_same_bits(tmp_path: Path, dt
 
 
 def test_the_file_has_the_delta_once(tmp_path: Path) -> None:
-    model = adapted()
+    model = with_tied()
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     keys = {key for key in load_file(tmp_path / "adapter_model.safetensors") if "up_proj" not in key}
     assert keys == {f"base_model.model.{EMBEDDING}.dowser_{part}" for part in ("index.code", "values.weight")}
@@ -75,7 +60,7 @@ def test_the_file_has_the_delta_once(tmp_path: Path) -> None:
 
 
 def test_the_gradient_is_that_of_the_shared_weight() -> None:
-    model = adapted()
+    model = with_tied()
     dense = copy.deepcopy(model).merge_and_unload()
     dense.model.embed_tokens.weight.requires_grad_(True)
     dense(input_ids=IDS, labels=IDS).loss.backward()
@@ -118,7 +103,7 @@ def test_the_head_is_probed_at_every_token_and_in_any_batch() -> None:
 def test_disable_unmerge_unload_and_delete_restore_the_base() -> None:
     base = tied_llama()
     before = logits(base)
-    model = adapted(base)
+    model = with_tied(base)
     found = logits(model)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
@@ -133,7 +118,7 @@ def test_disable_unmerge_unload_and_delete_restore_the_base() -> None:
 
 
 def test_two_adapters_and_a_mixed_batch() -> None:
-    model = adapted()
+    model = with_tied()
     model.add_adapter("other", config(target_modules=["lm_head"], score="random", seed=3, ensure_weight_tying=True))
     set_values(model, seed=5)
     model.set_adapter("default")
@@ -148,7 +133,7 @@ def test_two_adapters_and_a_mixed_batch() -> None:
 
 
 def test_generation_is_that_of_the_merged_model() -> None:
-    model = adapted()
+    model = with_tied()
     options = {"input_ids": IDS[:1], "max_new_tokens": 12, "do_sample": False}
     found = model.generate(**options)
     assert torch.equal(found, copy.deepcopy(model).merge_and_unload().generate(**options))
@@ -156,7 +141,7 @@ def test_generation_is_that_of_the_merged_model() -> None:
 
 def test_streaming_merge_verify_and_patch(tmp_path: Path) -> None:
     tied_llama(torch.bfloat16).save_pretrained(tmp_path / "base")
-    model = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto"))
+    model = with_tied(AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype="auto"))
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     merge(tmp_path / "adapter", tmp_path / "merged")
     assert verify(tmp_path / "adapter", merged=tmp_path / "merged") == []
@@ -173,7 +158,7 @@ def test_a_seq2seq_model_whose_encoder_decoder_and_head_share_a_weight() -> None
     torch.manual_seed(0)
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
     base = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=True)).eval()
-    model = adapted(base, target_modules=["shared"], task_type="SEQ_2_SEQ_LM")
+    model = with_tied(base, target_modules=["shared"], task_type="SEQ_2_SEQ_LM")
     assert sum(isinstance(module, Tied) for module in model.modules()) >= 1
     with torch.no_grad():
         found = model(input_ids=IDS, labels=IDS).logits
@@ -182,7 +167,7 @@ def test_a_seq2seq_model_whose_encoder_decoder_and_head_share_a_weight() -> None
 
 
 def test_modules_to_save_are_tied_too(tmp_path: Path) -> None:
-    model = adapted(target_modules=["up_proj"], modules_to_save=["embed_tokens"])
+    model = with_tied(target_modules=["up_proj"], modules_to_save=["embed_tokens"])
     copied = model.get_input_embeddings().modules_to_save["default"]
     assert model.get_output_embeddings().modules_to_save["default"].weight is copied.weight
     copied.weight.data.add_(0.1)
@@ -195,12 +180,12 @@ def test_modules_to_save_are_tied_too(tmp_path: Path) -> None:
 def test_a_base_that_ties_nothing_says_so() -> None:
     base = LlamaForCausalLM(LlamaConfig(**(tied_llama().config.to_dict() | {"tie_word_embeddings": False})))
     with pytest.warns(UserWarning, match="no target shares its weight with another module"):
-        model = adapted(base, target_modules=["embed_tokens"])
+        model = with_tied(base, target_modules=["embed_tokens"])
     assert not any(isinstance(module, Tied) for module in model.modules())
 
 
 def test_a_damaged_file_leaves_the_plain_base(tmp_path: Path) -> None:
-    adapted().save_pretrained(tmp_path, save_embedding_layers=False)
+    with_tied().save_pretrained(tmp_path, save_embedding_layers=False)
     file = tmp_path / "adapter_model.safetensors"
     tensors = load_file(file)
     next(tensor for key, tensor in tensors.items() if key.endswith("values.weight"))[2] = float("nan")

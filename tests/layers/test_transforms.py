@@ -1,13 +1,12 @@
-"""`torch.func` and forward-mode differentiation of adapted layers: the derivative of the merged model, or an error."""
+"""`torch.func` and forward-mode differentiation of ran layers: the derivative of the merged model, or an error."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import config, set_values
+from models import config, set_values, tiny_moe
 from peft import PeftModel, get_peft_model
-from test_experts import tiny_moe
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
@@ -48,7 +47,7 @@ def hooked() -> nn.Module:
     return model
 
 
-def adapted(make: Callable[[], nn.Module], trainable: bool = True) -> PeftModel:
+def ran(make: Callable[[], nn.Module], trainable: bool = True) -> PeftModel:
     torch.manual_seed(0)
     names: dict[str, Any] = {"target_modules": ["0"]}
     if make is FirstExperts:
@@ -109,7 +108,7 @@ MESSAGE = r"no forward-mode derivative .*Merge the adapter before, with merge_ad
 @pytest.mark.parametrize("make", [linear, conv, hooked, FirstExperts])
 @pytest.mark.parametrize("transform", FORWARD)
 def test_a_forward_mode_derivative_is_refused(transform: str, make: Callable[[], nn.Module], trainable: bool) -> None:
-    model = adapted(make, trainable)
+    model = ran(make, trainable)
     with pytest.raises(NotImplementedError, match=MESSAGE):
         FORWARD[transform](model, given(model))
     if make is linear:
@@ -117,10 +116,10 @@ def test_a_forward_mode_derivative_is_refused(transform: str, make: Callable[[],
         assert FORWARD[transform](model, given(model)).norm() > 0
 
 
-@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("trainable", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transform", COMPILED)
 def test_it_is_refused_where_torch_compiles(transform: str, trainable: bool) -> None:
-    model = adapted(linear, trainable)
+    model = ran(linear, trainable)
     with pytest.raises(NotImplementedError, match=MESSAGE):
         COMPILED[transform](model, given(model))
 
@@ -129,14 +128,14 @@ def test_it_is_refused_where_torch_compiles(transform: str, trainable: bool) -> 
 @pytest.mark.parametrize("make", [linear, conv, hooked])
 @pytest.mark.parametrize("transform", OTHERS)
 def test_other_transforms_are_refused_too(transform: str, make: Callable[[], nn.Module], trainable: bool) -> None:
-    model = adapted(make, trainable)
+    model = ran(make, trainable)
     with pytest.raises((RuntimeError, NotImplementedError)):
         OTHERS[transform](model, given(model))
 
 
 @pytest.mark.parametrize("make", [linear, conv, hooked, FirstExperts])
 def test_the_derivative_with_respect_to_the_values_is_refused(make: Callable[[], nn.Module]) -> None:
-    model = adapted(make)
+    model = ran(make)
     x, values = given(model), {name: p.detach() for name, p in model.named_parameters() if ".dowser_" in name}
     with pytest.raises(NotImplementedError, match=MESSAGE):
         jvp(lambda values: functional_call(model, values, (x,)), (values,), (values,))
@@ -144,7 +143,7 @@ def test_the_derivative_with_respect_to_the_values_is_refused(make: Callable[[],
 
 @pytest.mark.parametrize("make", [linear, conv, hooked, FirstExperts])
 def test_functional_call_computes_with_the_values_given(make: Callable[[], nn.Module]) -> None:
-    model, other = adapted(make), adapted(make)
+    model, other = ran(make), ran(make)
     set_values(other, std=1, seed=7)
     x, values = given(model), {name: p.detach() for name, p in other.named_parameters() if ".dowser_" in name}
     assert torch.equal(functional_call(model, values, (x,)), other(x))

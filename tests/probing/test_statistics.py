@@ -24,7 +24,7 @@ N, OUT, IN = 4, 32, 64
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> str:
+def stored(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Path of statistics of the small model, with a gradient."""
     path = tmp_path_factory.mktemp("statistics") / "probe.safetensors"
     probe(tiny_llama(), config(score="gradient")).save(path)
@@ -117,15 +117,15 @@ def test_the_file_grows_with_rows_and_columns_never_with_their_product(num_probe
     assert len(content) < sum(out * width for out, width in shapes)
 
 
-def test_saving_into_a_missing_folder_is_an_error(saved: str, tmp_path: Path) -> None:
+def test_saving_into_a_missing_folder_is_an_error(stored: str, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"missing/probe\.safetensors' cannot be written \(.*No such file or directory"):
-        ProbeStatistics.load(saved).save(tmp_path / "missing" / "probe.safetensors")
+        ProbeStatistics.load(stored).save(tmp_path / "missing" / "probe.safetensors")
     assert not list(tmp_path.iterdir())
 
 
-def test_saving_in_the_place_of_a_folder_is_an_error(saved: str, tmp_path: Path) -> None:
+def test_saving_in_the_place_of_a_folder_is_an_error(stored: str, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=f"'{tmp_path}' cannot be written"):
-        ProbeStatistics.load(saved).save(tmp_path)
+        ProbeStatistics.load(stored).save(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -133,9 +133,9 @@ def test_saving_in_the_place_of_a_folder_is_an_error(saved: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("damage", [lambda good: b"", lambda good: b"\xff" * 100, lambda good: good[:-100]])
-def test_a_damaged_file_is_refused(damage, saved: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused(damage, stored: str, tmp_path: Path) -> None:
     path = tmp_path / "probe.safetensors"
-    path.write_bytes(damage(Path(saved).read_bytes()))
+    path.write_bytes(damage(Path(stored).read_bytes()))
     with pytest.raises(ValueError, match=rf"'{re.escape(str(path))}' is not a readable safetensors file \(.+\)\."):
         ProbeStatistics.load(path)
 
@@ -162,8 +162,8 @@ def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_file_with_other_metadata_is_refused(change: dict, message: str, saved: str, tmp_path: Path) -> None:
-    tensors, metadata = contents(saved)
+def test_a_file_with_other_metadata_is_refused(change: dict, message: str, stored: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(stored)
     changed = {key: value for key, value in (metadata | change).items() if value is not None}
     save_file(tensors, tmp_path / "probe.safetensors", metadata=changed)
     with pytest.raises(ValueError, match="probe.safetensors'.*" + message):
@@ -201,8 +201,8 @@ VALUES = f"the statistics of module '{MODULE}'"
         ("energy", -torch.ones(IN), VALUES),
     ],
 )
-def test_a_file_with_another_tensor_is_refused(field, tensor, message: str, saved: str, tmp_path: Path) -> None:
-    tensors, metadata = contents(saved)
+def test_a_file_with_another_tensor_is_refused(field, tensor, message: str, stored: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(stored)
     tensors[f"{MODULE}:{field}"] = tensor
     kept = {key: value for key, value in tensors.items() if value is not None}
     save_file(kept, tmp_path / "probe.safetensors", metadata=metadata)
@@ -226,11 +226,11 @@ def test_a_file_with_another_tensor_is_refused(field, tensor, message: str, save
     ids=str,
 )
 def test_a_file_gives_the_masks_of_a_probe(
-    choice: dict, update_ratio: float, saved: str, monkeypatch: pytest.MonkeyPatch
+    choice: dict, update_ratio: float, stored: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio)))
     monkeypatch.setattr(peft_dowser.tuner.injection, "probe_targets", lambda *args: pytest.fail("probed again"))
-    found = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio, statistics=saved)))
+    found = masks(get_peft_model(tiny_llama(), config(**choice, update_ratio=update_ratio, statistics=stored)))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -267,27 +267,27 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def test_other_weights_of_the_same_shapes_warn(saved: str) -> None:
+def test_other_weights_of_the_same_shapes_warn(stored: str) -> None:
     other = tiny_llama(seed=1)
     with pytest.warns(UserWarning, match="probe statistics .*are of other weights than this model has in 14 of 14"):
-        get_peft_model(other, config(statistics=saved))
+        get_peft_model(other, config(statistics=stored))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_weights_do_not_warn_whatever_their_dtype(dtype: torch.dtype, saved: str) -> None:
+def test_the_same_weights_do_not_warn_whatever_their_dtype(dtype: torch.dtype, stored: str) -> None:
     with quiet():
-        get_peft_model(tiny_llama(dtype), config(statistics=saved))
+        get_peft_model(tiny_llama(dtype), config(statistics=stored))
 
 
-def test_an_adapted_model_has_its_own_weights(saved: str) -> None:
+def test_an_adapted_model_has_its_own_weights(stored: str) -> None:
     model = get_peft_model(tiny_llama(), config(score="random"))
     set_values(model)
     with quiet():
-        model.add_adapter("other", config(statistics=saved))
+        model.add_adapter("other", config(statistics=stored))
 
 
-def test_statistics_of_an_early_release_have_no_samples_and_do_not_warn(saved: str, tmp_path: Path) -> None:
-    tensors, metadata = contents(saved)
+def test_statistics_of_an_early_release_have_no_samples_and_do_not_warn(stored: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(stored)
     del metadata["samples"]
     save_file(tensors, tmp_path / "early.safetensors", metadata=metadata)
     assert ProbeStatistics.load(tmp_path / "early.safetensors").samples == {}
@@ -296,8 +296,8 @@ def test_statistics_of_an_early_release_have_no_samples_and_do_not_warn(saved: s
 
 
 @pytest.mark.parametrize("samples", ["[]", '{"model": "zz"}', '{"model": 3}', "no json"])
-def test_samples_that_are_none_are_refused(samples: str, saved: str, tmp_path: Path) -> None:
-    tensors, metadata = contents(saved)
+def test_samples_that_are_none_are_refused(samples: str, stored: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(stored)
     save_file(tensors, tmp_path / "odd.safetensors", metadata=metadata | {"samples": samples})
     with pytest.raises(ValueError, match="lacks a part of the probe statistics"):
         ProbeStatistics.load(tmp_path / "odd.safetensors")

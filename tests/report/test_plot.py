@@ -9,8 +9,7 @@ import pytest
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from models import config, set_values, tiny_llama
-from peft import get_peft_model
+from models import config, saved, tiny_llama
 from torch import Tensor
 
 from peft_dowser import DowserLayer, ProbeStatistics, probe
@@ -28,11 +27,8 @@ def statistics() -> ProbeStatistics:
     return probe(tiny_llama(layers=3), config())
 
 
-def saved(folder: Path, **overrides) -> dict[str, DowserLayer]:
-    """An adapter saved to `folder`, by its layers."""
-    model = get_peft_model(tiny_llama(layers=3), config(**({"score": "random", "update_ratio": 0.3} | overrides)))
-    set_values(model)
-    model.save_pretrained(folder)
+def layers_saved_to(folder: Path, **overrides) -> dict[str, DowserLayer]:
+    model = saved(folder, tiny_llama(layers=3), update_ratio=0.3, **overrides)
     return {layer.module_name: layer for layer in model.modules() if isinstance(layer, DowserLayer)}
 
 
@@ -158,7 +154,7 @@ def test_statistics_of_nothing_are_refused() -> None:
 
 
 def test_the_delta_is_drawn_where_it_is(tmp_path: Path) -> None:
-    layers = saved(tmp_path, target_modules=["q_proj", "up_proj"])
+    layers = layers_saved_to(tmp_path, target_modules=["q_proj", "up_proj"])
     figure = plot.delta_map(tmp_path)
     norm, size = maps(figure)
     values = {name: layer.dowser_values["default"].weight.detach() for name, layer in layers.items()}
@@ -177,7 +173,7 @@ def dense_mask(layer: DowserLayer) -> Tensor:
 
 
 def test_the_density_is_that_of_rows_and_columns(tmp_path: Path) -> None:
-    mask = dense_mask(saved(tmp_path)[UP])
+    mask = dense_mask(layers_saved_to(tmp_path)[UP])
     figure = plot.mask_density(tmp_path, UP)
     blocks, above, beside = panels(figure)
     assert above.get_title() == UP
@@ -202,7 +198,7 @@ def test_a_block_holds_the_mean_of_its_weights(height: int, width: int) -> None:
 
 
 def test_a_module_that_is_not_adapted_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, target_modules=["up_proj"])
+    layers_saved_to(tmp_path, target_modules=["up_proj"])
     with pytest.raises(
         ValueError, match=r"no values for 'lm_head'. It adapts, for example, 'model.layers.0.mlp.up_proj'"
     ):

@@ -10,10 +10,8 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
-import huggingface_hub.constants
 import pytest
-from models import config, set_values, tiny_llama
-from peft import PeftModel, get_peft_model
+from models import config, edit_config, saved, tiny_llama
 
 from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe
 from peft_dowser.cli import main
@@ -21,31 +19,16 @@ from peft_dowser.files.inspection import inspect
 from peft_dowser.probing.statistics import ModuleStatistics
 from peft_dowser.report.page import report
 
+pytestmark = pytest.mark.usefixtures("offline")
+
 VOID = {"meta", "img", "br"}
 HOSTILE = '</style><script>document.title="taken"</script><img src="http://example.com/x.png">&amp;'
 HEADINGS = ["Where training moved the weights", "Which rows and columns train", "Module by module"]
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.fixture(scope="module")
 def statistics() -> ProbeStatistics:
     return probe(tiny_llama(), config())
-
-
-def saved(folder: Path, **overrides) -> PeftModel:
-    model = get_peft_model(tiny_llama(), config(**({"score": "random"} | overrides)))
-    set_values(model)
-    model.save_pretrained(folder)
-    return model
-
-
-def edit(folder: Path, changes: dict) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 class Page(HTMLParser):
@@ -161,7 +144,7 @@ def test_one_adapter_gives_one_page(tmp_path: Path) -> None:
 
 def test_what_a_stranger_wrote_is_text(tmp_path: Path) -> None:
     saved(tmp_path)
-    edit(tmp_path, {"base_model_name_or_path": HOSTILE})
+    edit_config(tmp_path, lambda found: found | {"base_model_name_or_path": HOSTILE})
     report(tmp_path, tmp_path / "page.html")
     assert HOSTILE in check_page(tmp_path / "page.html").texts["td"]
 
@@ -198,7 +181,7 @@ def test_statistics_of_the_bare_base_are_found_under_the_names_of_the_adapter(
 
 def test_an_adapter_without_a_manifest_is_refused(tmp_path: Path) -> None:
     saved(tmp_path)
-    edit(tmp_path, {"manifest": None})
+    edit_config(tmp_path, lambda found: found | {"manifest": None})
     with pytest.raises(DeltaFormatError, match="has no manifest"):
         report(tmp_path, tmp_path / "page.html")
 
@@ -279,10 +262,11 @@ def has_browser() -> bool:
     return all(importlib.util.find_spec(name) for name in ("PyQt6", "PyQt6.QtWebEngineWidgets"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_browser(), reason="needs PyQt6-WebEngine, the Chromium that pip can install")
 def test_a_browser_shows_the_page_and_asks_for_nothing(statistics: ProbeStatistics, tmp_path: Path) -> None:
     saved(tmp_path)
-    edit(tmp_path, {"base_model_name_or_path": HOSTILE})
+    edit_config(tmp_path, lambda found: found | {"base_model_name_or_path": HOSTILE})
     statistics.save(tmp_path / "probe")
     path = tmp_path / "page.html"
     report(tmp_path, path, statistics=tmp_path / "probe")

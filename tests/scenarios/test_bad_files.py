@@ -18,12 +18,11 @@ from bad_files import (
     Small,
     X,
     base_holds,
-    edit_config,
-    edit_tensors,
+    edit_file,
     load,
-    saved,
+    saved_small,
 )
-from models import config, set_values, tiny_llama
+from models import config, edit_config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
@@ -43,7 +42,7 @@ VALUES, CODE = f"{UP}.dowser_values.weight", f"{UP}.dowser_index.code"
 
 
 def tensors(change: Callable) -> Callable[[Path], None]:
-    return lambda folder: edit_tensors(folder, change)
+    return lambda folder: edit_file(folder, change)
 
 
 def bytes_of(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
@@ -245,7 +244,7 @@ ROWS = [
 def test_a_bad_file_is_refused_and_the_model_is_as_it_was(
     damage: Callable, message: str, low_cpu_mem_usage: bool, tmp_path: Path
 ) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     damage(tmp_path)
     base = Small()
     untouched = Before(base)
@@ -257,7 +256,7 @@ def test_a_bad_file_is_refused_and_the_model_is_as_it_was(
 
 @pytest.mark.parametrize(("damage", "message"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_a_bad_second_adapter_leaves_the_first(damage: Callable, message: str, tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     damage(tmp_path)
     model = get_peft_model(Small(), config(score="random", target_modules=["up", "down"], task_type=None)).eval()
     set_values(model, seed=3)
@@ -271,7 +270,7 @@ def test_a_bad_second_adapter_leaves_the_first(damage: Callable, message: str, t
 
 @pytest.mark.parametrize(("damage", "message"), [row[1:] for row in ROWS], ids=[row[0] for row in ROWS])
 def test_a_bad_checkpoint_is_no_state_to_resume_from(damage: Callable, message: str, tmp_path: Path) -> None:
-    saved(tmp_path / "good")
+    saved_small(tmp_path / "good")
     shutil.copytree(tmp_path / "good", tmp_path / "bad")
     damage(tmp_path / "bad")
     model = load(Small(), tmp_path / "good")
@@ -291,10 +290,10 @@ def test_a_bad_checkpoint_is_no_state_to_resume_from(damage: Callable, message: 
 
 
 def test_a_module_to_save_brings_its_copy_and_not_the_original(tmp_path: Path) -> None:
-    saved(tmp_path, modules_to_save=["head"])
+    saved_small(tmp_path, modules_to_save=["head"])
     load(Small(), tmp_path)
     original = "base_model.model.head.original_module.weight"
-    edit_tensors(tmp_path, lambda found: found | {original: torch.ones(4, 12)})
+    edit_file(tmp_path, lambda found: found | {original: torch.ones(4, 12)})
     base = Small()
     untouched = Before(base)
     with pytest.raises(DeltaFormatError, match=f"does not train: '{re.escape(original)}'"):
@@ -304,8 +303,8 @@ def test_a_module_to_save_brings_its_copy_and_not_the_original(tmp_path: Path) -
 
 def test_a_bad_second_adapter_with_a_whole_module_leaves_that_of_the_first(tmp_path: Path) -> None:
     settings = {"score": "random", "target_modules": ["up", "down"], "task_type": None, "modules_to_save": ["head"]}
-    saved(tmp_path, modules_to_save=["head"])
-    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES] * float("nan")})
+    saved_small(tmp_path, modules_to_save=["head"])
+    edit_file(tmp_path, lambda found: found | {VALUES: found[VALUES] * float("nan")})
     model = get_peft_model(Small(), config(**settings)).eval()
     set_values(model)
     expected, untouched = model(X), Before(model)
@@ -321,7 +320,7 @@ def test_a_bad_adapter_with_trained_tokens_leaves_the_embeddings(tmp_path: Path)
     )
     model.save_pretrained(tmp_path)
     key = "base_model.model.model.layers.0.self_attn.q_proj.dowser_values.weight"
-    edit_tensors(tmp_path, lambda found: found | {key: found[key] + float("inf")})
+    edit_file(tmp_path, lambda found: found | {key: found[key] + float("inf")})
     base = tiny_llama(layers=1)
     untouched = Before(base)
     with pytest.raises(DeltaFormatError, match="values that are not finite"):
@@ -334,7 +333,7 @@ def test_a_merge_of_files_takes_no_other_weights(tmp_path: Path) -> None:
     base.save_pretrained(tmp_path / "base")
     model = get_peft_model(base, config(score="random", target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
-    edit_tensors(
+    edit_file(
         tmp_path / "adapter", lambda found: found | {"base_model.model.model.norm.weight": torch.full((32,), 7.0)}
     )
     message = r"Adapter '.*': the file has 1 tensors that the adapter does not train: 'model\.norm\.weight'"
@@ -349,21 +348,21 @@ READERS = [inspect, lambda folder: diff(folder, folder), lambda folder: report(f
 @pytest.mark.parametrize("reader", READERS, ids=["inspect", "diff", "report"])
 @pytest.mark.parametrize("count", [0, -1, 24.0, True, None, "24", [24]])
 def test_readers_without_a_base_refuse_counts_that_are_none(reader: Callable, count: object, tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
 
     def change(found: dict) -> None:
         found["nnz_pattern"]["up"] = found["manifest"]["modules"]["up"]["nnz"] = count
 
     edit_config(tmp_path, change)
-    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES][: 0 if count == 0 else None].clone()})
+    edit_file(tmp_path, lambda found: found | {VALUES: found[VALUES][: 0 if count == 0 else None].clone()})
     with pytest.raises(DeltaFormatError, match=rf"has {re.escape(repr(count))} trained weights for module 'up', which"):
         reader(tmp_path)
 
 
 @pytest.mark.parametrize("reader", READERS, ids=["inspect", "diff", "report"])
 def test_readers_without_a_base_refuse_other_values_than_are_counted(reader: Callable, tmp_path: Path) -> None:
-    saved(tmp_path)
-    edit_tensors(tmp_path, lambda found: found | {VALUES: found[VALUES][:0].clone()})
+    saved_small(tmp_path)
+    edit_file(tmp_path, lambda found: found | {VALUES: found[VALUES][:0].clone()})
     with pytest.raises(DeltaFormatError, match="module 'up': expected 24 floating-point values, the file has"):
         reader(tmp_path)
 
@@ -379,7 +378,7 @@ MUTANTS = int(os.environ.get("DOWSER_MUTANTS", "1600"))
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("manifest", [True, False])
 def test_no_mutant_harms_a_model(damage: Callable, manifest: bool, tmp_path: Path) -> None:
-    saved(tmp_path / "good")
+    saved_small(tmp_path / "good")
     if not manifest:
         edit_config(tmp_path / "good", lambda found: found | {"manifest": None})
         if damage.__name__ in ("change_counts", "change_manifest"):
@@ -408,9 +407,9 @@ def test_no_mutant_harms_a_model(damage: Callable, manifest: bool, tmp_path: Pat
 
 
 def test_a_mutant_that_loads_has_the_bits_of_its_file(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     values = torch.tensor([float(number) for number in range(24)])
-    edit_tensors(tmp_path, lambda found: found | {VALUES: values, CODE: encode(torch.tensor(GOOD), 240)})
+    edit_file(tmp_path, lambda found: found | {VALUES: values, CODE: encode(torch.tensor(GOOD), 240)})
     edit_config(tmp_path, lambda found: found | {"manifest": None})
     model = load(Small(), tmp_path).merge_and_unload()
     expected = Small().up.weight.detach().view(-1)
@@ -422,7 +421,7 @@ def test_a_mutant_that_loads_has_the_bits_of_its_file(tmp_path: Path) -> None:
 
 
 def test_extra_settings_of_a_later_release_warn(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     edit_config(tmp_path, lambda found: found | {"later": 1})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -431,7 +430,7 @@ def test_extra_settings_of_a_later_release_warn(tmp_path: Path) -> None:
 
 
 def test_pickled_tensors_pass_the_same_gate(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     found = load_file(tmp_path / FILE)
     (tmp_path / FILE).unlink()
     torch.save(found, tmp_path / "adapter_model.bin")
@@ -445,8 +444,8 @@ def test_pickled_tensors_pass_the_same_gate(tmp_path: Path) -> None:
 
 
 def test_values_that_overflow_the_base_load_but_no_safe_merge_takes_them(tmp_path: Path) -> None:
-    saved(tmp_path)
-    edit_tensors(tmp_path, lambda found: found | {VALUES: torch.full((24,), 1e30)})
+    saved_small(tmp_path)
+    edit_file(tmp_path, lambda found: found | {VALUES: torch.full((24,), 1e30)})
     base = Small().half()
     model = load(base, tmp_path)
     untouched = Before(base)
@@ -458,7 +457,7 @@ def test_values_that_overflow_the_base_load_but_no_safe_merge_takes_them(tmp_pat
 
 @pytest.mark.parametrize("content", ["{", "[]", '"x"', "null", ""])
 def test_a_config_that_is_none_changes_nothing(content: str, tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     (tmp_path / CONFIG).write_text(content)
     untouched = Before(base := Small())
     with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):

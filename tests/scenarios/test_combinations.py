@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_bits, base_bits, config, set_values, tiny_llama
+from models import IDS, assert_same_bits, base_bits, config, logits, set_values, tied_llama, tiny_llama
 from peft import PeftModel, get_peft_model
-from test_tied import tied_llama
 from torch import Tensor, nn
 
 from peft_dowser import hotswap
 from peft_dowser.layers.layer import dowser_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already", "ignore:All adapters", "ignore:Adapter")
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 
 
 def two(dtype: torch.dtype = torch.float32, a: dict | None = None, b: dict | None = None) -> PeftModel:
@@ -24,11 +22,6 @@ def two(dtype: torch.dtype = torch.float32, a: dict | None = None, b: dict | Non
     model.add_adapter("b", config(score="random", seed=1, **(b or {})))
     set_values(model)
     return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def alone(model: PeftModel, name: str) -> Tensor:

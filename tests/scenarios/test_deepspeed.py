@@ -10,11 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from groups import on_ranks
+from groups import PROBES, STEPS, batch_of, close, on_ranks, steps_of
 from models import config, tiny_llama
 from peft import PeftModel, get_peft_model
-from test_sharded import PROBES, STEPS, batch_of, close
-from test_sharded import train as train_plainly
 from torch import nn
 
 from peft_dowser import probe
@@ -22,6 +20,7 @@ from peft_dowser.base.distributed import is_sharded
 
 # `DS_BUILD_OPS=0 pip install deepspeed` gives one that runs on CPUs.
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow  # starts processes
 
 
 def engine_of(model: nn.Module, stage: int) -> Any:
@@ -114,7 +113,7 @@ def test_a_partitioned_base_is_probed_as_in_one_process(tmp_path: Path) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_trains_and_saves_as_one_process_does(stage: int, tmp_path: Path) -> None:
     model = get_peft_model(tiny_llama(), config(seed=0))
-    losses = train_plainly(model, range(STEPS))
+    losses = steps_of(model, range(STEPS))
     for found in on_ranks(partial(train, stage=stage, folder=str(tmp_path)), tmp_path):
         close(found["losses"], losses)
         assert ("so the file would be incomplete" in found["refusal"]) == (stage == 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import assert_same_bits, config, set_values, tiny_llama
+from models import IDS, assert_same_bits, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,8 +21,6 @@ from peft_dowser.files.inspection import diff, inspect
 from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.report.page import report
 from peft_dowser.report.plot import delta_map, importance_map, mask_density
-
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 
 
 @pytest.fixture
@@ -43,11 +41,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.save_pretrained(path / name)
     model.merge_and_unload().save_pretrained(path / "tuned")
     return path
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def positions(model: nn.Module) -> dict[str, Tensor]:

@@ -10,32 +10,17 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
-from models import assert_same_bits, base_bits, config, set_values, tiny_llama
+from models import IDS, assert_same_bits, base_bits, config, gpt2, logits, set_values, tiny_llama
 from peft import get_peft_model
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch import nn
 
 from peft_dowser import probe
 from peft_dowser.layers import linear_op as sparse_linear
 from peft_dowser.layers.layer import Linear, dowser_layers
 
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
-
-
-def gpt2(dtype: torch.dtype) -> nn.Module:
-    """A model of `Conv1D`s."""
-    torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "vocab_size": 64}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)).to(dtype).eval()
-
 
 def dispatched(model: nn.Module) -> nn.Module:
     return dispatch_model(model, dict.fromkeys(dict(model.named_children()), "cpu"), "cpu", force_hooks=True)
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

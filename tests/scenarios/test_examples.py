@@ -36,6 +36,7 @@ def test_the_quickstart_prints_its_table(tmp_path: Path) -> None:
     assert "Probing" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("variant", ["plain", "checkpointed"])
 @pytest.mark.parametrize("method", peers.METHODS)
@@ -45,6 +46,7 @@ def test_a_training_step_of_every_peer_can_be_measured(method: str, variant: str
     assert 0.08 < found["trained"] < 0.12 or method in ("full", "lora r=16")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_everything_else_can_be_measured() -> None:
     assert generation.measure_generation("dowser", 0.1, 64, "float32", 4)["time_over_base"] > 0

@@ -11,7 +11,7 @@ from pathlib import Path
 import peft.peft_model
 import pytest
 import torch
-from bad_files import CONFIG, FILE, Before, Small, X, load, saved
+from bad_files import CONFIG, FILE, Before, Small, X, load, saved_small
 from models import assert_same_bits, base_bits, config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 
@@ -46,7 +46,7 @@ def failing(function, after: int, fault):
 def test_a_failed_save_leaves_an_adapter_that_loads(
     step: str, fault, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     model = load(Small(), tmp_path)
     before, expected = (tmp_path / FILE).read_bytes(), model(X)
     set_values(model, seed=9)
@@ -78,7 +78,7 @@ def test_a_failed_save_leaves_an_adapter_that_loads(
 
 
 def test_saving_over_the_folder_it_was_loaded_from_works(tmp_path: Path) -> None:
-    saved(tmp_path)
+    saved_small(tmp_path)
     model = load(Small(), tmp_path)
     set_values(model, seed=4)
     model.save_pretrained(tmp_path)
@@ -91,7 +91,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     if mount.returncode:
         pytest.skip("no small disk can be mounted here")
     try:
-        saved(tmp_path)
+        saved_small(tmp_path)
         model = load(Small(), tmp_path)
         expected = model(X)
         used = sum(4096 * -(-path.stat().st_size // 4096) for path in tmp_path.iterdir())
@@ -104,13 +104,14 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_an_adapter(tmp_path: Path) -> None:
     code = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from pathlib import Path
 from bad_files import *
 folder = Path({str(tmp_path)!r})
-saved(folder)
+saved_small(folder)
 model = load(Small(), folder)
 print("ready", flush=True)
 for seed in range(10**6):

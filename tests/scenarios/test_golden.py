@@ -41,6 +41,7 @@ def test_a_golden_adapter_is_written_again_byte_for_byte(name: str, tmp_path: Pa
     assert (tmp_path / file).read_bytes() == (FOLDER / name / file).read_bytes()
 
 
+@pytest.mark.slow
 def test_the_script_refuses_a_dirty_tree(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     shutil.copy(FOLDER / "make_golden.py", tmp_path)

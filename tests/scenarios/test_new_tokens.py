@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import set_values
+from cases import pairwise
+from models import logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
-from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from torch import nn
+from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from peft_dowser import DowserConfig
 
@@ -23,6 +24,7 @@ pytestmark = [
 ]
 PREFIX = "base_model.model."
 NEW = [96, 97, 98, 99]
+BATCH = torch.tensor([[1, 5, 9, *NEW]])
 TRAINED = {
     "modules_to_save, both": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "modules_to_save, tied": {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
@@ -47,20 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two bases without the new tokens: the vocabulary of theirs is what PEFT compares with."""
     folder = tmp_path_factory.mktemp("bases")
     for tied in (False, True):
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                vocab_size=96,
-                bos_token_id=1,
-                eos_token_id=2,
-                pad_token_id=0,
-                tie_word_embeddings=tied,
-            )
-        ).save_pretrained(folder / str(tied))
+        tiny_llama(layers=1, vocab=96, tied=tied).save_pretrained(folder / str(tied))
     return folder
 
 
@@ -87,11 +76,6 @@ def trained(base: nn.Module, **settings: Any) -> PeftModel:
     return model.eval()
 
 
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([[1, 5, 9, 96, 99]])).logits
-
-
 def by_peft(base: PreTrainedModel, folder: Path, settings: dict) -> nn.Module:
     return PeftModel.from_pretrained(base, folder)
 
@@ -107,24 +91,33 @@ def by_transformers(base: PreTrainedModel, folder: Path, settings: dict) -> nn.M
     return base
 
 
-@pytest.mark.parametrize(("tied", "save_embeddings", "name"), COMBINATIONS)
+@pytest.mark.parametrize(("tied", "save_embeddings", "name"), pairwise(COMBINATIONS))
 def test_what_peft_writes_loads(
     tied: bool, save_embeddings: bool | str, name: str, folder: Path, tmp_path: Path
 ) -> None:
     model = trained(resized(folder, tied), **TRAINED[name])
     model.save_pretrained(tmp_path, save_embedding_layers=save_embeddings)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = None if (tied, name) == MUTE else logits(model)
+    expected = None if (tied, name) == MUTE else logits(model, BATCH)
     loaders: list[Callable] = [by_peft, by_resuming, by_transformers]
     for load in loaders:
         loaded = load(resized(folder, tied), tmp_path, TRAINED[name])
         found = get_peft_model_state_dict(loaded, save_embedding_layers=False)
         assert found.keys() == {key.removeprefix("" if isinstance(loaded, PeftModel) else PREFIX) for key in tensors}
         assert all(torch.equal(found.get(key, found.get(key.removeprefix(PREFIX))), tensors[key]) for key in tensors)
-        assert expected is None or torch.equal(logits(loaded), expected), load.__name__
+        assert expected is None or torch.equal(logits(loaded, BATCH), expected), load.__name__
 
 
-@pytest.mark.parametrize(("tied", "name"), [pair for pair in product((False, True), TRAINED) if pair != MUTE])
+# Every choice with one of the two bases always runs.
+RESUMED = [
+    pytest.param(tied, name, marks=pytest.mark.slow if (number + tied) % 2 else ())
+    for tied in (False, True)
+    for number, name in enumerate(TRAINED)
+    if (tied, name) != MUTE
+]
+
+
+@pytest.mark.parametrize(("tied", "name"), RESUMED)
 def test_a_checkpoint_of_the_trainer_is_resumed_from(tied: bool, name: str, folder: Path, tmp_path: Path) -> None:
     rows = [{"input_ids": [1, 5, 96, 99], "labels": [1, 5, 96, 99]}] * 4
     options = {"report_to": [], "per_device_train_batch_size": 1, "use_cpu": True, "disable_tqdm": True, "seed": 0}
@@ -137,4 +130,4 @@ def test_a_checkpoint_of_the_trainer_is_resumed_from(tied: bool, name: str, fold
     whole.train()
     resumed = run(tmp_path / "resumed", 2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
-    assert torch.equal(logits(resumed.model), logits(whole.model))
+    assert torch.equal(logits(resumed.model, BATCH), logits(whole.model, BATCH))

@@ -178,21 +178,31 @@ def public_in(parent: ast.Module | ast.ClassDef) -> list[ast.FunctionDef | ast.C
     return [node for node in found if not node.name.startswith("_")]
 
 
+def modules_imported_by(path: Path) -> set[str]:
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return set(names) | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
 # Importing
 
 
+@pytest.mark.slow
 def test_the_ground_floor_needs_torch_only() -> None:
     output_of(WITHOUT_PEFT)
 
 
+@pytest.mark.slow
 def test_the_registration_survives_every_way_of_importing_again() -> None:
     output_of(WORKS + AGAIN_AND_AGAIN)
 
 
+@pytest.mark.slow
 def test_importing_after_peft_works_and_loads_no_other_package() -> None:
     assert output_of(WORKS + AFTER_PEFT) == "peft_dowser"
 
 
+@pytest.mark.slow
 def test_a_peft_with_the_name_is_fine_and_one_with_the_method_is_refused() -> None:
     assert output_of(WORKS + IN_PEFT) == FOREIGN
 
@@ -208,6 +218,13 @@ def test_the_member_of_the_enum_is_an_ordinary_one() -> None:
 
 
 # Source
+
+
+def test_no_test_imports_a_module_of_tests() -> None:
+    """What several need lies beside the rooms: a test runs, and is found, alone."""
+    paths = list(Path(__file__).parents[1].rglob("test_*.py"))
+    modules = {path.stem for path in paths}
+    assert not {path.name: found for path in paths if (found := modules_imported_by(path) & modules)}
 
 
 def test_modules_import_each_other_without_a_cycle() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import set_values
+from models import IDS, TOKENS, gpt2, set_values, t5
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -26,20 +26,15 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
-    T5Config,
     T5ForConditionalGeneration,
 )
 
 from peft_dowser import DowserConfig, DowserLayer
 
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 
 class Custom(nn.Module):
@@ -55,15 +50,6 @@ class Custom(nn.Module):
         return self.head(self.inner(self.embed(input_ids))) * scale
 
 
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, **TOKENS))
-
-
-def t5() -> nn.Module:
-    sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4, "vocab_size": 64}
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0, tie_word_embeddings=False))
-
-
 def bert_classifier() -> nn.Module:
     return BertForSequenceClassification(BertConfig(**TEXT, max_position_embeddings=64, num_labels=3))
 
@@ -77,7 +63,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[str], str | None]] = {
     "custom": (Custom, ["embed", "inner.0", "inner.2"], None),
     "decoder": (lambda: LlamaForCausalLM(LlamaConfig(**TEXT, **TOKENS)), ["q_proj", "down_proj"], "CAUSAL_LM"),
     "conv1d": (gpt2, ["c_attn", "c_fc"], "CAUSAL_LM"),
-    "encoder-decoder": (t5, ["q", "wi"], "SEQ_2_SEQ_LM"),
+    "encoder-decoder": (lambda: t5(tied=False), ["q", "wi"], "SEQ_2_SEQ_LM"),
     "features": (lambda: BertModel(BertConfig(**TEXT, max_position_embeddings=64)), ["query"], "FEATURE_EXTRACTION"),
     "classifier": (bert_classifier, ["query", "value"], "SEQ_CLS"),
     "decoder classifier": (llama_classifier, ["q_proj", "v_proj"], "SEQ_CLS"),
@@ -95,7 +81,7 @@ def choice(kind: str, **overrides) -> DowserConfig:
     return DowserConfig(**{"target_modules": targets, "score": "random", "task_type": task} | overrides)
 
 
-def adapted(kind: str, dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
+def made(kind: str, dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
     model = get_peft_model(built(kind, dtype), choice(kind, **overrides))
     set_values(model)
     return model.eval()
@@ -125,7 +111,7 @@ def layers(model: nn.Module) -> list[DowserLayer]:
 
 @every_model
 def test_keys_of_the_saved_state(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     keys = set(get_peft_model_state_dict(model, save_embedding_layers=False))
     expected = {
         f"base_model.model.{layer.module_name}.dowser_{part}"
@@ -139,7 +125,7 @@ def test_keys_of_the_saved_state(kind: str) -> None:
 
 @every_model
 def test_only_the_values_and_a_new_head_require_grad(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert all(".dowser_values.default." in name or ".modules_to_save.default." in name for name in trained)
     assert {name for name, _ in model.named_parameters() if ".dowser_values." in name} <= trained
@@ -156,7 +142,7 @@ def test_values_are_float32_or_those_of_the_base(kind: str, dtype: torch.dtype) 
 
 @every_model
 def test_save_and_load(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
+    model = made(kind)
     expected = output(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     assert {path.name for path in tmp_path.iterdir()} == {
@@ -176,7 +162,7 @@ def test_save_and_load(kind: str, tmp_path: Path) -> None:
 
 @every_model
 def test_save_several_and_one_of_them(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
+    model = made(kind)
     model.add_adapter("second", choice(kind, seed=4))
     set_values(model, seed=4)
     model.save_pretrained(tmp_path, save_embedding_layers=False, selected_adapters=["second"])
@@ -189,7 +175,7 @@ def test_save_several_and_one_of_them(kind: str, tmp_path: Path) -> None:
 
 @every_model
 def test_a_given_config_is_the_one_of_the_loaded_model(kind: str, tmp_path: Path) -> None:
-    adapted(kind).save_pretrained(tmp_path, save_embedding_layers=False)
+    made(kind).save_pretrained(tmp_path, save_embedding_layers=False)
     given = PeftConfig.from_pretrained(tmp_path)
     model = PeftModel.from_pretrained(built(kind), tmp_path, is_trainable=False, config=given)
     assert model.peft_config["default"] is given and given.inference_mode
@@ -199,7 +185,7 @@ def test_a_given_config_is_the_one_of_the_loaded_model(kind: str, tmp_path: Path
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_unmerge_and_unload(kind: str, dtype: torch.dtype) -> None:
     base = output(built(kind, dtype)) if "classifier" not in kind else None
-    model = adapted(kind, dtype)
+    model = made(kind, dtype)
     expected = output(model)
     with model.disable_adapter():
         disabled = output(model)
@@ -218,7 +204,7 @@ def test_merge_unmerge_and_unload(kind: str, dtype: torch.dtype) -> None:
 
 @every_model
 def test_disabled_adapters_do_not_train(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     before = output(model)
     with model.disable_adapter():
         off = output(model)
@@ -228,7 +214,7 @@ def test_disabled_adapters_do_not_train(kind: str) -> None:
 
 @every_model
 def test_delete_an_adapter(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     expected = output(model)
     model.add_adapter("second", choice(kind, seed=4))
     model.set_adapter("default")
@@ -244,7 +230,7 @@ def test_delete_an_adapter(kind: str) -> None:
 def test_weighted_adapters(kind: str) -> None:
     if "classifier" in kind:
         pytest.skip("a classifier's head trains as a whole, which no weighted adapter holds")
-    model = adapted(kind)
+    model = made(kind)
     expected = output(model)
     model.add_weighted_adapter(["default"], [1.0], "same")
     model.set_adapter("same")
@@ -253,7 +239,7 @@ def test_weighted_adapters(kind: str) -> None:
 
 @every_model
 def test_training_changes_the_trained_and_nothing_else(kind: str) -> None:
-    model = adapted(kind).train()
+    model = made(kind).train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     loss_of(model).backward()
@@ -272,7 +258,7 @@ def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
         pytest.skip("only models of transformers know gradient checkpointing")
     gradients = []
     for checkpointing in (False, True):
-        model = adapted(kind)
+        model = made(kind)
         if checkpointing:
             model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -289,7 +275,7 @@ def test_gradient_checkpointing(kind: str, reentrant: bool) -> None:
 
 @every_model
 def test_arguments_of_the_forward_are_passed_on(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     if kind == "custom":
         assert torch.equal(output(model, scale=2.0), 2 * output(model))
     else:
@@ -299,7 +285,7 @@ def test_arguments_of_the_forward_are_passed_on(kind: str) -> None:
 
 @every_model
 def test_low_memory_loading(kind: str, tmp_path: Path) -> None:
-    model = adapted(kind)
+    model = made(kind)
     expected = output(model)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     loaded = PeftModel.from_pretrained(built(kind), tmp_path, low_cpu_mem_usage=True).eval()
@@ -314,7 +300,7 @@ def test_low_memory_loading(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["state dict", "counts"])
 def test_placeholders_of_low_memory_have_a_state_dict_on_meta(kind: str, how: str) -> None:
     """As LoRA's, before a file fills them in."""
-    model = adapted(kind)
+    model = made(kind)
     prefix = "base_model.model."
     deltas = {key.removeprefix(prefix): t for key, t in get_peft_model_state_dict(model).items() if ".dowser_" in key}
     given = choice(kind)
@@ -369,7 +355,7 @@ def test_adapter_names_that_are_ours_are_refused(name: str) -> None:
 
 @every_model
 def test_injection_without_a_peft_model(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     if any(".modules_to_save." in name for name, _ in model.named_parameters()):
         pytest.skip("a new head needs a PeftModel")
     config, expected = model.peft_config["default"], output(model)
@@ -383,14 +369,14 @@ def test_injection_without_a_peft_model(kind: str) -> None:
 
 @every_model
 def test_copies_and_pickles(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(output(copied), output(model))
 
 
 @every_model
 def test_status_and_counts(kind: str) -> None:
-    model = adapted(kind)
+    model = made(kind)
     status = get_model_status(model)
     assert status.adapter_model_type == "DowserModel" and status.active_adapters == ["default"]
     assert status.num_adapter_layers == len(get_layer_status(model)) >= len(layers(model))
@@ -401,7 +387,7 @@ def test_status_and_counts(kind: str) -> None:
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "decoder"])
 @pytest.mark.parametrize("bias", ["all", "dowser_only"])
 def test_biases_train_and_come_back(kind: str, bias: str, tmp_path: Path) -> None:
-    model = adapted(kind, bias=bias)
+    model = made(kind, bias=bias)
     trained = [name for name, p in model.named_parameters() if p.requires_grad and name.endswith("bias")]
     outside = [name for name in trained if ".base_layer." not in name and ".modules_to_save." not in name]
     assert bool(outside) == (bias == "all" and kind not in ("encoder-decoder", "decoder classifier"))

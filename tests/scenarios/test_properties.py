@@ -96,7 +96,7 @@ def config_of(adapter: dict) -> DowserConfig:
     return config(**adapter, task_type=None)
 
 
-def adapted(adapter: dict, dtype: torch.dtype) -> PeftModel:
+def made(adapter: dict, dtype: torch.dtype) -> PeftModel:
     model = get_peft_model(base_of(dtype), config_of(adapter))
     set_values(model, std=0.5)
     return model.eval()
@@ -126,7 +126,7 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @slower
 @given(adapters, dtypes)
 def test_what_is_saved_is_what_is_loaded(adapter: dict, dtype: torch.dtype) -> None:
-    model = adapted(adapter, dtype)
+    model = made(adapter, dtype)
     with TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = PeftModel.from_pretrained(base_of(dtype), folder).eval()
@@ -196,7 +196,7 @@ def pickled(model: PeftModel) -> PeftModel:
 def test_copies_and_casts_keep_positions_and_round_values_as_torch_does(
     adapter: dict, dtype: torch.dtype, changes: list[Callable | torch.dtype]
 ) -> None:
-    model = adapted(adapter, dtype)
+    model = made(adapter, dtype)
     expected = state(model)
     for change in changes:
         if isinstance(change, torch.dtype):
@@ -227,7 +227,7 @@ def deltas(draw: st.DrawFn) -> Delta:
     return Delta(torch.tensor(positions, dtype=torch.int32), values)
 
 
-def dense(delta: Delta) -> list[float]:
+def entries_of(delta: Delta) -> list[float]:
     entries = dict(zip(delta.positions.tolist(), delta.values.tolist(), strict=True))
     return [entries.get(at, 0.0) for at in range(41)]
 
@@ -236,8 +236,8 @@ def dense(delta: Delta) -> list[float]:
 @given(deltas(), deltas())
 def test_what_is_added_can_be_taken_away(a: Delta, b: Delta) -> None:
     both = weighted_sum([a, b], [1.0, 1.0])
-    assert dense(weighted_sum([both, b], [1.0, -1.0])) == dense(a)
-    assert dense(weighted_sum([both, a], [1.0, -1.0])) == dense(b)
+    assert entries_of(weighted_sum([both, b], [1.0, -1.0])) == entries_of(a)
+    assert entries_of(weighted_sum([both, a], [1.0, -1.0])) == entries_of(b)
     assert both.positions.tolist() == sorted({*a.positions.tolist(), *b.positions.tolist()})
 
 
@@ -249,5 +249,5 @@ def test_what_is_added_can_be_taken_away(a: Delta, b: Delta) -> None:
 )
 def test_a_weighted_sum_has_no_order(orders: tuple[list, list]) -> None:
     sums = [weighted_sum([delta for delta, _ in terms], [float(w) for _, w in terms]) for terms in orders]
-    entries = zip(*([weight * entry for entry in dense(delta)] for delta, weight in orders[0]), strict=True)
-    assert dense(sums[0]) == dense(sums[1]) == [sum(entry) for entry in entries]
+    entries = zip(*([weight * entry for entry in entries_of(delta)] for delta, weight in orders[0]), strict=True)
+    assert entries_of(sums[0]) == entries_of(sums[1]) == [sum(entry) for entry in entries]

@@ -4,24 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values, tiny_llama
-from peft import PeftModel, get_peft_model
-from torch import Tensor, nn
+from models import IDS, adapted, logits, tiny_llama
+from peft import PeftModel
+from torch import nn
 
 from peft_dowser import DowserLayer
-
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
-
-
-def adapted(dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
-    model = get_peft_model(tiny_llama(dtype), config(**overrides))
-    set_values(model)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def layers(model: nn.Module) -> list[DowserLayer]:
@@ -31,7 +18,7 @@ def layers(model: nn.Module) -> list[DowserLayer]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("scale", [0.5, -1.0, 0.0, 3.7])
 def test_a_scaled_adapter_is_one_with_scaled_values(dtype: torch.dtype, scale: float) -> None:
-    model, twin = adapted(dtype), adapted(dtype)
+    model, twin = adapted(tiny_llama(dtype)), adapted(tiny_llama(dtype))
     model.set_scale("default", scale)
     for layer in layers(twin):
         layer.values("default").data.mul_(scale)
@@ -41,7 +28,7 @@ def test_a_scaled_adapter_is_one_with_scaled_values(dtype: torch.dtype, scale: f
 
 
 def test_scaling_back_and_unmerging_restore_every_bit() -> None:
-    model = adapted(torch.bfloat16)
+    model = adapted(tiny_llama(torch.bfloat16))
     before = logits(model)
     model.set_scale("default", 2.0)
     model.merge_adapter()

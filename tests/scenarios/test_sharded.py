@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from groups import on_ranks
+from groups import PROBES, STEPS, batch_of, close, on_ranks, steps_of
 from models import config, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -40,29 +40,9 @@ from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, probe
 from peft_dowser.baselines import SpiderCallback
 from peft_dowser.probing.statistics import ModuleStatistics
 
-STEPS = 3
+pytestmark = pytest.mark.slow  # starts processes
+
 RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
-
-
-def batch_of(step: int) -> torch.Tensor:
-    return torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(step))
-
-
-def train(model: nn.Module, steps: range, rank: int = 0, size: int = 1) -> list[float]:
-    """Plain gradient descent, so that a run can be continued from the values alone."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=2.0)
-    losses = []
-    for step in steps:
-        part = batch_of(step).chunk(size)[rank]
-        optimizer.zero_grad()
-        loss = model(input_ids=part, labels=part).loss
-        loss.backward()
-        optimizer.step()
-        total = loss.detach().clone()
-        if size > 1:
-            dist.all_reduce(total)
-        losses.append(total.item() / size)
-    return losses
 
 
 def with_ddp(model: PeftModel) -> tuple[nn.Module, Callable[[], dict]]:
@@ -169,7 +149,7 @@ def generated(model: PeftModel, parallel: nn.Module) -> torch.Tensor:
 def one_engine(rank: int, engine: str, folder: Path) -> dict:
     model = get_peft_model(base_on(rank, engine), config(seed=rank))
     parallel, state = ENGINES[engine](model)
-    losses = train(parallel, range(STEPS), rank, 2)
+    losses = steps_of(parallel, range(STEPS), rank, 2)
     tokens = generated(model, parallel)
     refusal = ""
     if engine.startswith("fsdp2"):
@@ -183,7 +163,7 @@ def one_engine(rank: int, engine: str, folder: Path) -> dict:
         model.save_pretrained(folder / engine, state_dict=whole)
     dist.barrier()
     again = PeftModel.from_pretrained(tiny_llama(), folder / engine, is_trainable=True)
-    resumed = train(ENGINES[engine](again)[0], range(STEPS, STEPS + 2), rank, 2)
+    resumed = steps_of(ENGINES[engine](again)[0], range(STEPS, STEPS + 2), rank, 2)
     return {"losses": losses, "tokens": tokens, "refusal": refusal, "resumed": resumed}
 
 
@@ -195,7 +175,7 @@ def resumed_from_a_checkpoint(rank: int) -> bool:
     """As accelerate saves and loads adapters under FSDP2: into a model whose own mask is another one."""
     model, other = (with_fsdp2(get_peft_model(tiny_llama(), config(seed=seed)))[0] for seed in (0, 1))
     assert not all(map(torch.equal, codes(model), codes(other)))
-    train(model, range(STEPS), rank, 2)
+    steps_of(model, range(STEPS), rank, 2)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     checkpoint = get_model_state_dict(model, options=whole)
     from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
@@ -204,12 +184,6 @@ def resumed_from_a_checkpoint(rank: int) -> bool:
 
 
 # The ranks' shares of the prompts are not equal, once one of them has none.
-PROBES = {
-    "prompts": partial(probe, config=config(probe_batch_size=1), prompts=[[1, 9, 30], [1, 4], [1, 50, 7, 7, 8]]),
-    "probed": partial(probe, config=config(num_probes=5, probe_batch_size=1)),
-    "one prompt": partial(probe, config=config(num_probes=1)),
-    "gradient": partial(probe, config=config(num_probes=3, probe_batch_size=1, score="gradient", last_layers=1)),
-}
 
 
 def gathered_at_once(model: nn.Module, work: Callable[[], ProbeStatistics]) -> tuple[ProbeStatistics, int]:
@@ -247,7 +221,7 @@ def probe_sharded(rank: int, engine: str, folder: Path) -> dict:
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     if rank == 0:
         results["probed"].save(folder / f"{engine}.safetensors")
-    return results | {"losses": train(model, range(STEPS), rank, 2)}
+    return results | {"losses": steps_of(model, range(STEPS), rank, 2)}
 
 
 def refused(rank: int) -> list[str]:
@@ -334,9 +308,9 @@ def results(folder: Path) -> list[dict]:
 def alone() -> tuple[PeftModel, list[float]]:
     """One process: the model after the same steps, and its losses, two further steps included."""
     model = get_peft_model(tiny_llama(), config(seed=0))
-    losses = train(model, range(STEPS))
+    losses = steps_of(model, range(STEPS))
     after = {key: value.clone() for key, value in model.state_dict().items()}
-    losses += train(model, range(STEPS, STEPS + 2))
+    losses += steps_of(model, range(STEPS, STEPS + 2))
     model.load_state_dict(after)
     return model, losses
 
@@ -372,7 +346,7 @@ def test_a_sharded_base_is_probed_as_in_one_process(engine: str, results: list[d
             assert found[name].modules.keys() == expected.modules.keys()
             for module, statistics in expected.modules.items():
                 same_statistics(found[name].modules[module], statistics)
-    losses = train(tiny_llama(), range(STEPS))
+    losses = steps_of(tiny_llama(), range(STEPS))
     for ranks in results:
         close(ranks[f"probe, {engine}"]["losses"], losses)  # the probe has left the base as it was
     by_file = get_peft_model(tiny_llama(), config(statistics=str(folder / f"{engine}.safetensors")))
@@ -414,10 +388,6 @@ def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None
     torch.testing.assert_close(found.activity, expected.activity, rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found.energy, expected.energy)
     torch.testing.assert_close(found.gradient, expected.gradient)
-
-
-def close(found: list[float], expected: list[float]) -> None:
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=1e-5, atol=1e-6)
 
 
 def rounds(rank: int) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def source() -> sources.Source:
 # The runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*methods.SPARSE, *methods.PEERS, "spider"])
 def test_every_method_trains_its_share(source: sources.Source, method: str) -> None:
     (found,) = run_all(run(method), [source])
@@ -58,6 +59,7 @@ def test_every_method_trains_its_share(source: sources.Source, method: str) -> N
     assert set(found["upstream"]) == set(tasks.UPSTREAM)
 
 
+@pytest.mark.slow
 def test_a_full_fine_tuning_is_merged_by_every_post_merge_method(source: sources.Source) -> None:
     found = run_all(run("full", update_ratio=1.0), [source], {name: [0.5] for name in methods.AFTERWARDS})
     kept = {one["method"]: one["trained"] for one in found}
@@ -66,6 +68,7 @@ def test_a_full_fine_tuning_is_merged_by_every_post_merge_method(source: sources
     assert set(kept) == {"full", *methods.AFTERWARDS}
 
 
+@pytest.mark.slow
 def test_a_sequence_scores_every_task_so_far(source: sources.Source) -> None:
     tasks_in_row = [sources.tiny(TINY, name, examples=4) for name in ("style", "desc")]
     (found,) = run_all(run("random", task="style+desc", last_layers=1), tasks_in_row)
@@ -148,6 +151,7 @@ def test_the_spread_is_that_of_the_logarithms() -> None:
     assert found == pytest.approx({"strength": 0.5 * (4 / 3) ** 0.5, "gain": 1.5 * (4 / 3) ** 0.5})
 
 
+@pytest.mark.slow
 def test_real_prompts_agree_with_themselves_more_than_controls(tmp_path: Path) -> None:
     found = agreement.agreement(tmp_path / "agreement.json", quick=True)
     spearman = {row["kind"]: row["spearman"][0] for row in found["rows"]}
@@ -188,6 +192,7 @@ def test_the_chat_template_gives_the_batch_of_the_tiny_model() -> None:
     assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+@pytest.mark.slow
 def test_a_users_model_and_data_sets_are_compared(folders: dict[str, str], tmp_path: Path) -> None:
     output = tmp_path / "study"
     arguments = ["--output", str(output), "--model", TINY, "--upstream", folders["known"], "--downstream"]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from cases import pairwise
 from models import config
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
@@ -70,20 +71,24 @@ def generates(name: str) -> bool:
     return hasattr(getattr(transformers, name), "prepare_inputs_for_generation")
 
 
+# Every pair of family, head, task and targets runs always.
 CASES = [
-    (name, task, targets)
-    for name in MODELS
+    (family, head, task, targets)
+    for family, heads in HEADS.items()
+    for head in heads
     for task in TASKS
     for targets in (None, "all-linear")
-    if (generates(name) or task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")) and (targets is None or task in WHOLE)
+    if generates(family + head) or task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+    if targets is None or task in WHOLE
 ]
 
 
-@pytest.mark.parametrize(("name", "task", "targets"), CASES)
+@pytest.mark.parametrize(("family", "head", "task", "targets"), pairwise(CASES))
 @torch.no_grad()
 def test_a_task_with_a_head_goes_the_whole_way(
-    name: str, task: str | None, targets: str | None, tmp_path: Path
+    family: str, head: str, task: str | None, targets: str | None, tmp_path: Path
 ) -> None:
+    name = family + head
     given = config(task_type=task, score="magnitude", target_modules=targets)
     before = run(built(name), name)
     model = get_peft_model(built(name), given).eval()

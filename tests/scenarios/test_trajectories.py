@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from groups import batch_of
 from models import config, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -22,10 +23,6 @@ OPTIMIZERS = {
 }
 # Below a density of 0.2 the gradient in float32 is sampled, and so summed in another order than that of a dense weight.
 DENSE_GRADIENT, SAMPLED_GRADIENT = 0.5, 0.1
-
-
-def batch_of(step: int) -> Tensor:
-    return torch.randint(3, 64, (4, 10), generator=torch.Generator().manual_seed(step))
 
 
 def trained(model: nn.Module, optimizer: str) -> list[Tensor]:

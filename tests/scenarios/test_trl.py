@@ -235,7 +235,7 @@ def test_dpo_starts_at_a_margin_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_
     assert any(not torch.equal(tensor, start[name]) for name, tensor in values(trainer.model).items())
 
 
-@pytest.mark.parametrize("given", ["config", "loaded"])
+@pytest.mark.parametrize("given", ["config", pytest.param("loaded", marks=pytest.mark.slow)])
 def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
     model = loaded_adapter(tokenizer, tmp_path) if given == "loaded" else small_llama(tokenizer)
     trainer = GRPOTrainer(
@@ -262,7 +262,7 @@ def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase,
     assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(trainer.model).items())
 
 
-@pytest.mark.parametrize("given", ["config", "loaded"])
+@pytest.mark.parametrize("given", ["config", pytest.param("loaded", marks=pytest.mark.slow)])
 def test_kto_starts_at_a_reward_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
     """The reference is the base (config) or a true copy of the loaded adapter."""
     rows = [{"prompt": f"rev {a}b?", "completion": f"b{a}", "label": True} for a in "cdefghij"]
@@ -344,6 +344,7 @@ def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
         trainer.model.merge_and_unload()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_sft_example_trains_from_its_yaml(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The very command of the README, on a model and texts in folders."""

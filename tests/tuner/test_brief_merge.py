@@ -9,9 +9,8 @@ from threading import Barrier, Event, Thread
 
 import pytest
 import torch
-from models import assert_same_bits, base_bits, config, set_values, tiny_llama
+from models import assert_same_bits, base_bits, config, set_values, tiny_llama, tiny_moe
 from peft import PeftModel, get_peft_model
-from test_experts import tiny_moe
 from torch import Tensor, nn
 
 from peft_dowser import Patch, hotswap
@@ -35,7 +34,7 @@ def generated(model: nn.Module) -> Tensor:
     return model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=3, do_sample=False)
 
 
-def dense() -> PeftModel:
+def of_linears() -> PeftModel:
     return get_peft_model(tiny_llama(torch.bfloat16), config(score="random"))
 
 
@@ -44,7 +43,7 @@ def of_experts() -> PeftModel:
     return get_peft_model(tiny_moe("mixtral"), config(score="random", target_modules=[], target_parameters=names))
 
 
-@pytest.mark.parametrize("make", [dense, of_experts])
+@pytest.mark.parametrize("make", [of_linears, of_experts])
 def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(make) -> None:
     model = make()
     set_values(model)
@@ -65,7 +64,7 @@ def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(m
 
 
 def test_the_last_one_to_end_unmerges() -> None:
-    model = dense()
+    model = of_linears()
     set_values(model)
     layer = dowser_layers(model)[0]
     seen = []
@@ -84,7 +83,7 @@ def test_the_last_one_to_end_unmerges() -> None:
 
 
 def test_a_model_that_has_generated_can_be_copied_and_pickled() -> None:
-    model = dense()
+    model = of_linears()
     set_values(model)
     expected = generated(model)
     assert torch.equal(generated(copy.deepcopy(model)), expected)
@@ -96,7 +95,7 @@ def failing(layer: DowserLayer) -> None:
 
 
 def test_an_error_of_an_unmerge_is_raised_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = dense()
+    model = of_linears()
     set_values(model)
     before = base_bits(model)
     with monkeypatch.context() as patched:
@@ -110,7 +109,7 @@ def test_an_error_of_an_unmerge_is_raised_as_it_is(monkeypatch: pytest.MonkeyPat
 def test_a_hotswap_is_refused_beside_a_generate_that_began_after_its_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = dense()
+    model = of_linears()
     set_values(model)
     model.save_pretrained(tmp_path)
     before, merged, swapped = base_bits(model), Event(), Event()
@@ -138,7 +137,7 @@ def test_a_hotswap_is_refused_beside_a_generate_that_began_after_its_checks(
 
 
 def test_a_patch_waits_for_other_writers(tmp_path: Path) -> None:
-    dense().save_pretrained(tmp_path)
+    of_linears().save_pretrained(tmp_path)
     patch = Patch(tiny_llama(torch.bfloat16), tmp_path)
     for call in (patch.apply, patch.remove):
         done = Event()

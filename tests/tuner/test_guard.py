@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bad_files import CONFIG, DAMAGES, FILE, Before, edit_config, edit_tensors
-from models import config, set_values, tiny_llama
+from bad_files import CONFIG, DAMAGES, FILE, Before, edit_file
+from models import config, edit_config, logits, set_values, tiny_llama
 from peft import get_peft_model, inject_adapter_in_model
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer
@@ -24,11 +24,6 @@ FOREIGN = {
     "weight of a bare layer": "mlp.up_proj.weight",
     "norm": "input_layernorm.weight",
 }
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([[1, 5, 9]])).logits
 
 
 @pytest.fixture
@@ -87,7 +82,7 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
 def test_a_bad_file_leaves_nothing_behind(damage: Callable, message: str, is_trainable: bool, folder: Path) -> None:
     base = with_first(is_trainable)
     untouched, expected = Before(base), logits(base)
-    edit_tensors(folder, lambda found: [damage(found)])
+    edit_file(folder, lambda found: [damage(found)])
     refused(base, folder, is_trainable, message)
     assert untouched.holds()
     assert set(base.peft_config) == {"first"}
@@ -102,7 +97,7 @@ def test_the_only_adapter_is_forgotten_and_a_good_one_loads_in_its_place(folder:
     base = tiny_llama(layers=1)
     untouched = Before(base)
     good = (folder / FILE).read_bytes()
-    edit_tensors(folder, lambda found: large(found, LAYER + FOREIGN["norm"]))
+    edit_file(folder, lambda found: large(found, LAYER + FOREIGN["norm"]))
     refused(base, folder, is_trainable, "does not train")
     assert untouched.holds()
     assert not hasattr(base, "peft_config")
@@ -142,7 +137,7 @@ def test_an_auto_class_refuses_too(tmp_path: Path) -> None:
     set_values(model)
     model.save_pretrained(tmp_path / "adapter")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")), logits(model.eval()))
-    edit_tensors(tmp_path / "adapter", lambda found: large(found, LAYER + FOREIGN["norm"]))
+    edit_file(tmp_path / "adapter", lambda found: large(found, LAYER + FOREIGN["norm"]))
     with pytest.raises(DeltaFormatError, match="has 1 tensors that the adapter does not train"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 

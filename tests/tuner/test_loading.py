@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from bad_files import Before, Small, edit_config, edit_tensors
-from models import config, set_values, tiny_llama
+from bad_files import Before, Small, edit_file
+from models import config, edit_config, logits, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors import safe_open
@@ -42,11 +42,6 @@ def made(**settings: Any) -> PeftModel:
     model = get_peft_model(base(), config(score="random", target_modules=["q_proj"], **settings))
     set_values(model)
     return model
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model.eval()(input_ids=torch.tensor([[1, 5, 9]])).logits
 
 
 def by_peft(model: PreTrainedModel, folder: Path) -> object:
@@ -121,7 +116,7 @@ def test_a_bad_whole_tensor_is_refused_beside_good_ones(
         found |= {EMBEDDINGS: torch.full((64, 32), 7.0)} if trains != "tokens" else {}
         found[key] = change(good)
 
-    edit_tensors(tmp_path, damage)
+    edit_file(tmp_path, damage)
     refused(load, tmp_path, message)
 
 
@@ -129,7 +124,7 @@ def test_a_bad_whole_tensor_is_refused_beside_good_ones(
 @pytest.mark.parametrize("key", [NORM, f"{P}nowhere.bias", f"{P}lm_head.bias", "x"])
 def test_a_tensor_that_the_adapter_does_not_train_is_refused(key: str, load: Callable, tmp_path: Path) -> None:
     made(bias="all").save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda found: found | {key: torch.ones(32)})
+    edit_file(tmp_path, lambda found: found | {key: torch.ones(32)})
     refused(load, tmp_path, "has 1 tensors that the adapter does not train")
 
 
@@ -140,7 +135,7 @@ def test_a_name_with_that_of_an_adapter_is_refused(load: Callable, tmp_path: Pat
     found = load_file(tmp_path / "adapter_model.safetensors")
     key = next(key for key in found if "values" in key)
     for name in names:
-        edit_tensors(tmp_path, lambda _, name=name: found | {key.replace(".weight", name): found[key].clone()})
+        edit_file(tmp_path, lambda _, name=name: found | {key.replace(".weight", name): found[key].clone()})
         model = base()
         before = Before(model)
         with pytest.raises(DeltaFormatError, match=r"that no file of an adapter has|that this adapter has not"):
@@ -155,7 +150,7 @@ def test_values_must_be_finite_in_the_dtype_that_they_become(
 ) -> None:
     large = {torch.float32: 1e300, torch.float16: 1e5}[dtype]
     made().save_pretrained(tmp_path)
-    edit_tensors(
+    edit_file(
         tmp_path,
         lambda found: {
             k: torch.full_like(v, large, dtype=torch.float64) if "values" in k else v for k, v in found.items()
@@ -246,7 +241,7 @@ def test_whatever_stops_a_load_the_model_is_what_it_was(
 ) -> None:
     made(**SETTINGS[trains]).save_pretrained(tmp_path)
     if trains != "tokens":
-        edit_tensors(tmp_path, lambda found: found | {EMBEDDINGS: torch.full((64, 32), 7.0)})
+        edit_file(tmp_path, lambda found: found | {EMBEDDINGS: torch.full((64, 32), 7.0)})
 
     def stop(*args: Any, **kwargs: Any) -> None:
         raise Stopped
@@ -280,7 +275,7 @@ def test_a_load_that_fails_leaves_the_tensors_that_an_adapter_in_use_shares(tmp_
     before, expected = Before(model), logits(model)
     bias = f"{P}model.layers.0.self_attn.q_proj.base_layer.bias"
     model.save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda found: found | {bias: torch.ones(3), EMBEDDINGS: torch.full((64, 32), 7.0)})
+    edit_file(tmp_path, lambda found: found | {bias: torch.ones(3), EMBEDDINGS: torch.full((64, 32), 7.0)})
     for load in (
         lambda: model.load_adapter(tmp_path, "default", is_trainable=True),
         lambda: set_peft_model_state_dict(model, load_file(tmp_path / "adapter_model.safetensors")),
@@ -294,7 +289,7 @@ def test_a_load_that_fails_leaves_the_tensors_that_an_adapter_in_use_shares(tmp_
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_tensors_of_another_float_dtype_become_those_of_the_model(low_cpu_mem_usage: bool, tmp_path: Path) -> None:
     made(bias="all").save_pretrained(tmp_path)
-    edit_tensors(tmp_path, lambda found: {k: v.double() if v.is_floating_point() else v for k, v in found.items()})
+    edit_file(tmp_path, lambda found: {k: v.double() if v.is_floating_point() else v for k, v in found.items()})
     edit_config(tmp_path, lambda found: found | {"manifest": None})
     loaded = PeftModel.from_pretrained(base(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
@@ -306,12 +301,12 @@ def test_hotswap_takes_no_whole_tensors(tmp_path: Path) -> None:
     for key, shape in ((NORM, (32,)), (HEAD, (64, 32))):
         model = made()
         before, expected = Before(model), logits(model)
-        edit_tensors(tmp_path, lambda found, key=key, shape=shape: found | {key: torch.ones(shape)})
+        edit_file(tmp_path, lambda found, key=key, shape=shape: found | {key: torch.ones(shape)})
         with pytest.raises(ValueError, match="also changes 1 whole tensors, such as"):
             hotswap(model, tmp_path)
         assert before.holds()
         assert torch.equal(logits(model), expected)
-        edit_tensors(tmp_path, lambda found, key=key: found.pop(key))
+        edit_file(tmp_path, lambda found, key=key: found.pop(key))
 
 
 class Plain(nn.Module):
@@ -345,7 +340,7 @@ def test_embeddings_of_a_plain_module(target: str, save_embeddings: bool | str, 
     ids = torch.arange(100)
     loaded = PeftModel.from_pretrained(Plain(), tmp_path)
     assert torch.equal(loaded(ids), model.eval()(ids))
-    edit_tensors(tmp_path, lambda found: found | {f"{P}lin0.weight": torch.ones(2, 5)})
+    edit_file(tmp_path, lambda found: found | {f"{P}lin0.weight": torch.ones(2, 5)})
     before = Before(untouched := Plain())
     with pytest.raises(DeltaFormatError, match="does not train"):
         PeftModel.from_pretrained(untouched, tmp_path)
@@ -372,7 +367,7 @@ def test_auto_classes_are_watched_too(tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config(score="random", target_modules=["q_proj"])
     )
     model.save_pretrained(tmp_path / "adapter")
-    edit_tensors(tmp_path / "adapter", lambda found: found | {HEAD: torch.ones(64, 32).bool()})
+    edit_file(tmp_path / "adapter", lambda found: found | {HEAD: torch.ones(64, 32).bool()})
     with pytest.raises(DeltaFormatError, match=r"is torch\.bool"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter")
 

@@ -4,34 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values, tiny_llama
-from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora
-from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
-
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7]])
-
-
-def tiny_gpt2() -> GPT2LMHeadModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=64, bos_token_id=1, eos_token_id=2)
-    ).eval()
-
-
-def adapted(base: nn.Module, **overrides) -> PeftModel:
-    model = get_peft_model(base, config(**overrides))
-    set_values(model)
-    return model.eval()
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+from models import adapted, gpt2, logits, tiny_llama
+from peft import PeftModel, convert_to_lora, save_as_lora
+from torch import nn
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # of LoRA's, about Conv1D
-@pytest.mark.parametrize("base", [tiny_llama, tiny_gpt2])
+@pytest.mark.parametrize("base", [tiny_llama, gpt2])
 def test_at_full_rank_the_lora_adapter_gives_the_same_outputs(base, tmp_path: Path) -> None:
     model = adapted(base(), score="random")
     assert model.supports_lora_conversion()

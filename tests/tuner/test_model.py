@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import assert_same_bits, base_bits, config, set_values, tiny_llama
+from models import IDS, adapted, assert_same_bits, base_bits, config, logits, set_values, tiny_llama
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -20,18 +20,6 @@ from peft_dowser import DeltaFormatError, DowserConfig, probe
 from peft_dowser.layers.layer import dowser_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def adapted(dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
-    model = get_peft_model(tiny_llama(dtype), config(**overrides))
-    set_values(model)
-    return model.eval()
 
 
 # A new adapter
@@ -285,7 +273,7 @@ def test_hooks_of_a_base_layer_run(kind: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_merged_equals_adapted_and_unmerge_restores_bit_for_bit(dtype: torch.dtype) -> None:
-    model = adapted(dtype)
+    model = adapted(tiny_llama(dtype))
     before, expected, base = base_bits(model), logits(model), logits(tiny_llama(dtype))
     assert not torch.equal(expected, base)
     model.merge_adapter()
@@ -304,7 +292,7 @@ def test_merged_equals_adapted_and_unmerge_restores_bit_for_bit(dtype: torch.dty
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_writes_the_masked_entries_and_nothing_else(dtype: torch.dtype) -> None:
-    model = adapted(dtype)
+    model = adapted(tiny_llama(dtype))
     before = base_bits(model)
     layers = {layer.module_name: layer for layer in dowser_layers(model)}
     merged = {name: tensor.clone() for name, tensor in model.merge_and_unload().state_dict().items()}
@@ -322,7 +310,7 @@ def test_merge_writes_the_masked_entries_and_nothing_else(dtype: torch.dtype) ->
 
 def test_unload_restores_the_base_also_while_merged() -> None:
     for merge_first in (False, True):
-        model = adapted(torch.bfloat16)
+        model = adapted(tiny_llama(torch.bfloat16))
         if merge_first:
             model.merge_adapter()
         assert_same_bits(base_bits(model.unload()), base_bits(tiny_llama(torch.bfloat16)))
@@ -330,7 +318,7 @@ def test_unload_restores_the_base_also_while_merged() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 def test_autocast_gives_what_the_merged_model_gives(dtype: torch.dtype) -> None:
-    model = adapted(dtype)
+    model = adapted(tiny_llama(dtype))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         expected = logits(model)
         model.merge_adapter()
@@ -359,7 +347,7 @@ def test_conv1d_is_exact_in_its_own_layout() -> None:
 
 
 def test_safe_merge_refuses_overflow_and_leaves_the_weight() -> None:
-    model = adapted(torch.float16)
+    model = adapted(tiny_llama(torch.float16))
     layer = dowser_layers(model)[0]
     before = layer.weight.clone()
     layer.dowser_values["default"].weight.data[3] = 1e6
@@ -370,7 +358,7 @@ def test_safe_merge_refuses_overflow_and_leaves_the_weight() -> None:
 
 
 def test_values_that_vanish_in_a_merge_are_reported(caplog: pytest.LogCaptureFixture) -> None:
-    model = adapted(torch.bfloat16)
+    model = adapted(tiny_llama(torch.bfloat16))
     set_values(model, std=1e-6)
     model.merge_adapter()
     (record,) = [r for r in caplog.records if "too small to change a weight" in r.message]
@@ -379,7 +367,7 @@ def test_values_that_vanish_in_a_merge_are_reported(caplog: pytest.LogCaptureFix
 
 
 def test_generate_runs_merged_and_restores_the_base() -> None:
-    model = adapted(torch.bfloat16)
+    model = adapted(tiny_llama(torch.bfloat16))
     before = base_bits(model)
     options = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(IDS)}
     seen = []
@@ -539,7 +527,7 @@ HOWS = ["from_pretrained", "low_cpu_mem_usage", "is_trainable", "transformers", 
 def test_every_way_of_loading_restores_the_logits_bit_for_bit(
     how: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = adapted(dtype)
+    model = adapted(tiny_llama(dtype))
     expected = logits(model)
     model.save_pretrained(tmp_path)
     if how != "second adapter":
@@ -688,7 +676,7 @@ def test_a_saved_config_without_its_file_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_equal_and_independent(copier) -> None:
-    model = adapted(torch.bfloat16)
+    model = adapted(tiny_llama(torch.bfloat16))
     expected = logits(model)
     other = copier(model)
     assert torch.equal(logits(other), expected)

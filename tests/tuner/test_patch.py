@@ -4,35 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values, tiny_llama
-from peft import PeftModel, get_peft_model
+from models import assert_same_bits, base_bits, saved, tiny_llama
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 import peft_dowser.tuner.switching
 from peft_dowser import DeltaFormatError, Patch
 
-IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-def saved(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **overrides) -> Path:
-    model = get_peft_model(tiny_llama(dtype), config(score="random", seed=seed, **overrides))
-    set_values(model, seed=seed)
-    model.save_pretrained(folder)
+def adapter(folder: Path, seed: int, dtype: torch.dtype = torch.float32, **overrides) -> Path:
+    saved(folder, tiny_llama(dtype), seed, **overrides)
     return folder
 
 
-def bits(model: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-
-
 def test_it_shows_itself_in_one_line(tmp_path: Path) -> None:
-    patch = Patch(tiny_llama(), saved(tmp_path, 1))
+    patch = Patch(tiny_llama(), adapter(tmp_path, 1))
     assert repr(patch) == f"Patch({str(tmp_path)!r}, 14 modules, not applied)"
     with patch:
         assert repr(patch) == f"Patch({str(tmp_path)!r}, 14 modules, applied)"
@@ -40,62 +28,62 @@ def test_it_shows_itself_in_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_applied_it_is_the_merged_model_and_removed_the_base(tmp_path: Path, dtype: torch.dtype) -> None:
-    folder = saved(tmp_path, 1, dtype)
-    merged = bits(PeftModel.from_pretrained(tiny_llama(dtype), folder).merge_and_unload())
+    folder = adapter(tmp_path, 1, dtype)
+    merged = base_bits(PeftModel.from_pretrained(tiny_llama(dtype), folder).merge_and_unload())
     model = tiny_llama(dtype)
-    base = bits(model)
+    base = base_bits(model)
     patch = Patch(model, folder)
-    assert same(bits(model), base)
+    assert_same_bits(base_bits(model), base)
     for _ in range(2):
         patch.apply()
-        assert same(bits(model), merged)
+        assert_same_bits(base_bits(model), merged)
         patch.remove()
-        assert same(bits(model), base)
+        assert_same_bits(base_bits(model), base)
 
 
 def test_switching_between_adapters(tmp_path: Path) -> None:
-    folders = [saved(tmp_path / str(seed), seed, update_ratio=0.05 * seed) for seed in (1, 2, 3)]
-    expected = [bits(PeftModel.from_pretrained(tiny_llama(), folder).merge_and_unload()) for folder in folders]
+    folders = [adapter(tmp_path / str(seed), seed, update_ratio=0.05 * seed) for seed in (1, 2, 3)]
+    expected = [base_bits(PeftModel.from_pretrained(tiny_llama(), folder).merge_and_unload()) for folder in folders]
     model = tiny_llama()
-    base, patches = bits(model), [Patch(model, folder) for folder in folders]
+    base, patches = base_bits(model), [Patch(model, folder) for folder in folders]
     for number in (0, 2, 1, 0):
         with patches[number]:
-            assert same(bits(model), expected[number])
-    assert same(bits(model), base)
+            assert_same_bits(base_bits(model), expected[number])
+    assert_same_bits(base_bits(model), base)
 
 
 def test_several_are_removed_in_reverse(tmp_path: Path) -> None:
     model = tiny_llama()
-    base = bits(model)
-    first, second = (Patch(model, saved(tmp_path / str(seed), seed)) for seed in (1, 2))
+    base = base_bits(model)
+    first, second = (Patch(model, adapter(tmp_path / str(seed), seed)) for seed in (1, 2))
     first.apply()
     second.apply()
-    both = bits(model)
+    both = base_bits(model)
     with pytest.raises(ValueError, match=r"changed since\. Remove the patch that was applied after it first"):
         first.remove()
-    assert same(bits(model), both)
+    assert_same_bits(base_bits(model), both)
     second.remove()
     first.remove()
-    assert same(bits(model), base)
+    assert_same_bits(base_bits(model), base)
 
 
 def test_a_sum_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
-    folder = saved(tmp_path, 1)
+    folder = adapter(tmp_path, 1)
     file = folder / "adapter_model.safetensors"
     tensors = load_file(file)
     last = [key for key in tensors if key.endswith("values.weight")][-1]
     tensors[last][3] = 1e30
     save_file(tensors, file)
     model = tiny_llama(torch.float16)
-    base = bits(model)
+    base = base_bits(model)
     with pytest.raises(ValueError, match=r"1 values that are not finite in torch\.float16"):
         Patch(model, folder).apply()
-    assert same(bits(model), base)
+    assert_same_bits(base_bits(model), base)
 
 
 def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
-    base, patch = bits(model), Patch(model, saved(tmp_path, 1))
+    base, patch = base_bits(model), Patch(model, adapter(tmp_path, 1))
     calls, write = [], peft_dowser.tuner.switching.write_entries_
 
     def interrupted(*args) -> None:
@@ -107,19 +95,19 @@ def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(peft_dowser.tuner.switching, "write_entries_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patch.apply()
-    assert same(bits(model), base)
+    assert_same_bits(base_bits(model), base)
     with pytest.raises(ValueError, match="is not applied"):
         patch.remove()
 
 
 def test_what_a_patch_cannot_do_is_refused(tmp_path: Path) -> None:
-    folder = saved(tmp_path / "a", 1)
+    folder = adapter(tmp_path / "a", 1)
     patch = Patch(tiny_llama(), folder)
     with patch, pytest.raises(ValueError, match="is applied already"):
         patch.apply()
     with pytest.raises(ValueError, match="The model has Dowser adapters"):
         Patch(PeftModel.from_pretrained(tiny_llama(), folder), folder)
-    heads = saved(tmp_path / "heads", 1, modules_to_save=["lm_head"])
+    heads = adapter(tmp_path / "heads", 1, modules_to_save=["lm_head"])
     with pytest.raises(ValueError, match=r"also changes 1 whole tensors, such as 'lm_head\.weight'"):
         Patch(tiny_llama(), heads)
     with pytest.raises(DeltaFormatError, match=r"(belongs to|was made for) another base model"):
