@@ -69,6 +69,7 @@ def test_planned_state_is_that_of_the_real_tensors(dtype: str, optimizer: str, g
     assert found.file == len(written) - 8 - int.from_bytes(written[:8], "little")
 
 
+@pytest.mark.quantized
 def test_planned_state_of_the_8_bit_optimizer_is_the_real_one() -> None:
     optim = pytest.importorskip("bitsandbytes").optim
     values = nn.Parameter(torch.randn(10_000))

@@ -12,15 +12,18 @@ sys.path.insert(0, str(ROOT / "examples" / "features"))
 import capabilities  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
-QUANTIZED = "4-bit base (bitsandbytes)"
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
+MARKS = {
+    "4-bit base (bitsandbytes)": [
+        pytest.mark.quantized,
+        pytest.mark.skipif(not HAS_BITSANDBYTES, reason="bitsandbytes is not installed"),
+    ]
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", capabilities.CAPABILITIES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MARKS.get(name, [])) for name in capabilities.CAPABILITIES])
 def test_the_readme_says_what_was_tried(name: str) -> None:
-    if name == QUANTIZED and not HAS_BITSANDBYTES:
-        pytest.skip("bitsandbytes is not installed")
     row = capabilities.table({name: capabilities.CAPABILITIES[name]}).splitlines()[-1]
     assert row in README.splitlines()
 

@@ -261,6 +261,7 @@ def test_fused_and_foreach_optimizers_train_the_values(options: dict) -> None:
         torch.testing.assert_close(values_of(other)[name], values)
 
 
+@pytest.mark.quantized
 def test_the_8_bit_optimizer_trains_the_values() -> None:
     optim = pytest.importorskip("bitsandbytes").optim
     model = get_peft_model(tiny_llama(hidden=128), config())
