@@ -22,10 +22,17 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from peft_dowser import DowserConfig, ForgettingCallback, RehearsalCallback
-from peft_dowser.cli import _load
 
 EXAMPLES = Path(__file__).parent
 
@@ -103,11 +110,8 @@ def main() -> None:
     parser.add_argument("--output", help="file for the rows, as JSON")
     options = parser.parse_args()
 
-    def load() -> Any:
-        if options.images:
-            return AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
-        return _load(options.model)
-
+    sees = hasattr(AutoConfig.from_pretrained(options.model), "vision_config")
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     found = pieces(options.text, AutoTokenizer.from_pretrained(options.model), options.length)
     held_out, train = found[::5], [piece for number, piece in enumerate(found) if number % 5]
     rows: list[dict[str, Any]] = []
@@ -118,7 +122,8 @@ def main() -> None:
     ):
         for every in [None, *options.every]:
             rehearsal = None if every is None else {"every_n_steps": every, "weight": options.weight * every}
-            row = run(load(), adapter(), train, held_out, rehearsal, options)
+            model = kind.from_pretrained(options.model, dtype="auto")
+            row = run(model, adapter(), train, held_out, rehearsal, options)
             first = next((other["seconds"] for other in rows if other["adapter"] == name), row["seconds"])
             rows.append({"adapter": name, "every": every, "weight": (rehearsal or {}).get("weight", 0.0)} | row)
             print(
