@@ -8,13 +8,13 @@ and of `DowserConfig`. Data sets are Hub ids or folders with JSON lines that hav
     python examples/sft.py --config examples/sft.yaml --dataset_name my_texts --model_name_or_path my_model
 """
 
-from dataclasses import field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import get_type_hints
 
 from datasets import load_dataset
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
-from peft_dowser import DowserConfig, ForgettingCallback
+from peft_dowser import DowserConfig, ForgettingCallback, RehearsalCallback
 
 # The fields of `DowserConfig` that fit a command line, with its types, defaults and help.
 OPTIONS = ("update_ratio", "score", "last_layers", "num_probes", "num_rademacher", "probe_length", "statistics")
@@ -29,9 +29,18 @@ DowserArguments = make_dataclass(
 )
 
 
+@dataclass
+class RehearsalArguments:
+    """Whether the model is held to its base."""
+
+    rehearse: float = field(
+        default=0.0, metadata={"help": "weight of KL(base || adapted) on texts that the base writes"}
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments))
-    script, training, model, dowser = parser.parse_args_and_config(arguments)
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments, RehearsalArguments))
+    script, training, model, dowser, rehearsal = parser.parse_args_and_config(arguments)
     training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision}
     data = load_dataset(script.dataset_name, name=script.dataset_config)
     evaluated = training.eval_strategy != "no"
@@ -43,8 +52,11 @@ def main(arguments: list[str] | None = None) -> None:
         peft_config=DowserConfig(task_type="CAUSAL_LM", seed=training.seed, **vars(dowser)),
     )
     # What the model forgets, on prompts that it writes itself: needs no data.
-    forgetting = DowserConfig(num_probes=dowser.num_probes, probe_length=dowser.probe_length, seed=training.seed)
-    trainer.add_callback(ForgettingCallback(config=forgetting, trainer=trainer))
+    own = DowserConfig(num_probes=dowser.num_probes, probe_length=dowser.probe_length, seed=training.seed)
+    trainer.add_callback(ForgettingCallback(config=own, trainer=trainer))
+    if rehearsal.rehearse:  # on other texts than those that forgetting is measured on
+        others = DowserConfig(num_probes=32, probe_length=dowser.probe_length, seed=training.seed + 1)
+        trainer.add_callback(RehearsalCallback(weight=rehearsal.rehearse, config=others))
     trainer.train()
     trainer.save_model()
 

@@ -14,7 +14,7 @@ from datasets import load_dataset
 from transformers import AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig
+from peft_dowser import DowserConfig, RehearsalCallback
 
 EXAMPLES = Path(__file__).parent
 
@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the adapter")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--rehearse", type=float, default=0.0, help="weight of the KL to the base on its own texts")
     options = parser.parse_args()
 
     trainer = SFTTrainer(
@@ -44,6 +45,7 @@ def main() -> None:
         ),
         train_dataset=load_dataset("text", data_files=options.text, sample_by="document", split="train"),
         peft_config=DowserConfig(update_ratio=0.1, task_type="CAUSAL_LM"),
+        callbacks=[RehearsalCallback(weight=options.rehearse)] if options.rehearse else None,
     )
     trainer.train()
     trainer.save_model()

@@ -16,6 +16,7 @@ from ._version import __version__  # noqa: E402, F401
 from .config import DowserConfig  # noqa: E402
 from .delta.codec import DeltaFormatError  # noqa: E402
 from .evaluation.forgetting import ForgettingCallback  # noqa: E402
+from .evaluation.rehearsal import RehearsalCallback  # noqa: E402
 from .files.extraction import extract  # noqa: E402
 from .files.inspection import diff, inspect  # noqa: E402
 from .files.merging import merge, verify  # noqa: E402
@@ -35,6 +36,7 @@ __all__ = [
     "ForgettingCallback",
     "Patch",
     "ProbeStatistics",
+    "RehearsalCallback",
     "baselines",
     "delta",
     "diff",

@@ -5,5 +5,6 @@ May import delta, base, probing and config.
 
 from . import metrics
 from .forgetting import ForgettingCallback
+from .rehearsal import RehearsalCallback
 
-__all__ = ["ForgettingCallback", "metrics"]
+__all__ = ["ForgettingCallback", "RehearsalCallback", "metrics"]

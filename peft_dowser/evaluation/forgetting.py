@@ -116,9 +116,9 @@ class ForgettingCallback(TrainerCallback):
         self._check(args, state, model)
         with measuring(model), adapters_disabled(model):
             if self.texts is None:
-                self.prompts = written_prompts(base_of(model), self.settings)
+                self.prompts = written_prompts(base_of(model), self.settings, "ForgettingCallback")
             else:
-                self.prompts = read_prompts(self.texts, processing_class, self.max_length)
+                self.prompts = read_prompts(self.texts, processing_class, self.max_length, "ForgettingCallback")
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
             self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
         self.training = True
@@ -258,27 +258,29 @@ class ForgettingCallback(TrainerCallback):
             )
 
 
-def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int) -> list[Prompt]:
+def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
     """Turn texts into inputs of the model.
 
     Args:
         texts: strings, rows of token ids, or keyword arguments of the model's forward for one sample.
         processing_class: tokenizer or processor for the strings.
         max_length: where strings and rows are cut.
+        reader: who reads them, for the message.
 
     Raises:
         ValueError: there is no tokenizer for strings, or a text has no next token.
     """
-    return [_prompt(text, number, processing_class, max_length) for number, text in enumerate(texts)]
+    tokenizer = _tokenizer(processing_class, reader) if any(isinstance(text, str) for text in texts) else None
+    return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
 
 
-def _prompt(text: Text, number: int, processing_class: Any, max_length: int) -> Prompt:
+def _prompt(text: Text, number: int, tokenizer: Any, max_length: int) -> Prompt:
     if isinstance(text, Mapping):
         ids = text.get("input_ids", torch.empty(0, device="cpu"))
         prompt = dict(text)
     else:
         if isinstance(text, str):
-            text = _tokenizer(processing_class)(text, verbose=False)["input_ids"]
+            text = tokenizer(text, verbose=False)["input_ids"]
         ids = torch.as_tensor(text, device="cpu")[None]
         prompt = {"input_ids": ids.long()[:, :max_length]}
     if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2 or ids.is_floating_point():
@@ -289,21 +291,21 @@ def _prompt(text: Text, number: int, processing_class: Any, max_length: int) -> 
     return prompt
 
 
-def _tokenizer(processing_class: Any) -> Any:
+def _tokenizer(processing_class: Any, reader: str) -> Any:
     if processing_class is None:
         raise ValueError(
-            "ForgettingCallback cannot read its texts: they are strings, and the trainer has no processing_class. "
+            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
             "Pass processing_class=tokenizer to the trainer, or texts as token ids."
         )
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def written_prompts(base: Any, settings: ProbeSettings) -> list[Prompt]:
+def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Prompt]:
     """The model's own prompts; image placeholders and other special tokens in them do not count."""
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         raise ValueError(
-            f"ForgettingCallback has no texts, and {type(base).__name__} cannot write its own: it is not a "
-            "causal language model of transformers. Pass texts=[...]."
+            f"{reader} has no texts, and {type(base).__name__} cannot write its own: it is not a causal language model "
+            "of transformers. Pass texts=[...]."
         )
     with left_as_it_was(base):
         prompts = synthetic_prompts(base, settings)
@@ -326,7 +328,7 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
     Raises:
         ValueError: the model does not predict next tokens, or no token counts.
     """
-    loss, divergence, tokens = 0.0, 0.0, 0
+    loss, total_divergence, tokens = 0.0, 0.0, 0
     for group in alike(prompts, padding=True):
         for first in range(0, len(group), batch_size):
             chosen = [prompts[number] for number in group[first : first + batch_size]]
@@ -334,46 +336,61 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
                 loss += F.cross_entropy(scores, targets, reduction="sum").item()
                 tokens += targets.numel()
                 if base_scores is not None:
-                    divergence += _divergence(base_scores, scores)
+                    total_divergence += divergence(base_scores, scores).item()
     if not tokens:
         raise ValueError("No token of the upstream texts counts: all labels are -100, or all tokens are special ones.")
-    return loss / tokens, divergence / tokens
+    return loss / tokens, total_divergence / tokens
 
 
-def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Run a batch; for each prompt yield the float32 logits of model and base, and the tokens, where tokens count."""
-    inputs, mask = collate(prompts, next(model.parameters()).device)
-    ids = inputs["input_ids"]
-    targets = inputs.pop("labels", ids)[:, 1:]
+def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """A batch for the prediction of next tokens.
+
+    Returns:
+        The model's inputs; the next token at every position, `(batch, tokens - 1)`; and which of them count: those
+        that are not padding, and whose label is not -100.
+    """
+    inputs, mask = collate(prompts, device)
+    targets = inputs.pop("labels", inputs["input_ids"])[:, 1:]
     counts = targets != IGNORED
     if mask is not None:
         inputs["attention_mask"] = mask.long()
         counts &= mask[:, 1:] > 0
-    logits = _logits(model, inputs)
+    return inputs, targets, counts
+
+
+def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """Run a batch. For each prompt, at its tokens that count: float32 logits, those of the base, and the tokens."""
+    inputs, targets, counts = predicted(prompts, next(model.parameters()).device)
+    logits = next_token_logits(model, inputs)
     base_logits = None
     if with_base:
         with adapters_disabled(model):
-            base_logits = _logits(model, inputs)
+            base_logits = next_token_logits(model, inputs)
     for row, real in enumerate(counts):
-        at = real.nonzero().view(-1)
-        base_scores = None if base_logits is None else base_logits[row, at].float()
-        yield logits[row, at].float(), base_scores, targets[row, at]
+        base_scores = None if base_logits is None else base_logits[row, real].float()
+        yield logits[row, real].float(), base_scores, targets[row, real]
 
 
-def _logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def next_token_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The logits of the next token after every token but the last, `(batch, tokens - 1, vocabulary)`.
+
+    Raises:
+        ValueError: the model does not predict next tokens.
+    """
     options = {"use_cache": False} if "use_cache" in inspect.signature(base_of(model).forward).parameters else {}
     logits = getattr(model(**inputs, **options), "logits", None)
     tokens = inputs["input_ids"].shape
     if logits is None or logits.dim() != 3 or logits.shape[:2] != tokens:
         got = "none" if logits is None else str(tuple(logits.shape))
         raise ValueError(
-            f"ForgettingCallback needs a model that predicts the next token: {type(model).__name__} gives logits of "
+            f"Forgetting is measured on a model that predicts the next token: {type(model).__name__} gives logits of "
             f"shape {got} for {tuple(tokens)} tokens. Load it with its language-model head."
         )
-    return logits
+    return logits[:, :-1]
 
 
-def _divergence(base_scores: Tensor, scores: Tensor) -> float:
-    """Sum over the tokens of KL(base || model)."""
-    base, now = base_scores.log_softmax(-1), scores.log_softmax(-1)
-    return F.kl_div(now, base, reduction="sum", log_target=True).item()
+def divergence(base_scores: Tensor, scores: Tensor) -> Tensor:
+    """Sum over the tokens of KL(base || model), in nats; both are logits, `(tokens, vocabulary)`."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    base, now = base_scores.log_softmax(-1, dtype=wide), scores.log_softmax(-1, dtype=wide)
+    return F.kl_div(now, base, reduction="sum", log_target=True)

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from peft_dowser import DowserLayer
 from peft_dowser.base.storage import backend_of, unpack
+from peft_dowser.evaluation.rehearsal import rehearse
 from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.layers.quantized import QuantizedLinear
 
@@ -304,3 +305,21 @@ def test_trl_trains_it(folder: str, kind: str, tmp_path: Path) -> None:
     trainer.save_model(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(load(folder, kind), tmp_path / "adapter")
     assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_rehearsal_has_the_gradient_of_the_divergence(kind: str, folder: str) -> None:
+    model = get_peft_model(load(folder, kind), config(score="random", update_ratio=0.3))
+    set_values(model)
+    rehearse(model, [{"input_ids": row[None]} for row in IDS], 0.5)
+    values = {name: p for name, p in model.named_parameters() if ".dowser_values." in name}
+    found = {name: p.grad.clone() for name, p in values.items()}
+    model.zero_grad()
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+    for p in values.values():
+        p.requires_grad_(True)
+    now = model(input_ids=IDS).logits[:, :-1].log_softmax(-1)
+    (0.5 * (base.exp() * (base - now)).sum(-1).mean()).backward()
+    for name, p in values.items():
+        assert torch.allclose(found[name], p.grad, rtol=1e-3, atol=1e-6 * float(p.grad.abs().max()) + 1e-9)
