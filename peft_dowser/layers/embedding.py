@@ -34,7 +34,7 @@ class Embedding(Linear):
         positions = [self.index(name).decoded() for name in active]
         here = x.to(positions[0].device)  # where accelerate moves it for the base layer
         nothing = torch.zeros((), dtype=base.weight.dtype, device=here.device)
-        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
+        weight = nothing.expand(self.target.shape) if self.is_additive else base.weight
         rows, places = here.long().unique(return_inverse=True)
         found = _only(base, rows, summed_rows(weight, rows, values, positions))(places)
         if not self.is_additive:

@@ -69,8 +69,8 @@ class Passes:
         self.model, self.targets, self.config, self.prompts, self.first = model, targets, config, prompts, first
         self.share = share
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
-        self.fused = {name: target for name, target in targets.items() if target.is_fused}
-        self.plain = {name: target for name, target in targets.items() if not target.is_fused}
+        self.fused = {name: target for name, target in targets.items() if target.kind == "fused"}
+        self.plain = {name: target for name, target in targets.items() if target.kind != "fused"}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device

@@ -15,9 +15,9 @@ from torch import nn
 
 from ..base.compiled import uncompiled
 from ..base.distributed import by_all_ranks, check_gathers, from_rank, gather, is_spread, on_every_rank, rank
+from ..base.search import check_is_base, resolve_targets
 from ..base.storage import _on_meta, check_materialized
 from ..base.target import Target
-from ..base.targets import check_is_base, resolve_targets
 from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
 from .passes import Passes, Share

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from .._peft import bare_base
 from ..base.distributed import check_whole, on_every_rank, rank
+from ..base.search import fused_parameters, resolve_targets
 from ..base.storage import check_materialized
 from ..base.target import Target
-from ..base.targets import fused_parameters, resolve_targets
 from ..config import PROBED_SCORES, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
@@ -95,7 +95,7 @@ class Injection:
     @property
     def fused(self) -> list[str]:
         """Names of the targets that are fused parameters."""
-        return [name for name, target in self.targets.items() if target.is_fused]
+        return [name for name, target in self.targets.items() if target.kind == "fused"]
 
     def prepare(self, model: nn.Module) -> None:
         """Find the targets, and check what is saved or choose what is new; the model stays as it is."""
