@@ -136,15 +136,17 @@ class DowserModel(BaseTuner):
         current_key = usual_name(current_key)
         if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
+        if isinstance(target, DowserLayer):
+            self._injection.add_to(target, self.active_adapters)
+            return
         found, samples = self._injection.targets[current_key], self._injection.samples
-        layer = target if isinstance(target, DowserLayer) else layer_for(found, samples.get(found.name))
+        layer = layer_for(found, samples.get(found.name))
         self._injection.add_to(layer, self.active_adapters)
-        if layer is not target:
-            # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
-            setattr(parent, target_name, layer)
-            for use in found.tied:
-                path, _, name = use.name.rpartition(".")
-                setattr(self.model.get_submodule(path), name, Tied(layer, layer_for(use, samples.get(use.name))))
+        # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
+        setattr(parent, target_name, layer)
+        for use in found.tied:
+            path, _, name = use.name.rpartition(".")
+            setattr(self.model.get_submodule(path), name, Tied(layer, layer_for(use, samples.get(use.name))))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: DowserConfig) -> None:
         # `resolve_targets` finds tied targets by their weights; PEFT looks for the names of embeddings.
