@@ -52,7 +52,7 @@ def default_targets(model: nn.Module) -> set[str]:
 
 
 def _text_part(model: PreTrainedModel) -> nn.Module:
-    """The part that has the config of the text: the decoder, where one part reads and another writes."""
+    """The part that has the config of the text; in an encoder-decoder, the decoder."""
     config = model.config.get_text_config(decoder=True)
     parts = (module for module in model.modules() if getattr(module, "config", None) is config)
     return next(parts, model)

@@ -1,4 +1,4 @@
-"""An embedding with sparse deltas: a linear layer on one-hot inputs, of which only the rows looked up are formed."""
+"""An embedding with sparse deltas: a linear layer on one-hot inputs that forms only the rows that are looked up."""
 
 import copy
 from typing import Any, cast
@@ -44,10 +44,10 @@ class Embedding(Linear):
 
 
 def _only(base: nn.Embedding, rows: Tensor, weight: Tensor) -> nn.Embedding:
-    """An embedding of the class and the settings of another, but with the given rows only."""
+    """An embedding with the class and settings of another, but only the given rows."""
     small = copy.copy(base)
-    small.__dict__.pop("forward", None)  # accelerate's, which brings the whole weight
-    small.__dict__.pop("weight", None)  # FSDP1's, which is no parameter while a forward runs
+    small.__dict__.pop("forward", None)  # accelerate's, which loads the whole weight
+    small.__dict__.pop("weight", None)  # FSDP1's, which is not a parameter while a forward runs
     small._parameters = {"weight": weight}  # type: ignore[dict-item]
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(small, hooks, {})

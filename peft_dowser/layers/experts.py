@@ -15,13 +15,13 @@ from .experts_op import expert_bounds, sparse_experts
 from .layer import DowserLayer
 from .linear_op import in_autocast
 
-# Implementations of experts that `torch.compile` can trace; an older torch (whose version compares as one, not as text)
-# cannot trace what stands in for a parameter.
+# Implementations of experts that `torch.compile` can trace. An older torch cannot trace what stands in for a parameter;
+# its version compares as a version, not as text.
 _TRACEABLE = {"batched_mm", "grouped_mm"} if torch.__version__ >= "2.13" else set()
 
 
 class FusedParameter(nn.Module, DowserLayer):
-    """The deltas of one fused parameter. It has no forward: that of the experts module multiplies with it."""
+    """The deltas of one fused parameter. It has no forward: the forward of the experts module multiplies with it."""
 
     def __init__(self, target: Target, sample: str | None = None) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class FusedParameter(nn.Module, DowserLayer):
 
     @property
     def base_layer(self) -> nn.Module:
-        return self.target.module  # no module of this one: it belongs to the `Experts` around this
+        return self.target.module  # not a child of this: it belongs to the `Experts` around it
 
     @property
     def weight(self) -> nn.Parameter:

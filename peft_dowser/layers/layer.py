@@ -28,7 +28,7 @@ class DowserLayer(BaseTunerLayer):
         dowser_values: `Values` by adapter name.
         dowser_index: `Index` by adapter name.
         module_name: name of the target in the base model.
-        base_sample: entries of it before any merge, see `delta.format.base_sample`; None of a quantized one.
+        base_sample: entries of the weight before any merge, see `delta.format.base_sample`; None of a quantized one.
         scaling: by adapter, the factor of its values, see `set_scale`.
         merged_adapters: those that are merged into the model, in order, also where they have no values in this layer.
         is_tied: whether other modules use the weight and the deltas too, see `tied.Tied`.
