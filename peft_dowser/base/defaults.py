@@ -6,13 +6,13 @@ from transformers import PreTrainedModel
 from .compiled import uncompiled, usual_modules
 from .parts import LAYER_INDEX, adaptable_names, unwrapped
 from .readers import reader_of
-from .target import LINEAR, kind_of
+from .target import LINEAR, target_kind
 
 # Linears of a language model, or modules around them, that route tokens to experts or streams; no default targets.
 _ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
 
 
-def default_targets(model: nn.Module) -> set[str]:
+def default_modules(model: nn.Module) -> set[str]:
     """Names of the linears inside the numbered layers of the language model.
 
     Raises:
@@ -38,7 +38,7 @@ def default_targets(model: nn.Module) -> set[str]:
         if name.startswith(start)
         and LAYER_INDEX.search(name)
         and _ROUTERS.isdisjoint(name.split("."))
-        and kind_of(unwrapped(model.get_submodule(name))) in LINEAR
+        and target_kind(unwrapped(model.get_submodule(name))) in LINEAR
         and reader_of(model, name) is None
     }
     # A model of images or sound alone is all tower.

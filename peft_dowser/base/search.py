@@ -16,11 +16,11 @@ from .._peft import _maybe_include_all_linear_layers, check_target_module_exists
 from .._transformers import is_experts
 from ..config import DowserConfig
 from .compiled import uncompiled, usual_modules
-from .defaults import default_targets
+from .defaults import default_modules
 from .distributed import shape_of
 from .parts import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
 from .readers import reader_of
-from .target import KINDS, LINEAR, Target, fused_target, is_narrow, kind_of, target_of
+from .target import LINEAR, TARGETABLE, Target, fused_target, is_narrow, target_kind, target_of
 from .ties import check_untied, with_ties
 
 
@@ -61,10 +61,10 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     model = uncompiled(model)
-    parameters = _target_parameters(model, config)
+    parameters = _fused_targets(model, config)
     by_default = config.target_modules is None
     if by_default:
-        names = default_targets(model)
+        names = default_modules(model)
         if config.layers_to_transform is not None:
             names = _in_layers(names, config.layers_to_transform)
         config = copy.copy(config)
@@ -139,7 +139,7 @@ def _leaf(name: str) -> str:
 
 
 def _without_whole(config: DowserConfig) -> set[str]:
-    """The targets without the modules that train as a whole.
+    """The `target_modules` without the modules that train as a whole.
 
     PEFT takes for these every module whose name ends so: 'pre_classifier', too, for 'classifier'.
     """
@@ -147,7 +147,7 @@ def _without_whole(config: DowserConfig) -> set[str]:
     return {name for name in config.target_modules or () if not name.endswith(whole)}
 
 
-def _target_parameters(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
+def _fused_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
     """The fused parameters that a config names, without those of excluded modules and other layers."""
     if not config.target_parameters:
         return {}
@@ -195,11 +195,11 @@ def _is_taken_by_expert(target: Target) -> bool:
 def _target(model: nn.Module, name: str) -> Target:
     """The weight of a module of the model; refuses a module whose weight no adapter can change."""
     module = unwrapped(model.get_submodule(name))
-    kind = kind_of(module)
+    kind = target_kind(module)
     if kind is None:
         fused = [name_in_layer(f"{name}{key}") for key in fused_parameters(module) if key.count(".") == 1]
         raise TypeError(
-            f"Target module '{name}' is a {type(module).__name__}. Target modules must be {KINDS}; "
+            f"Target module '{name}' is a {type(module).__name__}. Target modules must be {TARGETABLE}; "
             "change target_modules or exclude_modules."
             + (f" The fused weights of its experts are adapted by target_parameters={fused}." if fused else "")
         )
@@ -235,21 +235,21 @@ def _check_contiguous(targets: Mapping[str, Target]) -> None:
             )
 
 
-def _check_matched(targets: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:
-    """Name the targets that match nothing: an error where nothing at all is left, otherwise a warning."""
-    asked = [targets] if isinstance(targets, str) else sorted(targets)
+def _check_matched(modules: set[str] | list[str] | str, names: list[str], model: nn.Module) -> None:
+    """Name the `target_modules` that match nothing: an error where nothing at all is left, otherwise a warning."""
+    asked = [modules] if isinstance(modules, str) else sorted(modules)
     known = adaptable_names(model)
     if not names:
-        linears = [name for name in known if kind_of(unwrapped(model.get_submodule(name))) in LINEAR]
+        linears = [name for name in known if target_kind(unwrapped(model.get_submodule(name))) in LINEAR]
         leaves = sorted({_leaf(name) for name in linears})
         raise NoMatchingPeftModuleError(
             f"Target modules {asked} not found in the base model, or all of them are excluded. Its linear modules are "
             f"called {leaves}; change target_modules or exclude_modules."
         )
-    if isinstance(targets, str):
+    if isinstance(modules, str):
         return
     suffixes = {name[at:] for name in known for at in _starts_of_parts(name)}
-    unmatched = [target for target in asked if target not in suffixes]
+    unmatched = [key for key in asked if key not in suffixes]
     endings = tuple(f".{key}" for key in unmatched)
     fused = sorted({name_in_layer(name) for name in fused_parameters(model) if name.endswith(endings)})
     if fused:

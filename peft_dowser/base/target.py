@@ -15,20 +15,20 @@ from .distributed import gathered, shape_of
 from .storage import backend_of, device_of, onloaded
 
 # What holds a weight. "fused" is the parameter with the matrices of all experts, "expert" one of these matrices. A
-# further kind needs a line in `kind_of`, a layer in `layers.kinds` and a tap in `probing.taps`.
-Kind: TypeAlias = Literal["linear", "conv1d", "embedding", "quantized", "fused", "expert"]
+# further kind needs a line in `target_kind`, a layer in `layers.kinds` and a tap in `probing.taps`.
+TargetKind: TypeAlias = Literal["linear", "conv1d", "embedding", "quantized", "fused", "expert"]
 
 # The modules that can be targets, for messages.
-KINDS = (
+TARGETABLE = (
     "torch.nn.Linear or transformers' Conv1D, with no other forward than theirs, or a torch.nn.Embedding that only "
     "looks up rows"
 )
 
 # The kinds that multiply their input with a matrix.
-LINEAR: tuple[Kind, ...] = ("linear", "conv1d", "quantized")
+LINEAR: tuple[TargetKind, ...] = ("linear", "conv1d", "quantized")
 
 
-def kind_of(module: nn.Module) -> Kind | None:
+def target_kind(module: nn.Module) -> TargetKind | None:
     """The kind of a module; None where calling it does something else than its weight and bias say."""
     if backend_of(module) is not None:
         return "quantized"
@@ -75,7 +75,7 @@ class Target:
 
     name: str
     module: nn.Module
-    kind: Kind
+    kind: TargetKind
     shape: tuple[int, ...]
     transposed: bool = False
     parameter: str = "weight"
@@ -160,7 +160,7 @@ def target_of(name: str, module: nn.Module, requantize: Any = None) -> Target:
         module: the module.
         requantize: as in `backend_of`.
     """
-    layer, kind = cast(Any, module), cast(Kind, kind_of(module))
+    layer, kind = cast(Any, module), cast(TargetKind, target_kind(module))
     if kind == "quantized":  # its parameters, if it has any, are packed
         shape = int(layer.out_features), int(layer.in_features)
         return Target(name, module, kind, shape, backend=backend_of(module, requantize))

@@ -1,12 +1,12 @@
 """Which layer stands in the base for each kind of target."""
 
-from ..base.target import Kind, Target
+from ..base.target import Target, TargetKind
 from .embedding import Embedding
 from .layer import Linear
 from .quantized import QuantizedLinear
 
 # Without the fused parameters, for which `experts.Experts` makes room.
-_LAYERS: dict[Kind, type[Linear]] = {
+_LAYERS: dict[TargetKind, type[Linear]] = {
     "linear": Linear,
     "conv1d": Linear,
     "embedding": Embedding,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..base.target import Kind, Target
+from ..base.target import Target, TargetKind
 
 
 @dataclass
@@ -141,7 +141,7 @@ class LookupTap(Tap):
 
 
 # Without the fused parameters: their taps are not hooks, see `expert_taps`.
-_TAPS: dict[Kind, type[Tap]] = {"linear": Tap, "conv1d": Tap, "embedding": LookupTap, "quantized": Tap}
+_TAPS: dict[TargetKind, type[Tap]] = {"linear": Tap, "conv1d": Tap, "embedding": LookupTap, "quantized": Tap}
 
 
 def tap_of(target: Target, masks: Sequence[Tensor], batch: int, wants_gradient: bool) -> Tap:
