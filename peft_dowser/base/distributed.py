@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds but a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
+    """Whether this rank holds only a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
     return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
@@ -36,12 +36,12 @@ def is_zero3(model: nn.Module) -> bool:
 
 
 def shape_of(parameter: Tensor) -> tuple[int, ...]:
-    """Shape of the whole."""
+    """Shape of the whole parameter, which may be sharded."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def gathered(parameter: Tensor) -> Tensor:
-    """A parameter itself, or the whole of a sharded one, a temporary for which all ranks must ask."""
+    """The whole parameter. Of a sharded one it is a temporary, for which all ranks must ask together."""
     if isinstance(parameter, DTensor):
         # FSDP2 may keep its parts on the CPU, which the connection between the ranks may not reach.
         part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
@@ -55,7 +55,7 @@ def gathered(parameter: Tensor) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 has gathered; what is set on those, such as `requires_grad`, does not last."""
+    """Free the weights that FSDP2 has gathered: what is set on these, such as `requires_grad`, does not last."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -80,7 +80,7 @@ def check_gathers(model: nn.Module) -> None:
     """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
 
     Raises:
-        ValueError: weights are sharded by something else than FSDP2 or an engine of DeepSpeed.
+        ValueError: weights are sharded by something other than FSDP2 or an engine of DeepSpeed.
     """
     modules = list(model.modules())
     units = [module for module in modules if isinstance(module, FSDPModule)]
@@ -120,7 +120,7 @@ def gather(part: T) -> list[T]:
 
 
 def on_every_rank(work: Callable[[], T]) -> T:
-    """Do some work on every rank; an error on one of them is raised on all, so that none waits for it for ever."""
+    """Do some work on every rank; an error on one of them is raised on all, so that none waits for it forever."""
     result: list[T] = []
     failure: Exception | None = None
     try:

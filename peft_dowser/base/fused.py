@@ -4,7 +4,7 @@ An experts module keeps the matrices of all its experts in one Parameter, shape 
 layer per expert to wrap. While the module's own forward runs, a stand-in takes the place of the parameter and hands
 each product to a function. The forward stays the module's own, whichever implementation transformers chooses for it (a
 loop over experts, batched or grouped products): the merged model runs just that, and products computed in another way
-would differ from it in the last bits. A stand-in is no tensor, so what it cannot follow is an error, and never a
+would differ from it in the last bits. A stand-in is not a tensor, so a use that it cannot follow is an error, never a
 silent use of the bare weight.
 """
 
@@ -19,14 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 _MATMUL = {torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__}
-
-
 _BATCHED = {torch.bmm, Tensor.bmm}
 
-
-# Where each is: which of them there is depends on torch, and the last is an op of transformers'.
+# Where to find each. Which of them exist depends on the version of torch; the last is an op of transformers.
 _GROUPED: dict[str, Any] = {"grouped_mm": F, "_grouped_mm": torch, "grouped_mm_fallback": torch.ops.transformers}
-
 
 # What a forward may ask of a parameter besides products.
 _METADATA = {"shape", "dtype", "device", "is_cuda", "ndim", "dim", "size", "data_ptr"}
@@ -198,7 +194,7 @@ class _StandIn:
 
 
 def _grouped_name(func: Callable) -> str | None:
-    """The name of a grouped product; None where the function is none."""
+    """The name of a grouped product; None of another function."""
     for name, place in _GROUPED.items():
         grouped = getattr(place, name, None)
         if grouped is not None and func in (grouped, getattr(grouped, "default", None)):
@@ -235,8 +231,8 @@ def standing_in(module: nn.Module, multiply: Mapping[str, Multiply]) -> Iterator
 def wrapped_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Call `wrapper(forward, *args, **kwargs)` where the module's forward would be called.
 
-    Note: this is the innermost forward, inside that of accelerate, which brings offloaded parameters before it and
-        takes them away after it, and must not meet a stand-in.
+    Note: this is the innermost forward. The forward of accelerate around it loads offloaded parameters before and
+        unloads them after it, and must not meet a stand-in.
     """
     place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward, is_own = getattr(module, place), place in module.__dict__

@@ -1,7 +1,7 @@
-"""Modules that read the weights of their linears without calling them: a delta on these has no effect until a merge.
+"""Modules that read the weights of their linears without a call: a delta on such a linear has no effect until a merge.
 
-Only those are listed that read a weight wherever they train: a delta on it would get no gradient. What no list knows is
-found in training, see `tuner.notices.report_untrained`.
+The list has only classes that read a weight in training, where a delta on it would get no gradient. Other such classes
+are noticed in training, see `tuner.notices.report_untrained`.
 """
 
 from torch import nn
@@ -10,7 +10,7 @@ from .compiled import uncompiled
 
 # By name of the class: the linears that it reads. Subclasses read the same.
 READERS: dict[str, tuple[str, ...]] = {
-    # torch, which has a faster way in eval mode
+    # torch, which has a faster path in eval mode
     "MultiheadAttention": ("out_proj",),
     "TransformerEncoderLayer": ("linear1", "linear2"),
     # state space models, whose kernels on a GPU take the weights

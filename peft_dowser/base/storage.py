@@ -1,4 +1,4 @@
-"""How a base layer keeps its weight: as it is, quantized, or away from the device until a forward asks for it."""
+"""How a base layer stores its weight: as a plain tensor, quantized, or offloaded until a forward asks for it."""
 
 import math
 import re
@@ -52,10 +52,10 @@ def differentiable(model: nn.Module) -> Iterator[None]:
 
 
 def autocast_dtype(model: nn.Module) -> torch.dtype | None:
-    """The half dtype of a model that runs under autocast only; None where it runs by itself.
+    """The half dtype of a model that runs only under autocast; None of a model that runs without it.
 
-    Someone has made parts of it wider, such as its norms, as one does for training under autocast. What the class of
-    the model keeps in float32 by itself, as T5 does, does not count: its code casts for these parts.
+    Parts of such a model, for example its norms, were made wider, as is usual for training under autocast. Parts that
+    the class of the model keeps in float32, as in T5, do not count: its own code casts for them.
     """
     kept = kept_in_float32(model)
     weights: Counter[torch.dtype] = Counter()
@@ -68,14 +68,14 @@ def autocast_dtype(model: nn.Module) -> torch.dtype | None:
 
 
 def unpack(layer: Any) -> None:
-    """Give a 4-bit layer of bitsandbytes on a CPU the storage that has a backward, for good."""
+    """Give a 4-bit layer of bitsandbytes on a CPU the storage that has a backward, permanently."""
     if getattr(layer, "support_avx512bf16_for_cpu", False):
         layer.state_dict()  # a packed weight is unpacked to be saved
         layer.support_avx512bf16_for_cpu = False
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes; not where an offloaded one keeps its weights meanwhile."""
+    """Where a module computes, even if its weights are offloaded to another place."""
     hook = offload_hook(module)
     if hook is not None:
         return torch.device("cpu" if hook.execution_device is None else hook.execution_device)
@@ -85,7 +85,7 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
-    """The hook of accelerate that brings the weights of an offloaded module; None where they are there."""
+    """The hook of accelerate that loads the weights of an offloaded module; None of a module that is not offloaded."""
     hook = getattr(module, "_hf_hook", None)
     for one in getattr(hook, "hooks", (hook,)):
         if isinstance(one, AlignDevicesHook) and one.offload:
@@ -96,8 +96,8 @@ def offload_hook(module: nn.Module) -> AlignDevicesHook | None:
 def has_own_forward(module: nn.Module) -> bool:
     """Whether a module has another forward than its class, which may do more than its weight says.
 
-    That of accelerate which only moves inputs to the device of the weights does not count: every linear of a base that
-    lies on several devices has it.
+    A forward of accelerate that only moves inputs to the device of the weights does not count: every linear of a base
+    on several devices has one.
     """
     hook, forward = getattr(module, "_hf_hook", None), module.__dict__.get("forward")
     moves = isinstance(hook, AlignDevicesHook) and not hook.offload and not hook.io_same_device
@@ -108,7 +108,7 @@ def has_own_forward(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Bring the weights of an offloaded module for a while."""
+    """Load the weights of an offloaded module for a while."""
     hook = offload_hook(module)
     if hook is None:
         yield

@@ -38,7 +38,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast_devices() -> set[str]:
-    """Where autocast may be on; not the devices of the parameters, which those of an offloaded base do not tell."""
+    """The devices where autocast may be on. The parameters do not tell: those of an offloaded base may be elsewhere."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
 

@@ -11,8 +11,8 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import Tensor, nn
 
+from ..base.search import resolve_targets
 from ..base.target import Target
-from ..base.targets import resolve_targets
 from ..config import DowserConfig
 from ..delta.codec import DeltaFormatError, check_values, decode
 from ..delta.format import (

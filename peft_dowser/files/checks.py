@@ -6,8 +6,8 @@ from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
+from ..base.parts import embedding_tensors
 from ..base.target import Target
-from ..base.targets import embedding_tensors
 from ..config import DowserConfig
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, is_finite
 from ..delta.format import few, is_delta, is_sample, quoted, unlike_samples

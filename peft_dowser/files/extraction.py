@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .._transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-from ..base.targets import resolve_targets
+from ..base.search import resolve_targets
 from ..baselines.postmerge import dare, graft, top_delta
 from ..config import DowserConfig
 from ..delta.apply import Delta

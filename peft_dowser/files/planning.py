@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 
 from .._transformers import uninitialized
-from ..base.targets import fused_parameters, layer_of, resolve_targets
+from ..base.parts import layer_of
+from ..base.search import fused_parameters, resolve_targets
 from ..config import DowserConfig, ratio_of
 from ..delta.codec import code_length, position_dtype
 from ..delta.masks import trained_count

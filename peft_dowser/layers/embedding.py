@@ -1,4 +1,4 @@
-"""An embedding with sparse deltas: a linear layer on one-hot inputs, of which only the rows looked up are formed."""
+"""An embedding with sparse deltas: a linear layer on one-hot inputs that forms only the rows that are looked up."""
 
 import copy
 from typing import Any, cast
@@ -34,7 +34,7 @@ class Embedding(Linear):
         positions = [self.index(name).decoded() for name in active]
         here = x.to(positions[0].device)  # where accelerate moves it for the base layer
         nothing = torch.zeros((), dtype=base.weight.dtype, device=here.device)
-        weight = nothing.expand(self.base_shape) if self.is_additive else base.weight
+        weight = nothing.expand(self.target.shape) if self.is_additive else base.weight
         rows, places = here.long().unique(return_inverse=True)
         found = _only(base, rows, summed_rows(weight, rows, values, positions))(places)
         if not self.is_additive:
@@ -44,10 +44,10 @@ class Embedding(Linear):
 
 
 def _only(base: nn.Embedding, rows: Tensor, weight: Tensor) -> nn.Embedding:
-    """An embedding of the class and the settings of another, but with the given rows only."""
+    """An embedding with the class and settings of another, but only the given rows."""
     small = copy.copy(base)
-    small.__dict__.pop("forward", None)  # accelerate's, which brings the whole weight
-    small.__dict__.pop("weight", None)  # FSDP1's, which is no parameter while a forward runs
+    small.__dict__.pop("forward", None)  # accelerate's, which loads the whole weight
+    small.__dict__.pop("weight", None)  # FSDP1's, which is not a parameter while a forward runs
     small._parameters = {"weight": weight}  # type: ignore[dict-item]
     for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         setattr(small, hooks, {})

@@ -15,32 +15,25 @@ from .experts_op import expert_bounds, sparse_experts
 from .layer import DowserLayer
 from .linear_op import in_autocast
 
-# Implementations of experts that `torch.compile` can trace; an older torch (whose version compares as one, not as text)
-# cannot trace what stands in for a parameter.
+# Implementations of experts that `torch.compile` can trace. An older torch cannot trace what stands in for a parameter;
+# its version compares as a version, not as text.
 _TRACEABLE = {"batched_mm", "grouped_mm"} if torch.__version__ >= "2.13" else set()
 
 
 class FusedParameter(nn.Module, DowserLayer):
-    """The deltas of one fused parameter. It has no forward: that of the experts module multiplies with it."""
+    """The deltas of one fused parameter. It has no forward: the forward of the experts module multiplies with it."""
 
-    def __init__(self, experts: nn.Module, parameter: str, name: str, sample: str | None = None) -> None:
+    def __init__(self, target: Target, sample: str | None = None) -> None:
         super().__init__()
-        # In a tuple, which hides it from torch: the experts belong to the `Experts` around this.
-        self._experts = (experts,)
-        self.parameter_name = parameter
-        DowserLayer.__init__(self, name, sample)
+        DowserLayer.__init__(self, target, sample)
 
     @property
     def base_layer(self) -> nn.Module:
-        return self._experts[0]
-
-    @property
-    def target(self) -> Target:
-        return Target(self.module_name, self.base_layer, self.parameter_name)
+        return self.target.module  # not a child of this: it belongs to the `Experts` around it
 
     @property
     def weight(self) -> nn.Parameter:
-        return weight_of(self.base_layer, self.parameter_name)
+        return weight_of(self.base_layer, self.target.parameter)
 
     def __repr__(self) -> str:
         return "dowser." + super().__repr__()
@@ -53,21 +46,11 @@ class Experts(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def parameter(self, name: str) -> FusedParameter | None:
-        """The deltas of a parameter of the base layer; None where no adapter has any."""
-        return cast(FusedParameter | None, self._modules.get(name))
-
-    def add_parameter(self, name: str, target_name: str, sample: str | None) -> FusedParameter:
-        """Make room for deltas of a parameter of the base layer.
-
-        Args:
-            name: its name in the base layer.
-            target_name: its name in the base model.
-            sample: as in `DowserLayer`.
-        """
-        added = FusedParameter(self.base_layer, name, target_name, sample)
-        self.add_module(name, added)
-        return added
+    def layer_for(self, target: Target, sample: str | None) -> FusedParameter:
+        """The deltas of a fused parameter of the base layer, new where there are none; `sample` as in `DowserLayer`."""
+        if target.parameter not in self._modules:
+            self.add_module(target.parameter, FusedParameter(target, sample))
+        return cast(FusedParameter, self._modules[target.parameter])
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own forward, in which every product with an adapted parameter takes W + D.
@@ -92,7 +75,7 @@ class Experts(nn.Module):
         multiply = {}
         for fused in self._fused():
             if adapters := fused.in_use():
-                multiply[fused.parameter_name] = _Deltas(fused, adapters).multiply
+                multiply[fused.target.parameter] = _Deltas(fused, adapters).multiply
         with standing_in(self.base_layer, multiply):
             return forward(*args, **kwargs)
 

@@ -1,7 +1,6 @@
 """The sparse product with experts: every row times the matrix W + D of its own expert.
 
-As in `sparse_linear`, W + D is formed as a merge writes it, used and dropped; of a fused parameter only the matrices of
-the experts that have rows.
+As in `sparse_linear`, W + D is formed as a merge writes it, used and dropped, and only for the experts that have rows.
 """
 
 from collections.abc import Sequence
@@ -37,7 +36,7 @@ def sparse_experts(product: Product, weight: Tensor, values: Sequence[Tensor], p
 
 
 def expert_bounds(positions: Tensor, shape: Sequence[int]) -> list[int]:
-    """Where the positions of each expert begin in a sorted list, and at last where those of the last one end.
+    """Where the positions of each expert begin in a sorted list, and where the positions of the last expert end.
 
     Args:
         positions: flat positions in a fused parameter, strictly increasing.
@@ -63,7 +62,7 @@ def _product(
     return Product(x, function, transposed, weight.shape[2 if transposed else 1], expert, experts, ends)
 
 
-# Where the rows of each expert are is a number that the host waits for, which a CUDA graph does not allow.
+# The host waits for the numbers of rows of each expert, which a CUDA graph does not allow.
 _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
@@ -108,7 +107,7 @@ def _grads(
     wants_x: bool,
     wants_values: bool,
 ) -> list[Tensor]:
-    """The gradients of x and of the values, in one op: to find the rows of each expert costs a synchronization."""
+    """The gradients of x and of the values, in one op: finding the rows of each expert costs a synchronization."""
     grad_x = torch.zeros_like(x)
     grad_values = [torch.zeros_like(delta) for delta in values]
     slices = _slices(positions, weight)

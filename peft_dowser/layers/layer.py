@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._peft import check_adapters_to_merge
 from .._transformers import is_falcons
-from ..base.storage import has_own_forward, offload_hook
+from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
 from ..delta.apply import Delta, add_delta_, checksum, merged_entries, write_entries_
 from ..delta.codec import DeltaFormatError, code_length, encode, position_dtype
@@ -24,11 +24,11 @@ class DowserLayer(BaseTunerLayer):
     """State of the Dowser adapters on one target.
 
     Attributes:
+        target: the weight that the adapters change, as it was found.
         dowser_values: `Values` by adapter name.
         dowser_index: `Index` by adapter name.
         module_name: name of the target in the base model.
-        base_shape: shape of the target as it is stored.
-        base_sample: entries of it before any merge, see `delta.format.base_sample`; None of a quantized one.
+        base_sample: entries of the weight before any merge, see `delta.format.base_sample`; None of a quantized one.
         scaling: by adapter, the factor of its values, see `set_scale`.
         merged_adapters: those that are merged into the model, in order, also where they have no values in this layer.
         is_tied: whether other modules use the weight and the deltas too, see `tied.Tied`.
@@ -41,29 +41,23 @@ class DowserLayer(BaseTunerLayer):
     other_param_names = ("dowser_index", "scaling")
     is_tied = False
 
-    def __init__(self, name: str, sample: str | None = None) -> None:
+    def __init__(self, target: Target, sample: str | None = None) -> None:
         """Begin without adapters.
 
         Args:
-            name: name of the target in the base model.
+            target: the weight that the adapters change.
             sample: its `base_sample`, where it was read already: an offloaded weight is slow to read.
         """
-        self.module_name = name
+        self.target = target
+        self.module_name = target.name
         self.dowser_values = nn.ModuleDict()
         self.dowser_index = nn.ModuleDict()
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.not_finite: dict[str, int] = {}
-        target = self.target
-        self.base_shape = target.shape
         self.base_sample = target.sample() if sample is None else sample
         self.out_features, self.in_features = target.features
-
-    @property
-    def target(self) -> Target:
-        """The weight that the adapters change."""
-        return Target(self.module_name, self.get_base_layer())
 
     @property
     def merges_in_place(self) -> bool:
@@ -117,7 +111,7 @@ class DowserLayer(BaseTunerLayer):
         """The delta of an adapter, times its scale; empty where it has no values here. Must not be written."""
         if adapter_name in self.dowser_values:
             return Delta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
-        empty = torch.empty(0, dtype=torch.float32, device=self.target.device)
+        empty = torch.empty(0, dtype=torch.float32, device=self._device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
     def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
@@ -128,11 +122,10 @@ class DowserLayer(BaseTunerLayer):
             positions: flat positions in the stored weight, strictly increasing, shape `(nnz,)`.
             init_weights: True starts from a delta of zero, False from random values of the size of the weights.
         """
-        target = self.target
-        values = torch.zeros(positions.numel(), device=target.device, dtype=torch.float32)
+        values = torch.zeros(positions.numel(), device=self._device, dtype=torch.float32)
         if not init_weights:
-            values.normal_(std=float(target.read().float().std()))
-        self._add(adapter_name, values, encode(positions, target.numel), positions)
+            values.normal_(std=float(self.target.read().float().std()))
+        self._add(adapter_name, values, encode(positions, self.target.numel), positions)
 
     def add_placeholder(self, adapter_name: str, nnz: int, code_digest: str | None = None) -> None:
         """Add an adapter whose positions and values a file will fill in.
@@ -145,14 +138,12 @@ class DowserLayer(BaseTunerLayer):
         Raises:
             DeltaFormatError: more values than the weight has entries.
         """
-        target = self.target
-        numel = target.numel
+        numel, device = self.target.numel, self._device
         if nnz > numel:
             raise DeltaFormatError(
                 f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
-                f"{numel} entries ({target.shape}). The adapter was made for another base model."
+                f"{numel} entries ({self.target.shape}). The adapter was made for another base model."
             )
-        device = target.device
         code = torch.zeros(code_length(numel, nnz), dtype=torch.uint8, device=device)
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest)
@@ -182,11 +173,16 @@ class DowserLayer(BaseTunerLayer):
         self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
         self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
 
+    @property
+    def _device(self) -> torch.device:
+        """Where the base layer computes now."""
+        return device_of(self.get_base_layer())
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the dtype of the base, and float32 values would lose bits.
         if adapter_name not in self.dowser_values:
             return
-        device = self.target.device if device is None else device
+        device = self._device if device is None else device
         if device.type == "meta":
             return  # weights that will come from rank 0; the positions are real on every rank
         if not self.values(adapter_name).is_meta:
@@ -289,7 +285,7 @@ class DowserLayer(BaseTunerLayer):
                 f"{sorted(self.dowser_values)}."
             )
         delta = self.delta(adapter_name)
-        dense = delta.values.new_zeros(self.base_shape)
+        dense = delta.values.new_zeros(self.target.shape)
         add_delta_(dense, delta.positions, delta.values)
         return dense
 
@@ -297,10 +293,10 @@ class DowserLayer(BaseTunerLayer):
 class Linear(nn.Module, DowserLayer):
     """A linear layer, or transformers' Conv1D, with sparse deltas on its weight."""
 
-    def __init__(self, base_layer: nn.Module, name: str, sample: str | None = None) -> None:
+    def __init__(self, target: Target, sample: str | None = None) -> None:
         super().__init__()
-        self.base_layer = base_layer
-        DowserLayer.__init__(self, name, sample)
+        self.base_layer = target.module
+        DowserLayer.__init__(self, target, sample)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return not self.is_tied  # PEFT writes no factors for the other modules
@@ -348,7 +344,7 @@ class Linear(nn.Module, DowserLayer):
             refuse_tangents(here, weight, bias, *values)
             return sparse_linear(here, weight, bias, values, positions, transposed)
         refuse_tangents(here, *values)
-        output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.base_shape)
+        output, nothing = self.base_layer(x, *args, **kwargs), here.new_zeros(()).expand(self.target.shape)
         return output + sparse_linear(here, nothing, None, values, positions, transposed).to(output.device)
 
     def _in_its_dtype(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """The sparse linear op: y = x (W + D)^T + b, with D given by a few values at sorted flat positions of W.
 
 The sum is formed in the dtype of W exactly as a merge writes it, used, and dropped: nothing of the size of W lives from
-forward to backward, and the output is bit for bit that of the merged layer. Nothing asks a GPU for a number, which
-would make the host wait. In eager mode one `torch.autograd.Function` runs; `torch.compile` gets custom ops of
+forward to backward, and the output is bit for bit the output of the merged layer. Nothing asks a GPU for a number,
+which would make the host wait. In eager mode one `torch.autograd.Function` runs; `torch.compile` gets custom ops of
 `torch.library`, which it sees as one node each, and which take twice the host's time.
 """
 
@@ -20,8 +20,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 from ..delta.apply import add_delta_, entries_plus
 
-# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole, in as much memory
-# as W + D has taken, because where the positions of a block begin is a number that the host would have to wait for.
+# Bytes of the dense weight gradient that a CPU forms at a time. Elsewhere it is formed whole, in as much memory as
+# W + D took: the host would have to wait for the number where the positions of a block begin.
 _PRODUCT_BLOCK = 64 << 20
 
 # On CPU the sampled product, computed in float32, beats the dense one below these densities: of float32, 28 ms against
@@ -43,14 +43,14 @@ _DELTAS = "Tensor[] values, Tensor[] positions, bool transposed"
 
 
 def in_autocast(x: Tensor) -> Tensor:
-    """A tensor in the dtype in which autocast computes a product: as it is where that is off, or in float64."""
+    """A tensor in the dtype in which autocast computes a product; unchanged if autocast is off, or in float64."""
     device = x.device.type
     casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 
 
 def refuse_tangents(*inputs: object) -> None:
-    """Refuse forward-mode differentiation, of which an op without a rule for it loses the derivative without a word.
+    """Refuse forward-mode differentiation: an op without a rule for it silently loses the derivative.
 
     Raises:
         NotImplementedError: a tensor has a tangent, as in `torch.func.jvp` and in `torch.autograd.forward_ad`.
@@ -63,7 +63,7 @@ def refuse_tangents(*inputs: object) -> None:
 
 
 def refuse_second_derivatives() -> None:
-    """Refuse, in a backward, to be differentiated again: what it computes has no graph, and would count as constant.
+    """Refuse a second derivative in a backward: its result has no graph, and would count as constant.
 
     Raises:
         NotImplementedError: the backward runs with `create_graph=True`.
@@ -79,8 +79,7 @@ def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     """Uninitialized memory of the size of a weight, valid until the next call in this thread.
 
     On CPU it is one buffer, kept: every fresh allocation of that size costs its page faults again (15 ms instead of
-    6 ms for W + D of 2048 x 5632 in float32), and tears holes into the heap that nothing else fits. On a GPU the
-    allocator of torch does the same.
+    6 ms for W + D of 2048 x 5632 in float32), and fragments the heap. On a GPU the allocator of torch does the same.
     """
     if like.device.type != "cpu":
         return like.new_empty(shape)
@@ -274,7 +273,7 @@ def product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
 
 @cache
 def _expect_csr() -> None:
-    """Let torch say once, unheard, that CSR tensors are in beta."""
+    """Swallow torch's single warning that CSR tensors are in beta."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False, device="cpu")

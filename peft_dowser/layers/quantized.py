@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from .._peft import QuantizationBackend
-from ..base.storage import backend_of, unpack
+from ..base.storage import unpack
+from ..base.target import Target
 from ..delta.apply import add_delta_
 from .layer import Linear
 from .linear_op import Weight, in_autocast
@@ -36,11 +37,11 @@ class QuantizedLinear(Linear):
     def merges_in_place(self) -> bool:
         return False
 
-    def __init__(self, base_layer: nn.Module, name: str, requantize: Any = None) -> None:
-        unpack(base_layer)
-        super().__init__(base_layer, name)
-        self._requantize = requantize
-        self._dequantizes = cast(QuantizationBackend, backend_of(base_layer)).backend_name in _DEQUANTIZING
+    def __init__(self, target: Target, sample: str | None = None) -> None:
+        unpack(target.module)
+        super().__init__(target, sample)
+        self._backend = cast(QuantizationBackend, target.backend)
+        self._dequantizes = self._backend.backend_name in _DEQUANTIZING
         # What a merge replaces, in a tuple that hides it from torch: it is no part of the model meanwhile.
         self._original: tuple[nn.Module, ...] = ()
 
@@ -52,8 +53,7 @@ class QuantizedLinear(Linear):
         return in_autocast(x.to(getattr(self.get_base_layer(), "compute_dtype", None) or x.dtype))
 
     def _weight(self) -> Weight:
-        base = self.get_base_layer()
-        backend = cast(QuantizationBackend, backend_of(base, self._requantize))
+        base, backend = self.get_base_layer(), self._backend
         return lambda: backend.get_base_weight(base).detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -71,7 +71,7 @@ class QuantizedLinear(Linear):
         if not names:
             return
         original = self._original[0] if self._original else self.get_base_layer()
-        backend = self._merging_backend(original)
+        backend = self._merging_backend()
         before = backend.get_base_weight(original).detach()
         total = before.clone()
         merged = [name for name in self.merged_adapters if name in self.dowser_values]
@@ -116,8 +116,8 @@ class QuantizedLinear(Linear):
         self.vanished.clear()
         self.not_finite.clear()
 
-    def _merging_backend(self, original: nn.Module) -> QuantizationBackend:
-        backend = cast(QuantizationBackend, backend_of(original, self._requantize))
+    def _merging_backend(self) -> QuantizationBackend:
+        backend = self._backend
         if not backend.supports_merge:
             raise ValueError(
                 f"Module '{self.module_name}' is quantized by {backend.backend_name}, into which PEFT cannot merge. "

@@ -1,4 +1,4 @@
-"""A module whose weight is that of an adapted module: both compute with one delta."""
+"""A module that shares its weight with an adapted module: both compute with one delta."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class Tied(nn.Module):
         self.base_layer = own.base_layer
         own.dowser_values, own.dowser_index, own.scaling = layer.dowser_values, layer.dowser_index, layer.scaling
         layer.is_tied = True
-        # In a tuple, which hides them from torch: their tensors belong to the adapted layer.
+        # In a tuple, which hides the layers from torch: their tensors belong to the adapted layer.
         self._layers = (layer, own)
 
     @property

@@ -47,8 +47,8 @@ class Passes:
     ) -> None:
         self.model, self.targets, self.settings, self.prompts, self.ranks = model, targets, settings, prompts, ranks
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
-        self.fused = {name: target for name, target in targets.items() if target.is_fused}
-        self.plain = {name: target for name, target in targets.items() if not target.is_fused}
+        self.fused = {name: target for name, target in targets.items() if target.kind == "fused"}
+        self.plain = {name: target for name, target in targets.items() if target.kind != "fused"}
         self.kind = kind_of(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device

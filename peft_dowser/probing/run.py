@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..base.compiled import uncompiled
+from ..base.search import check_is_base, resolve_targets
 from ..base.target import Target
-from ..base.targets import check_is_base, resolve_targets
 from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
 from . import cache

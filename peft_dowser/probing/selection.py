@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..base.distributed import _is_distributed, _sent, on_every_rank, rank
+from ..base.parts import layer_of
 from ..base.target import Target
-from ..base.targets import layer_of
 from ..config import DowserConfig, ratio_of
 from ..delta.codec import decode, encode, position_dtype
 from ..delta.masks import frozen_reason, select_jointly, select_rows, trained_count, transpose_positions

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..base.target import Target
+from ..base.target import Target, TargetKind
 
 
 @dataclass
@@ -19,6 +19,7 @@ class Tap:
             reads; empty where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
+        width: `in`; of an embedding, the number of tokens that it knows. Only a `LookupTap` needs it.
         calls: how often the module was called with at least one row.
         activity: sum over calls of the mean |h|, `(batch, in)`.
         energy: sum over calls and real tokens of h squared, `(in,)`.
@@ -31,6 +32,7 @@ class Tap:
     masks: Sequence[Tensor]
     batch: int
     wants_gradient: bool = False
+    width: int = 0
     calls: int = 0
     activity: Tensor | None = None
     energy: Tensor | None = None
@@ -126,29 +128,25 @@ class LayoutTap(Tap):
 
 @dataclass
 class LookupTap(Tap):
-    """Statistics of an embedding, whose h is one-hot: activity is the frequency of each token, energy its count.
-
-    Attributes:
-        entries: `in`, the number of tokens that the embedding knows.
-    """
-
-    entries: int = 0
+    """Statistics of an embedding, whose h is one-hot: activity is the frequency of each token, energy its count."""
 
     def _measured(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         tokens, weights = self._by_prompt(hidden[..., None])
         ids = tokens[..., 0].long()
-        activity = weights.new_zeros(len(ids), self.entries).scatter_add_(1, ids, weights)
-        return activity, torch.bincount(ids[weights > 0], minlength=self.entries).float()
+        activity = weights.new_zeros(len(ids), self.width).scatter_add_(1, ids, weights)
+        return activity, torch.bincount(ids[weights > 0], minlength=self.width).float()
 
     def _product(self, grad: Tensor, hidden: Tensor) -> Tensor:
-        return sums_by_group(grad.reshape(-1, grad.shape[-1]).float(), hidden.reshape(-1).long(), self.entries).T
+        return sums_by_group(grad.reshape(-1, grad.shape[-1]).float(), hidden.reshape(-1).long(), self.width).T
+
+
+# Without the fused parameters: their taps are not hooks, see `expert_taps`.
+_TAPS: dict[TargetKind, type[Tap]] = {"linear": Tap, "conv1d": Tap, "embedding": LookupTap, "quantized": Tap}
 
 
 def tap_of(target: Target, masks: Sequence[Tensor], batch: int, wants_gradient: bool) -> Tap:
     """A tap for one matrix."""
-    if isinstance(target.module, nn.Embedding):
-        return LookupTap(masks, batch, wants_gradient, entries=target.features[1])
-    return Tap(masks, batch, wants_gradient)
+    return _TAPS[target.kind](masks, batch, wants_gradient, width=target.features[1])
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def combined_config(
     """
     counts = {name: delta.values.numel() for name, delta in deltas.items()}
     targets = [layer.target for layer in layers if layer.module_name in counts]
-    fused = [target.name for target in targets if target.is_fused]
+    fused = [target.name for target in targets if target.kind == "fused"]
     return dataclasses.replace(
         configs[0],
         update_ratio=sum(counts.values()) / sum(target.numel for target in targets),

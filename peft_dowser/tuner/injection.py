@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from .._peft import bare_base
 from ..base.distributed import check_whole, on_every_rank, rank
+from ..base.search import fused_parameters, resolve_targets
 from ..base.storage import check_materialized
 from ..base.target import Target
-from ..base.targets import fused_parameters, resolve_targets
 from ..config import PROBED_SCORES, AdapterRecord, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
@@ -104,7 +104,7 @@ class Injection(ABC):
     @property
     def fused(self) -> list[str]:
         """Names of the targets that are fused parameters."""
-        return [name for name, target in self.targets.items() if target.is_fused]
+        return [name for name, target in self.targets.items() if target.kind == "fused"]
 
     def _name_targets(self) -> None:
         """Put into the config the targets that PEFT would not find by itself."""

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .._peft import AuxiliaryTrainingWrapper, adapters_of
-from ..layers.experts import FusedParameter
 from ..layers.layer import DowserLayer, dowser_layers
 from ..layers.tied import Tied
 
@@ -40,7 +39,7 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
     layers = dowser_layers(model)
     if any(layer.merged for layer in layers):
         raise ValueError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first.")
-    fused = [layer for layer in layers if isinstance(layer, FusedParameter)]
+    fused = [layer for layer in layers if layer.target.kind == "fused"]
     if any(layer.in_use() or set(names) & set(layer.dowser_values) for layer in fused):
         raise ValueError(
             "adapter_names: an adapter of the batch, or the active one, changes the fused weights of experts, where "
@@ -78,5 +77,5 @@ def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
 def _takes_names(module: nn.Module) -> bool:
     if isinstance(module, DowserLayer):
-        return not isinstance(module, FusedParameter)
+        return module.target.kind != "fused"
     return isinstance(module, Tied | AuxiliaryTrainingWrapper)

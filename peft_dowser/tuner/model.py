@@ -14,19 +14,17 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from .._peft import _get_submodules, _set_adapter, check_target_module_exists, get_quantization_kwargs
+from .._peft import _get_submodules, _set_adapter, check_target_module_exists
 from ..base.compiled import uncompiled, usual_name
-from ..base.storage import backend_of
-from ..base.targets import check_is_base
+from ..base.search import check_is_base
 from ..config import DowserConfig
 from ..delta.apply import report_vanished
 from ..delta.arithmetic import CombinationType, SignMethod
 from ..delta.codec import encode
 from ..delta.format import PREFIX, VALUES, is_delta, named
-from ..layers.embedding import Embedding
 from ..layers.experts import Experts, FusedParameter
-from ..layers.layer import DowserLayer, Linear, adapted, dowser_layers
-from ..layers.quantized import QuantizedLinear
+from ..layers.kinds import layer_for
+from ..layers.layer import DowserLayer, adapted, dowser_layers
 from ..layers.state import Values
 from ..layers.tied import Tied
 from .combining import check_sources, combined_config, combined_deltas
@@ -62,7 +60,7 @@ class DowserModel(BaseTuner):
     _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
-    # Empty: the default targets are found in the structure of the model, see `base.targets`.
+    # Empty: the default targets are found in the structure of the model, see `base.defaults`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(
@@ -139,14 +137,17 @@ class DowserModel(BaseTuner):
         current_key = usual_name(current_key)
         if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
-        layer = target if isinstance(target, DowserLayer) else self._new_layer(target, current_key)
+        if isinstance(target, DowserLayer):
+            self._injection.add_to(target, self.active_adapters)
+            return
+        found, samples = self._injection.targets[current_key], self._injection.samples
+        layer = layer_for(found, samples.get(found.name))
         self._injection.add_to(layer, self.active_adapters)
-        if layer is not target:
-            # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
-            setattr(parent, target_name, layer)
-            for use in self._injection.targets[current_key].tied:
-                path, _, name = use.name.rpartition(".")
-                setattr(self.model.get_submodule(path), name, Tied(layer, self._new_layer(use.module, use.name)))
+        # Not `_replace_module`, which moves positions to the meta device along with weights yet to come.
+        setattr(parent, target_name, layer)
+        for use in found.tied:
+            path, _, name = use.name.rpartition(".")
+            setattr(self.model.get_submodule(path), name, Tied(layer, layer_for(use, samples.get(use.name))))
 
     def _check_tied_modules(self, model: nn.Module, peft_config: DowserConfig) -> None:
         # `resolve_targets` finds tied targets by their weights; PEFT looks for the names of embeddings.
@@ -171,26 +172,17 @@ class DowserModel(BaseTuner):
         peft_config.modules_to_save = [name, *others]
         peft_config.modules_to_tie = set(tied_weight_keys)
 
-    def _new_layer(self, base_layer: nn.Module, name: str) -> Linear:
-        if backend_of(base_layer) is not None:
-            requantize = get_quantization_kwargs(self.model).get("get_apply_tensor_subclass")
-            return QuantizedLinear(base_layer, name, requantize)
-        kind = Embedding if isinstance(base_layer, nn.Embedding) else Linear
-        return kind(base_layer, name, self._injection.samples.get(name))
-
     def _inject_parameters(
         self, peft_config: DowserConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Wrap the modules of fused parameters; PEFT's own method would nest one wrapper per parameter."""
         fused = self._injection.fused
         for name in fused:
-            path, _, parameter = name.rpartition(".")
-            parent, module, child_name = _get_submodules(model, path)
+            parent, module, child_name = _get_submodules(model, name.rpartition(".")[0])
             experts = module if isinstance(module, Experts) else Experts(module)
-            layer = experts.parameter(parameter)
             if self._injection.adapts(name):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    layer = layer or experts.add_parameter(parameter, name, self._injection.samples.get(name))
+                    layer = experts.layer_for(self._injection.targets[name], self._injection.samples.get(name))
                     self._injection.add_to(layer, self.active_adapters)
                 setattr(parent, child_name, experts)
         return fused
@@ -321,7 +313,7 @@ class DowserModel(BaseTuner):
             return
         layers = [layer for _, layer in adapted(self.model, adapter_name)]
         for layer in layers:
-            if not layer.target.is_quantized:
+            if layer.target.kind != "quantized":
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
         for layer in layers:
             cast(Values, layer.dowser_values[adapter_name]).may_be_narrow = True

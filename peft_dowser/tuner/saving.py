@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base.compiled import usual_name
 from ..base.distributed import is_sharded
-from ..base.targets import embedding_modules
+from ..base.parts import embedding_modules
 from ..config import DowserConfig
 from ..delta.codec import side_by_side
 from ..delta.format import CODE, PREFIX, VALUES, entry, manifest, named
@@ -109,7 +109,7 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
     def entry_of(layer: DowserLayer) -> dict[str, Any]:
         name = layer.module_name
         start = name if name + values in tensors else PREFIX + name
-        return entry(tensors[start + code], tensors[start + values], layer.base_shape, layer.base_sample)
+        return entry(tensors[start + code], tensors[start + values], layer.target.shape, layer.base_sample)
 
     return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 

@@ -9,9 +9,9 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..base.search import check_is_model
 from ..base.storage import offload_hook
 from ..base.target import Target
-from ..base.targets import check_is_model
 from ..config import AdapterRecord, DowserConfig
 from ..delta.apply import Delta, checksum, merged_entries, write_entries_
 from ..delta.format import few
@@ -212,7 +212,7 @@ class Patch:
 
 
 def _weight(target: Target) -> Tensor:
-    return getattr(target.module, target.parameter).data
+    return cast(Tensor, target.weight).data
 
 
 def _delta(saved: SavedAdapter, target: Target) -> Delta:
@@ -222,8 +222,8 @@ def _delta(saved: SavedAdapter, target: Target) -> Delta:
 
 def _check_writable(targets: Mapping[str, Target]) -> None:
     for name, target in targets.items():
-        if target.is_quantized or offload_hook(target.module) is not None:
-            how = "quantized" if target.is_quantized else "offloaded"
+        if target.kind == "quantized" or offload_hook(target.module) is not None:
+            how = "quantized" if target.kind == "quantized" else "offloaded"
             raise ValueError(
                 f"The weight of module '{name}' is {how}, so no entries of it can be written. Use "
                 "PeftModel.from_pretrained(), whose adapters run beside such a base."

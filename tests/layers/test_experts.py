@@ -40,7 +40,7 @@ from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DeltaFormatError, DowserLayer, ProbeStatistics, probe
 from peft_dowser.base.fused import Product, standing_in, weight_of, wrapped_forward
-from peft_dowser.base.targets import resolve_targets
+from peft_dowser.base.search import resolve_targets
 from peft_dowser.cli import main
 from peft_dowser.delta.apply import add_delta_
 from peft_dowser.delta.seeds import derived_seed

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from peft_dowser import DowserConfig, probe
-from peft_dowser.base.targets import resolve_targets
+from peft_dowser.base.search import resolve_targets
 from peft_dowser.delta.seeds import derived_seed
 
 R = 2

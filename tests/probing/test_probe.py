@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_dowser import DowserConfig, probe
-from peft_dowser.base.targets import resolve_targets
+from peft_dowser.base.search import resolve_targets
 from peft_dowser.delta.seeds import derived_seed
 from peft_dowser.probing import scores
 

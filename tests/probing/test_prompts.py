@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from peft_dowser import DowserLayer, ProbeStatistics, probe
-from peft_dowser.base.targets import resolve_targets
+from peft_dowser.base.search import resolve_targets
 from peft_dowser.delta.seeds import derived_seed
 from peft_dowser.probing.prompts import special_ids, synthetic_prompts
 from peft_dowser.probing.settings import ProbeSettings

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_dowser.base.target import Target
+from peft_dowser.base.target import target_of
 from peft_dowser.probing import scores
 from peft_dowser.probing.selection import score_matrix
 from peft_dowser.probing.statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
@@ -251,11 +251,11 @@ def test_neighbouring_seeds_are_unrelated() -> None:
 
 def test_random_scores_differ_between_modules_and_between_seeds() -> None:
     layer = nn.Linear(100, 100)
-    first = score_matrix(Target("a.q_proj", layer), config(score="random"), None)
-    again = score_matrix(Target("a.q_proj", nn.Linear(100, 100)), config(score="random"), None)
+    first = score_matrix(target_of("a.q_proj", layer), config(score="random"), None)
+    again = score_matrix(target_of("a.q_proj", nn.Linear(100, 100)), config(score="random"), None)
     assert torch.equal(first, again)
     for name, seed in [("a.k_proj", 0), ("b.q_proj", 0), ("a.q_proj", 1)]:
-        other = score_matrix(Target(name, layer), config(score="random", seed=seed), None)
+        other = score_matrix(target_of(name, layer), config(score="random", seed=seed), None)
         assert abs(correlation(first, other)) < 0.05
 
 
@@ -263,7 +263,7 @@ def test_random_scores_differ_between_modules_and_between_seeds() -> None:
 def test_a_module_is_scored_by_the_score_of_the_config(name: str) -> None:
     layer = nn.Linear(IN, OUT)
     given = ProbeStatistics({"other": statistics(width=3), "own": statistics()}, ProbeInfo("", N, 2, 12, 0.0, 0))
-    found = score_matrix(Target("own", layer), config(score=name), given)
+    found = score_matrix(target_of("own", layer), config(score=name), given)
     assert not found.requires_grad
     assert_score(found, by_formula(name, layer.weight.detach(), given.modules["own"]))
 
@@ -271,4 +271,4 @@ def test_a_module_is_scored_by_the_score_of_the_config(name: str) -> None:
 @pytest.mark.parametrize("name", ["dowser", "wanda", "gradient"])
 def test_a_score_of_the_model_needs_statistics(name: str) -> None:
     with pytest.raises(ValueError, match=f"^score='{name}' needs probe statistics\\.$"):
-        score_matrix(Target("own", nn.Linear(IN, OUT)), config(score=name), None)
+        score_matrix(target_of("own", nn.Linear(IN, OUT)), config(score=name), None)

@@ -39,7 +39,7 @@ def test_statistics_of_experts_need_no_atomic_addition() -> None:
 
 
 def test_the_gradient_of_an_embedding_needs_no_atomic_addition() -> None:
-    tap = LookupTap([torch.ones(1, 4)], 1, entries=6)
+    tap = LookupTap([torch.ones(1, 4)], 1, width=6)
     ids, grad = torch.tensor([[5, 2, 5, 0]]), torch.randn(1, 4, 3)
     with CountedOps() as ops:
         found = tap._product(grad, ids)

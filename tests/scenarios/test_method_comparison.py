@@ -14,7 +14,7 @@ from peft import PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_dowser import DowserConfig
-from peft_dowser.base.targets import resolve_targets
+from peft_dowser.base.search import resolve_targets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "method_comparison"
 RATIOS = {"llama-3.2-3B-rho0.1": 0.1, "llama-3.2-3B-q_v-rho0.026": 5 / 192}
