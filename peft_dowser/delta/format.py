@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._version import __version__
-from .codec import DeltaFormatError
+from .codec import DeltaFormatError, decode
 
 # The format that this release writes; it reads this one and all older ones.
 FORMAT = 1
@@ -101,12 +101,25 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def check_code(code: Tensor, expected: str) -> None:
-    """Refuse an index code that is not the one of the manifest, by its digest.
+def read_positions(code: Tensor, numel: int, nnz: int, code_digest: str | None) -> Tensor:
+    """The positions in an index code.
+
+    Args:
+        code: the index code.
+        numel: number of entries of the weight.
+        nnz: number of positions.
+        code_digest: SHA-256 of the code by the manifest, if there is one.
 
     Raises:
-        DeltaFormatError: it is another one.
+        DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
     """
+    positions = decode(code, numel, nnz)
+    if code_digest is not None:
+        _check_digest(code, code_digest)
+    return positions
+
+
+def _check_digest(code: Tensor, expected: str) -> None:
     if digest(code) != expected:
         raise DeltaFormatError(
             "the index code is not the one that the manifest in adapter_config.json describes; the two files are not "

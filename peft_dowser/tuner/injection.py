@@ -18,7 +18,7 @@ from ..base.targets import fused_parameters, resolve_targets
 from ..config import PROBED_SCORES, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
-from ..files.checks import check_counts, compare
+from ..files.checks import check_fits, warn_of_other_base
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from ..probing.run import probe_targets
 from ..probing.selection import choose_masks, same_on_all_ranks
@@ -132,12 +132,12 @@ class Injection:
 
     def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
         """Refuse a saved adapter that is not for this model, and warn where it was made for other weights."""
-        check_counts(counts, self.targets, self.adapter_name)
+        where, saved = f"Adapter '{self.adapter_name}'", self.config.manifest
+        check_fits(counts, self.targets, saved, where)
         report_read(model, counts, self.adapter_name)
-        if self.config.manifest is not None:
+        if saved is not None:
             self.samples = self._read_samples(model, counts)
-            shapes = {name: self.targets[name].shape for name in counts}
-            compare(self.config.manifest, counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+            warn_of_other_base(saved, self.samples, where)
 
     def _choose(self, model: nn.Module, by_default: bool) -> None:
         """Choose the masks, and say what was chosen; `by_default` is whether no target modules were given."""

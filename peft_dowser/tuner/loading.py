@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from .._peft import NAME
 from .._transformers import PeftAdapterMixin
 from ..config import DowserConfig
-from ..delta.codec import DeltaFormatError, check_values, side_by_side
-from ..delta.format import CODE, PREFIX, VALUES, few, named
-from ..files.checks import check_keys
+from ..delta.apply import Delta
+from ..delta.codec import DeltaFormatError, side_by_side
+from ..delta.format import CODE, VALUES, named, quoted
+from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
 from ..layers.state import Values
 from .snapshot import Snapshot
-from .whole import check_foreign, saved_names
+from .whole import check_replaced, saved_names
 
 
 @dataclass
@@ -128,7 +129,7 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             except KeyError as error:
                 config = self.peft_config.get(adapter_name)
                 if isinstance(config, DowserConfig) and error.args[0] in saved_names(self, adapter_name):
-                    raise DeltaFormatError(_lacks([error.args[0]], adapter_name)) from error
+                    check_missing([error.args[0]], f"Adapter '{adapter_name}'")
                 raise
 
     return load_adapter
@@ -173,9 +174,8 @@ def _check_end(guard: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
     config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
     tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
-    check_foreign(model, name, [replaced for replaced, _ in guard.replaced()])
-    if lacking := sorted(set(report.missing_keys) & set(saved_names(model, name).values())):
-        raise DeltaFormatError(_lacks(lacking, name))
+    check_replaced(model, name, [replaced for replaced, _ in guard.replaced()])
+    check_missing(sorted(set(report.missing_keys) & set(saved_names(model, name).values())), f"Adapter '{name}'")
 
 
 def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -189,29 +189,22 @@ def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return load_peft_weights(str(name), device="cpu", **known)
 
 
-def _lacks(keys: list[str], adapter_name: str) -> str:
-    return (
-        f"Adapter '{adapter_name}': the file lacks {len(keys)} tensors of modules that the adapter trains as a whole, "
-        f"or of their tokens (modules_to_save, trainable_token_indices): {few(keys)}. The file or its config was "
-        "edited; copy the adapter again."
-    )
-
-
-def check_file(
+def read_file(
     layers: Sequence[tuple[str, DowserLayer]],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
-) -> None:
-    """Check every tensor of a saved adapter against the layers that it is loaded into.
-
-    The positions that this decodes are left with the layers, which so need not decode them again.
+) -> list[Delta]:
+    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into.
 
     Args:
         layers: those that carry the adapter, with their names in the model.
         adapter_name: its name.
         state_dict: its tensors, as the model calls them.
         names: their names in the file.
+
+    Returns:
+        The deltas in the order of the layers, their values in the dtypes that those have there.
 
     Raises:
         ValueError: the adapter is merged.
@@ -222,25 +215,43 @@ def check_file(
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
-    found = {name.removeprefix(PREFIX) for name in names}
-    # A file does not know how its adapter will be called.
-    if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
-        raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
+    check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> Tensor:
+    def read(named_layer: tuple[str, DowserLayer]) -> Delta:
         name, layer = named_layer
-        index = layer.index(adapter_name)
-        try:
-            check_values(state_dict[name + values], index.nnz, layer.values(adapter_name).dtype)
-            return index.read(state_dict[name + code])
-        except DeltaFormatError as error:
-            raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
+        index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
+        place = f"{where}, module {quoted(layer.module_name)}"
+        tensors = state_dict[name + values], state_dict[name + code]
+        return read_delta(*tensors, index.numel, index.nnz, index.digest, place, dtype)
 
     # On a GPU all threads would share it, and each would take memory of its own there.
     on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
-    found = side_by_side(read, layers) if on_cpu else list(map(read, layers))
-    for (name, layer), positions in zip(layers, found, strict=True):
-        layer.index(adapter_name).checked = (state_dict[name + code], positions)
+    return side_by_side(read, layers) if on_cpu else list(map(read, layers))
+
+
+def fill(
+    layers: Sequence[tuple[str, DowserLayer]],
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    deltas: Sequence[Delta],
+) -> dict[str, Tensor]:
+    """Give the layers the positions of a file that was judged as a whole, so that nothing decodes them again.
+
+    Args:
+        layers: those that carry the adapter, with their names in the model.
+        adapter_name: its name.
+        state_dict: its tensors, as the model calls them.
+        deltas: what `read_file` has read from these.
+
+    Returns:
+        The tensors of the deltas that are to be loaded.
+    """
+    tensors = {}
+    for (name, layer), delta in zip(layers, deltas, strict=True):
+        code = name + named(CODE, adapter_name)
+        layer.index(adapter_name).fill(state_dict[code], delta.positions)
+        tensors |= {name + named(VALUES, adapter_name): delta.values, code: state_dict[code]}
+    return tensors
 
 
 def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
@@ -253,15 +264,8 @@ def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter that was not loaded, or not as a whole."""
-    missing, loaded = [], 0
+    loaded = {}
     for name, layer in adapted(model, adapter_name):
-        has_values = not cast(Values, layer.dowser_values[adapter_name]).awaited
-        has_code = layer.index(adapter_name).positions is not None
-        missing += [f"{name}{part}" for part, found in ((VALUES, has_values), (CODE, has_code)) if not found]
-        loaded += has_values + has_code
-    if missing:
-        raise DeltaFormatError(
-            f"Adapter '{adapter_name}': {len(missing)} of {loaded + len(missing)} Dowser tensors were not loaded: "
-            f"{few(missing)}. The file lacks them, or has them in another shape; it is incomplete, or belongs to "
-            "another adapter or base model."
-        )
+        loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited
+        loaded[name + CODE] = layer.index(adapter_name).positions is not None
+    check_keys(loaded, [key for key, is_there in loaded.items() if is_there], f"Adapter '{adapter_name}'")

@@ -13,9 +13,8 @@ from .._peft import AuxiliaryTrainingWrapper, saved_names_in
 from ..base.compiled import usual_name
 from ..base.targets import embedding_modules
 from ..config import DowserConfig
-from ..delta.codec import DeltaFormatError
 from ..delta.format import PREFIX, base_name, is_delta
-from ..files.checks import foreign_problem, misfit
+from ..files.checks import check_foreign, check_whole_tensor
 from ..layers.layer import adapted
 
 
@@ -35,27 +34,24 @@ def fitted(
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
-    if foreign := [key for key in tensors if key not in names]:
-        raise DeltaFormatError(f"{where}: {foreign_problem(foreign)}")
+    check_foreign([key for key in tensors if key not in names], where)
     # PEFT saves some of the embeddings twice, and the one that it loads comes last.
     found = {}
     for key in sorted(tensors, key=lambda key: key in state):
         own = state[names[key]]
-        if problem := misfit(tensors[key], own):
-            raise DeltaFormatError(f"{where}: the tensor {key[:200]!r} {problem}")
+        check_whole_tensor(tensors[key], own, key, where)
         found[names[key]] = tensors[key].to(own.dtype)
     return found
 
 
-def check_foreign(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
+def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
     """Refuse an adapter whose load has replaced tensors of the base that it does not train.
 
     Raises:
         DeltaFormatError: it has.
     """
     names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
-    if foreign := [name for name in replaced if name not in names]:
-        raise DeltaFormatError(f"Adapter '{adapter_name}': {foreign_problem(foreign)}")
+    check_foreign([name for name in replaced if name not in names], f"Adapter '{adapter_name}'")
 
 
 def check_whole_modules(model: nn.Module, config: DowserConfig) -> None:

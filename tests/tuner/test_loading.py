@@ -143,7 +143,7 @@ def test_a_name_with_that_of_an_adapter_is_refused(load: Callable, tmp_path: Pat
         edit_tensors(tmp_path, lambda _, name=name: found | {key.replace(".weight", name): found[key].clone()})
         model = base()
         before = Before(model)
-        with pytest.raises(DeltaFormatError, match=r"that no file of an adapter has|that this adapter has not"):
+        with pytest.raises(DeltaFormatError, match=r"that no file of an adapter has|that this adapter does not have"):
             load(model, tmp_path)
         assert before.holds()
 
@@ -257,7 +257,7 @@ def test_whatever_stops_a_load_the_model_is_what_it_was(
         monkeypatch.setattr("peft.peft_model.load_peft_weights", stop)
         monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", stop)
     elif place == "decode":
-        monkeypatch.setattr("peft_dowser.layers.state.decode", stop)
+        monkeypatch.setattr("peft_dowser.delta.format.decode", stop)
     elif place == "load_state_dict":
         whole = nn.Module.load_state_dict
         monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: (whole(*args, **kwargs), stop()))

@@ -9,8 +9,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import peft_dowser.tuner.switching
 from peft_dowser import DeltaFormatError, Patch
+from peft_dowser.delta import apply
 
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -96,7 +96,7 @@ def test_a_sum_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     base, patch = bits(model), Patch(model, saved(tmp_path, 1))
-    calls, write = [], peft_dowser.tuner.switching.write_entries_
+    calls, write = [], apply._write_entries_
 
     def interrupted(*args) -> None:
         write(*args)
@@ -104,7 +104,7 @@ def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         if len(calls) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dowser.tuner.switching, "write_entries_", interrupted)
+    monkeypatch.setattr(apply, "_write_entries_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patch.apply()
     assert same(bits(model), base)
