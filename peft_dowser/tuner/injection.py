@@ -46,7 +46,7 @@ class Injection:
     Attributes:
         adapter_name: its name.
         config: its config: the caller's object, which PEFT goes on to change.
-        guard: what the model was before.
+        snapshot: what the model was before.
         twin: the adapter whose positions it gets, because it has the same config. TRL makes its reference model so.
         counts: trained weights by module, if it is a saved one.
         masks: flat positions by module, once they are chosen for a new one.
@@ -56,7 +56,7 @@ class Injection:
 
     adapter_name: str
     config: DowserConfig
-    guard: Snapshot
+    snapshot: Snapshot
     twin: str | None
     counts: Mapping[str, int] | None
     masks: Mapping[str, Tensor] = field(default_factory=dict)

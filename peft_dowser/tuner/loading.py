@@ -1,8 +1,8 @@
-"""A load of a saved adapter: whatever stops it, the model is what it was, and it never chooses a mask.
+"""Loading a saved adapter: whatever stops it, the model is what it was, and no mask is ever chosen.
 
-PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes them
-out again when that fails. So the three methods that load an adapter are watched: with `_peft` the only places that
-change PEFT. With any other method of PEFT they do what they did before.
+PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes the
+modules out again when the read fails. So the three methods that load an adapter are wrapped. Only this module and
+`_peft` change PEFT, and adapters of other PEFT methods load as they did before.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from ..delta.codec import DeltaFormatError, side_by_side
 from ..delta.format import CODE, VALUES, named, quoted
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
-from ..layers.state import Values
+from ..layers.state import Index, Values
 from .snapshot import Snapshot
 from .whole import check_replaced, saved_names
 
@@ -37,25 +37,43 @@ class Load:
 
     Attributes:
         counts: trained weights by module, from the saved config where the caller has given another.
-        guards: of the adapters that were added since it began.
+        snapshots: what the model was before each adapter that was added since the load began.
         copies: tensors of the model that are about to be written, and what they were, on the CPU.
+        deltas: likewise, values and index of an adapter that is about to be replaced, with its values, code, positions.
     """
 
     counts: Mapping[str, int] | None
-    guards: list[Snapshot] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Copy tensors of the model before they are written."""
-        self.copies += [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+        self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
+
+    def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
+        """Copy the deltas of an adapter before they are replaced, unless it is new and goes as a whole."""
+        if any(snapshot.adapter_name == adapter_name for snapshot in self.snapshots):
+            return
+        for layer in layers:
+            index = layer.index(adapter_name)
+            kept = [_copied(part) for part in (layer.values(adapter_name), index.code, index.decoded())]
+            self.deltas.append((cast(Values, layer.dowser_values[adapter_name]), index, kept))
 
     def undo(self) -> None:
-        """Make the models what they were when it began."""
+        """Make the models what they were when the load began."""
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
-        for guard in reversed(self.guards):
-            guard.restore()
+            for values, index, (before, code, positions) in self.deltas:
+                values.fill(before)
+                index.fill(code, positions)
+        for snapshot in reversed(self.snapshots):
+            snapshot.restore()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 _CURRENT: ContextVar[Load | None] = ContextVar("load", default=None)
@@ -67,7 +85,7 @@ def current_load() -> Load | None:
 
 
 def watch_loads() -> None:
-    """Let the methods of PEFT and transformers that load an adapter undo what they did where they fail."""
+    """Make the methods of PEFT and transformers that load an adapter undo what they did when they fail."""
     _replace(PeftModel, "from_pretrained", _from_pretrained)
     _replace(PeftModel, "load_adapter", _load_adapter)
     _replace(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
@@ -84,7 +102,7 @@ def _replace(owner: type, name: str, watched: Callable[[Callable[..., Any]], Cal
 
 @contextmanager
 def _loading(counts: Mapping[str, int] | None = None) -> Iterator[Load]:
-    """Watch over a load; one inside another is a part of it."""
+    """Undo a load that fails; a load inside another is a part of the other."""
     if (outer := _CURRENT.get()) is not None:
         yield outer
         return
@@ -111,7 +129,7 @@ def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saved_counts(given: Mapping[str, Any]) -> dict[str, int] | None:
-    """Trained weights by module in the config beside the file, where the caller has given a config without them."""
+    """Trained weights by module from the saved config, where the caller gives a config without them."""
     config = given.get("config")
     if not isinstance(config, DowserConfig) or config.nnz_pattern is not None:
         return None
@@ -143,38 +161,39 @@ def _load_adapter_of_transformers(original: Callable[..., Any]) -> Callable[...,
             try:
                 report = original(self, *args, **kwargs)
             except RuntimeError as error:
-                if not load.guards or "ignore_mismatched_sizes" not in str(error):
+                if not load.snapshots or "ignore_mismatched_sizes" not in str(error):
                     raise
                 raise DeltaFormatError(
-                    f"Adapter '{load.guards[0].adapter_name}': the file has tensors of other shapes than its config "
+                    f"Adapter '{load.snapshots[0].adapter_name}': the file has tensors of other shapes than its config "
                     "says, which the report above names. It was edited, or belongs to another base model."
                 ) from error
-            for guard in load.guards:
-                _check_end(guard, report, signature.bind(self, *args, **kwargs).arguments)
+            for snapshot in load.snapshots:
+                _check_end(snapshot, report, signature.bind(self, *args, **kwargs).arguments)
             return report
 
     return load_adapter
 
 
-def _check_end(guard: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
+def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
     """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
 
-    It shows the file to nobody, puts every tensor whose name the model has in its place, and converts it to any dtype.
+    transformers shows the file to nobody, replaces every tensor of the model whose name is in the file, and casts to
+    any dtype.
 
     Args:
-        guard: what the model was before.
+        snapshot: what the model was before.
         report: what transformers says of the load.
         given: the arguments of `load_adapter`.
 
     Raises:
-        DeltaFormatError: tensors are missing, or others than those of the adapter were replaced.
+        DeltaFormatError: tensors are missing, or tensors were replaced that the adapter does not train.
     """
-    model, name = guard.model, guard.adapter_name
+    model, name = snapshot.model, snapshot.adapter_name
     check_loaded(model, name)
     config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
     tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
-    check_replaced(model, name, [replaced for replaced, _ in guard.replaced()])
+    check_replaced(model, name, [replaced for replaced, _ in snapshot.replaced()])
     check_missing(sorted(set(report.missing_keys) & set(saved_names(model, name).values())), f"Adapter '{name}'")
 
 
@@ -204,7 +223,7 @@ def read_file(
         names: their names in the file.
 
     Returns:
-        The deltas in the order of the layers, their values in the dtypes that those have there.
+        The deltas in the order of the layers, their values in the dtypes of the layers.
 
     Raises:
         ValueError: the adapter is merged.

@@ -101,7 +101,7 @@ class DowserModel(BaseTuner):
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
         is_new = not adapted(model, adapter_name)
         if is_new and (load := current_load()) is not None:
-            load.guards.append(self._injection.guard)
+            load.snapshots.append(self._injection.snapshot)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -113,7 +113,7 @@ class DowserModel(BaseTuner):
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             if is_new:
-                self._injection.guard.restore()
+                self._injection.snapshot.restore()
             raise
         finally:
             del self._injection
@@ -376,4 +376,5 @@ class DowserModel(BaseTuner):
         whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
         if (load := current_load()) is not None:
             load.keep(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
+            load.keep_deltas([layer for _, layer in layers], adapter_name)
         return fill(layers, adapter_name, remapped, deltas) | whole

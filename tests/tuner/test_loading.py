@@ -275,6 +275,28 @@ def test_whatever_stops_a_load_the_model_is_what_it_was(
     load(model, tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_load_that_is_stopped_leaves_the_adapter_that_it_replaces(
+    low_cpu_mem_usage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(seed=1).save_pretrained(tmp_path)
+    model = made()
+    before, expected = Before(model), logits(model)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    whole = nn.Module.load_state_dict
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: (whole(*args, **kwargs), stop()))
+    with pytest.raises(Stopped):
+        model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    monkeypatch.undo()
+    assert torch.equal(logits(model), expected)
+    assert low_cpu_mem_usage or before.holds()
+    model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not torch.equal(logits(model), expected)
+
+
 def test_a_load_that_fails_leaves_the_tensors_that_an_adapter_in_use_shares(tmp_path: Path) -> None:
     model = made(bias="all")
     before, expected = Before(model), logits(model)
