@@ -1,4 +1,4 @@
-"""The one rule by which a sparse delta is added to a weight; how its sums are written, and a weight is put back."""
+"""The one rule by which a sparse delta is added to a weight, how its sums are written, and how a weight is put back."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _DELTA_BLOCK_ON_GPU = 1 << 22
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# The fraction of vanished values from which on a merge says so.
+# A merge reports vanished values from this fraction on.
 _NOTEWORTHY = 0.01
 
 
@@ -29,9 +29,9 @@ class Delta(NamedTuple):
         positions: flat positions, strictly increasing, shape `(nnz,)`, int32 (int64 above 2**31 - 1 entries).
         values: what is added to the base at these positions, shape `(nnz,)`, float32.
 
-    Note: an unscaled value is the float32 nearest to W - W*. In a float16, bfloat16 or float32 base, W* plus it is W
-    bit for bit wherever W lies between W* / 2 and 2 W*; elsewhere it may be off by 2**-24 |D| and a rounding, which no
-    float32 can mend.
+    Note: an unscaled value is the float32 nearest to W - W*. In a float16, bfloat16 or float32 base, W* plus this value
+    is W bit for bit wherever W lies between W* / 2 and 2 W*; elsewhere it may be off by 2**-24 |D| and a rounding, for
+    which no float32 is fine enough.
     """
 
     positions: Tensor

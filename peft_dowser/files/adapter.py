@@ -44,8 +44,8 @@ class SavedAdapter:
         size: size of its file, in bytes.
         file: its open file.
         counts: trained weights by module.
-        others: by the name in the base model, the name in the file of each tensor that is no delta: biases and modules
-            that were trained as a whole.
+        others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
+            modules that were trained as a whole.
     """
 
     name: str
@@ -87,7 +87,7 @@ class SavedAdapter:
         return self._read(f"{PREFIX}{module}{CODE}")
 
     def other(self, name: str) -> Tensor:
-        """A tensor that is no delta, by its name in the base model."""
+        """A tensor that is not part of a delta, by its name in the base model."""
         return self._read(self.others[name])
 
     def check_complete(self) -> None:
@@ -140,7 +140,7 @@ class SavedAdapter:
         return {module: targets[module] for module in self.counts}
 
     def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
-        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits.
+        """Everything that keeps the adapter from being merged into a base, one message each.
 
         Args:
             base: the base.
@@ -166,7 +166,7 @@ class SavedAdapter:
         yield from _problem(check_missing, [name for name in needed if name not in self.others], self._where)
 
     def other_base(self, base: Checkpoint, targets: Mapping[str, Target]) -> str | None:
-        """What to say where a base has not the weights that the adapter was made for; reads a few entries of each.
+        """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
 
@@ -256,7 +256,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
 
     Raises:
         OSError: there is no such adapter, or it is not in a safetensors file.
-        ValueError: it is no Dowser adapter, or a file is damaged.
+        ValueError: it is not a Dowser adapter, or a file is damaged.
     """
     folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
     path = folder / SAFETENSORS_WEIGHTS_NAME

@@ -41,7 +41,7 @@ class QuantizedLinear(Linear):
         super().__init__(base_layer, name)
         self._requantize = requantize
         self._dequantizes = cast(QuantizationBackend, backend_of(base_layer)).backend_name in _DEQUANTIZING
-        # What a merge replaces, in a tuple that hides it from torch: it is no part of the model meanwhile.
+        # The base layer that a merge has replaced; a tuple hides it from torch, as it is not part of the model then.
         self._original: tuple[nn.Module, ...] = ()
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 _NOT_LOADED = (
-    "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
+    "its config comes from a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
     "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."
 )
 
@@ -27,7 +27,7 @@ class Values(nn.Module):
     Attributes:
         weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
-        may_be_narrow: whether the user was told already that they train in less than float32.
+        may_be_narrow: whether the user was already told that the values train in less than float32.
     """
 
     weight: nn.Parameter
@@ -204,13 +204,13 @@ class Index(nn.Module):
         return Written(self.decoded(), cast(Tensor, self.originals), self.checksum)
 
     def check_untouched(self) -> None:
-        """Refuse a code and positions that something has written into, so that they tell of other weights.
+        """Refuse a code and positions that something has written into, so that they no longer agree.
 
         Raises:
             ValueError: they do not agree.
         """
         writes = self._count_writes()
-        if writes == self.writes or not any(writes):  # there are none in a copy on another device
+        if writes == self.writes or not any(writes):  # a copy on another device starts from zero
             return
         try:
             agree = self.positions is None or torch.equal(decode(self.code, self.numel, self.nnz), self.positions)
@@ -229,10 +229,10 @@ class Index(nn.Module):
 
 
 def _owned(loaded: Tensor) -> Tensor:
-    """A copy of what may be memory of a file: it changes with the file, and kills the process where that is cut."""
+    """A copy of what may be memory of a file: that changes with the file, and kills the process if the file is cut."""
     return loaded.detach().clone() if loaded.is_cpu else loaded.detach()
 
 
 def _writes_into(tensor: Tensor | None) -> int:
-    """As torch counts them, which it does not for tensors of inference mode."""
+    """The number of writes that torch has counted; it does not count for tensors of inference mode."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -1,4 +1,4 @@
-"""Another saved adapter in the place of one in use (`hotswap`), or in the weights of a plain model (`Patch`)."""
+"""Switching adapters: replace one in use by a saved one (`hotswap`), or write one into a plain model (`Patch`)."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -98,8 +98,8 @@ class Patch:
         with french:
             model.generate(...)
 
-    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C or an error leaves one
-    half applied, `remove()` takes the rest of it out.
+    Several patches may be applied to a model; the last one must be removed first. Where Ctrl-C or an error leaves it
+    half applied, `remove()` takes out what was written.
     """
 
     def __init__(self, model: nn.Module, adapter: str | Path) -> None:
@@ -166,8 +166,8 @@ class Patch:
         """Put the replaced entries back: the weights are bit for bit what they were.
 
         Raises:
-            ValueError: it is not applied, or entries that it wrote were changed since, be it by another patch or by
-                training; no weight has changed.
+            ValueError: it is not applied, or another patch or training has changed entries that it wrote; no weight has
+                changed.
         """
         with writing.lock:
             if not self._written:
@@ -185,7 +185,7 @@ class Patch:
             writing.to_the_end(self._restore)
 
     def _restore(self) -> None:
-        """Put back what is written still."""
+        """Put back what was written; called again after an interruption, the rest."""
         self._is_complete = False
         for name, written in list(self._written.items()):
             written.undo(_weight(self._targets[name]))
@@ -215,5 +215,5 @@ def _check_writable(targets: Mapping[str, Target]) -> None:
             how = "quantized" if target.is_quantized else "offloaded"
             raise ValueError(
                 f"The weight of module '{name}' is {how}, so no entries of it can be written. Use "
-                "PeftModel.from_pretrained(), whose adapters run beside such a base."
+                "PeftModel.from_pretrained(), whose adapters run next to such a base."
             )

@@ -1,6 +1,6 @@
-"""Whole tensors beside the deltas of a saved adapter: those that it trains, and no others.
+"""Tensors that a saved adapter trains as a whole, next to its deltas: which ones it may bring into a model.
 
-PEFT loads every tensor whose name the model has, the base's own weights too. An adapter may bring the biases and the
+PEFT loads every tensor whose name the model has, even the weights of the base. An adapter may bring the biases and the
 modules that its config says it trains, and the embeddings, which PEFT saves where tokens were added.
 """
 
@@ -26,11 +26,11 @@ def fitted(
     Args:
         model: the model that they are about to be loaded into, its layers in place.
         adapter_name: name of the adapter.
-        tensors: its tensors beside the deltas, by their names in the file or in the model.
+        tensors: its tensors other than the deltas, by their names in the file or in the model.
         state: all tensors of the model, by name.
 
     Raises:
-        DeltaFormatError: one of them is nothing that the adapter trains, or does not fit.
+        DeltaFormatError: the adapter does not train one of them, or it does not fit.
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
@@ -45,11 +45,7 @@ def fitted(
 
 
 def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
-    """Refuse an adapter whose load has replaced tensors of the base that it does not train.
-
-    Raises:
-        DeltaFormatError: it has.
-    """
+    """Refuse an adapter whose load has replaced tensors of the base that it does not train."""
     names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
     check_foreign([name for name in replaced if name not in names], f"Adapter '{adapter_name}'")
 
@@ -100,7 +96,7 @@ def _check_tokens(name: str, indices: Sequence[int], module: nn.Module) -> None:
 
 
 def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[str, str]:
-    """Whatever a file of an adapter may bring beside its deltas, as PEFT saves it: names in the model by `_plain` name.
+    """What a file of an adapter may bring besides its deltas, as PEFT saves it: names in the model by `_plain` name.
 
     These are the biases that its config says it trains, modules and tokens that it trains as a whole, and the
     embeddings with all that PEFT has put around them.
@@ -130,9 +126,9 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
 
 
 def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]:
-    """The names in the model of tensors in a file; those that it does not train there are left out.
+    """The names in the model of tensors in a file, without the tensors that the adapter does not train there.
 
-    Where adapters wrap a module in one of the two models, the saved one or this, only, PEFT would find no place for it.
+    Where adapters wrap a module in only one of the saved model and this one, PEFT would find no place for its tensors.
     """
     known = set(brought.values())
     found = {}
@@ -146,13 +142,13 @@ def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]
 
 
 def _plain(key: str) -> str:
-    """A tensor's name without that of the adapter, which PEFT leaves in the name of what lies deeper in a module."""
+    """A tensor's name without the adapter's name, which PEFT leaves in the names of tensors deeper in a module."""
     start, found, rest = key.removeprefix(PREFIX).partition(_COPY)
     return start + found + (rest.partition(".")[2] or rest)
 
 
 def _bare(plain: str) -> str:
-    """How the base calls it, whatever adapters have put around its module."""
+    """The tensor's name in the base, without what adapters have put around its module."""
     return base_name(plain).replace(".original_module.", ".").replace(".token_adapter.", ".")
 
 
