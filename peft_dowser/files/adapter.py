@@ -284,7 +284,7 @@ def _config(folder: Path, name: str) -> DowserConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
+        raise ValueError(f"'{folder / CONFIG_NAME}' is not a configuration that PEFT can read ({error!r}).") from error
     if not isinstance(config, DowserConfig):
         raise ValueError(f"'{name}' holds a {PeftType(config.peft_type).value} adapter, not a Dowser adapter.")
     return config

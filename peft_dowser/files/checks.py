@@ -104,7 +104,7 @@ def check_fits(
 
 
 def check_counts(counts: Mapping[str, Any], where: str) -> None:
-    """Refuse counts of which one is not an integer of at least 1, or of no module at all."""
+    """Refuse counts that name no module, or have anything but an integer of at least 1."""
     if not counts:
         raise DeltaFormatError(
             f"{where} was saved with values for no module. The file is incomplete, or its config was edited."
@@ -214,7 +214,7 @@ def other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], wher
 
 
 def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
-    """Warn once where weights are not those that the adapter was made for."""
+    """Warn where `other_base` has something to say."""
     if problem := other_base(saved, samples, where):
         warnings.warn(problem, UserWarning, stacklevel=2)
 

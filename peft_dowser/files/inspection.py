@@ -61,7 +61,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         `ModuleFacts` of each as a dict, ordered by name.
 
     Raises:
-        ValueError: a file is damaged, this is no Dowser adapter, or it does not fit the base.
+        ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
         OSError: the adapter or the base cannot be found.
     """
     with ExitStack() as files:
@@ -199,7 +199,7 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
 
     Raises:
         DeltaFormatError: a file is damaged, or has no manifest, which alone tells the shapes.
-        ValueError: one of them is no Dowser adapter, or they are for weights of other shapes.
+        ValueError: one of them is not a Dowser adapter, or they are for weights of other shapes.
         OSError: an adapter cannot be found.
     """
     with ExitStack() as files:

@@ -81,7 +81,7 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
         A message for every problem; empty where all is well.
 
     Raises:
-        ValueError: a file is damaged as a whole, or the adapter is no Dowser adapter.
+        ValueError: a file is damaged as a whole, or the adapter is not a Dowser adapter.
         OSError: a checkpoint cannot be found.
     """
     with ExitStack() as files:

@@ -53,7 +53,7 @@ def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str])
 def check_whole_modules(model: nn.Module, config: DowserConfig) -> None:
     """Refuse modules and tokens to train as a whole that a model does not have, before any module is replaced.
 
-    A name in `modules_to_save` that is no module is ignored, as PEFT itself adds those of heads that a model may have.
+    A name in `modules_to_save` that is not a module is ignored: PEFT itself adds names of heads that a model may have.
 
     Raises:
         ValueError: a module only holds others, or a token has no row in the embeddings, or is listed twice.

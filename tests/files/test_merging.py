@@ -672,7 +672,7 @@ def test_the_base_itself_is_not_the_sum(tmp_path: Path) -> None:
         ("adapter_model.safetensors", None, "holds no adapter_model.safetensors."),
         ("adapter_model.safetensors", "{", "is not a readable safetensors file"),
         ("adapter_config.json", None, "holds no adapter_config.json."),
-        ("adapter_config.json", "{", "is no configuration that PEFT can read"),
+        ("adapter_config.json", "{", "is not a configuration that PEFT can read"),
         ("adapter_config.json", '{"peft_type": "LORA"}', "holds a LORA adapter, not a Dowser adapter."),
     ],
 )
