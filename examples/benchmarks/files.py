@@ -123,10 +123,10 @@ def unchecked() -> Iterator[None]:
     """Load without a look at the order of positions, at values, digests, and samples of the base."""
     with ExitStack() as patches:
         for check in (
-            "tuner.loading.check_values",
-            "layers.state.check_code",
+            "files.checks.check_values",
+            "delta.format._check_digest",
             "delta.codec._order_problem",
-            "tuner.injection.compare",
+            "tuner.injection.warn_of_other_base",
         ):
             patches.enter_context(patch(f"peft_dowser.{check}", lambda *arguments: None))
         yield
@@ -140,8 +140,8 @@ def peft_alone() -> Iterator[None]:
             (DowserModel, "_get_adapter_state_dict", vars(BaseTuner)["_get_adapter_state_dict"]),
             (DowserConfig, "save_pretrained", PeftConfig.save_pretrained),
             (DowserModel, "_remap_adapter_state_dict_for_load", vars(BaseTuner)["_remap_adapter_state_dict_for_load"]),
-            (Index, "_decode", lambda index, code: None),
+            (Index, "_follow_code", lambda index, is_known: None),
         ):
             patches.enter_context(patch.object(owner, name, instead))
-        patches.enter_context(patch("peft_dowser.tuner.injection.compare"))
+        patches.enter_context(patch("peft_dowser.tuner.injection.warn_of_other_base"))
         yield

@@ -1,4 +1,4 @@
-"""The one rule by which a sparse delta is added to a weight, and what a write of its sums replaces."""
+"""The one rule by which a sparse delta is added to a weight, how its sums are written, and how a weight is put back."""
 
 import logging
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ _DELTA_BLOCK_ON_GPU = 1 << 22
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# The fraction of vanished values from which on a merge says so.
+# A merge reports vanished values from this fraction on.
 _NOTEWORTHY = 0.01
 
 
@@ -29,9 +29,9 @@ class Delta(NamedTuple):
         positions: flat positions, strictly increasing, shape `(nnz,)`, int32 (int64 above 2**31 - 1 entries).
         values: what is added to the base at these positions, shape `(nnz,)`, float32.
 
-    Note: an unscaled value is the float32 nearest to W - W*. In a float16, bfloat16 or float32 base, W* plus it is W
-    bit for bit wherever W lies between W* / 2 and 2 W*; elsewhere it may be off by 2**-24 |D| and a rounding, which no
-    float32 can mend.
+    Note: an unscaled value is the float32 nearest to W - W*. In a float16, bfloat16 or float32 base, W* plus this value
+    is W bit for bit wherever W lies between W* / 2 and 2 W*; elsewhere it may be off by 2**-24 |D| and a rounding, for
+    which no float32 is fine enough.
     """
 
     positions: Tensor
@@ -49,8 +49,7 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     flat = weight.view(-1)
-    # Written as integers of the same size: `scatter_` of those takes half as long as `index_copy_`.
-    bits = flat.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.element_size()])
+    bits = flat.view(_BITS[weight.element_size()])  # `scatter_` of integers takes half as long as `index_copy_`
     for at, delta in zip(delta_blocks(positions), delta_blocks(values), strict=True):
         at = at.long()
         bits.scatter_(0, at, entries_plus(flat.index_select(0, at), delta).view(bits.dtype))
@@ -71,20 +70,47 @@ def delta_blocks(entries: Tensor) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
+class Written:
+    """What a write of W + D has replaced in a weight, and how it is put back.
+
+    Attributes:
+        positions: where it has written, shape `(nnz,)`.
+        originals: what was there, shape `(nnz,)`.
+        checksum: `checksum` of what it wrote; None where nobody asks later.
+    """
+
+    positions: Tensor
+    originals: Tensor
+    checksum: tuple[torch.dtype, int] | None = None
+
+    def was_changed(self, weight: Tensor) -> bool:
+        """Whether the weight holds other entries than were written; not where it was cast meanwhile."""
+        if self.checksum is None or weight.dtype != self.checksum[0]:
+            return False
+        return checksum(weight.view(-1).index_select(0, self.positions)) != self.checksum
+
+    def undo(self, weight: Tensor) -> None:
+        """Put the originals back into the weight."""
+        _write_entries_(weight, self.positions, self.originals.to(weight.dtype))
+
+
+@dataclass(frozen=True)
 class MergedEntries:
     """What a merge does to the entries of a weight at the positions of a delta.
 
     Attributes:
+        delta: the delta.
         originals: what is there, shape `(nnz,)`.
         sums: W + D, rounded as `add_delta_` rounds it, shape `(nnz,)`, in the dtype of the weight.
     """
 
+    delta: Delta
     originals: Tensor
     sums: Tensor
 
-    def vanished(self, values: Tensor) -> int:
-        """How many of the values, shape `(nnz,)`, are not 0 and change nothing."""
-        return int(((self.sums == self.originals) & (values != 0)).count_nonzero())
+    def vanished(self) -> int:
+        """How many values are not 0 and change nothing."""
+        return int(((self.sums == self.originals) & (self.delta.values != 0)).count_nonzero())
 
     def not_finite(self) -> int:
         """How many sums are not finite."""
@@ -105,30 +131,37 @@ class MergedEntries:
                 "large for the dtype of the base; nothing was merged into this module."
             )
 
+    def write(self, weight: Tensor) -> None:
+        """Write the sums into the weight."""
+        _write_entries_(weight, self.delta.positions, self.sums)
 
-def merged_entries(weight: Tensor, positions: Tensor, values: Tensor) -> MergedEntries:
+    def written(self, with_checksum: bool = True) -> Written:
+        """What is to be kept before `write`."""
+        return Written(self.delta.positions, self.originals, checksum(self.sums) if with_checksum else None)
+
+
+def merged_entries(weight: Tensor, delta: Delta) -> MergedEntries:
     """Compute what a merge would write; the weight is read only.
 
     Args:
         weight: contiguous weight, any float dtype.
-        positions: distinct flat positions, shape `(nnz,)`, int32 or int64.
-        values: the delta at these positions, shape `(nnz,)`, any float dtype.
+        delta: distinct positions, and values of any float dtype.
     """
-    originals = weight.view(-1).index_select(0, positions)
-    return MergedEntries(originals, entries_plus(originals, values))
+    originals = weight.view(-1).index_select(0, delta.positions)
+    return MergedEntries(delta, originals, entries_plus(originals, delta.values))
 
 
-def write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
-    """Write entries into a weight in place."""
+def checksum(entries: Tensor) -> tuple[torch.dtype, int]:
+    """The dtype of the entries and the sum of their bits as integers, which changes with any single entry."""
+    bits = entries.contiguous().view(_BITS[entries.element_size()])
+    return entries.dtype, int(bits.sum(dtype=torch.int64))
+
+
+def _write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
     bits = _BITS[weight.element_size()]  # `scatter_` of integers takes half as long as `index_copy_`
     flat = weight.view(-1).view(bits)
     for at, entry in zip(delta_blocks(positions), delta_blocks(entries.view(bits)), strict=True):
         flat.scatter_(0, at.long(), entry)
-
-
-def checksum(entries: Tensor) -> int:
-    """The sum of the bits of all entries as integers: another one where any single entry was changed."""
-    return int(entries.contiguous().view(_BITS[entries.element_size()]).sum(dtype=torch.int64))
 
 
 def report_vanished(vanished: list[dict[str, tuple[int, int]]]) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .._version import __version__
-from .codec import DeltaFormatError
+from .codec import DeltaFormatError, decode
 
 # The format that this release writes; it reads this one and all older ones.
 FORMAT = 1
@@ -34,12 +34,12 @@ PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_in
 # Where the files of an output folder are until all of them are complete.
 _WORK = ".unfinished"
 
-# Without which nothing loads a model or an adapter.
+# Nothing loads a model or an adapter without these.
 _LAST = ("config.json", "adapter_config.json")
 
 
 def check_manifest(manifest: Any) -> None:
-    """Refuse a manifest of a newer format, or one that is none.
+    """Refuse a manifest of a newer format, or something that is not a manifest.
 
     Raises:
         DeltaFormatError: this release cannot read the adapter.
@@ -101,12 +101,25 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def check_code(code: Tensor, expected: str) -> None:
-    """Refuse an index code that is not the one of the manifest, by its digest.
+def read_positions(code: Tensor, numel: int, nnz: int, code_digest: str | None) -> Tensor:
+    """The positions in an index code.
+
+    Args:
+        code: the index code.
+        numel: number of entries of the weight.
+        nnz: number of positions.
+        code_digest: SHA-256 of the code by the manifest, if there is one.
 
     Raises:
-        DeltaFormatError: it is another one.
+        DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
     """
+    positions = decode(code, numel, nnz)
+    if code_digest is not None:
+        _check_digest(code, code_digest)
+    return positions
+
+
+def _check_digest(code: Tensor, expected: str) -> None:
     if digest(code) != expected:
         raise DeltaFormatError(
             "the index code is not the one that the manifest in adapter_config.json describes; the two files are not "
@@ -115,7 +128,7 @@ def check_code(code: Tensor, expected: str) -> None:
 
 
 def base_sample(weight: Tensor) -> str | None:
-    """Sixteen entries of a weight, rounded to float32, little-endian, in hexadecimal; None where it has no real ones.
+    """Sixteen entries of a weight, rounded to float32, little-endian, in hexadecimal; None where it has no float data.
 
     They are entries and not their hash, so that the same weight in another dtype can be recognized.
     """
@@ -138,10 +151,10 @@ def is_sample(text: Any) -> bool:
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two samples are of one weight, be it that either or both were cast to another float dtype.
+    """Whether two samples come from the same weight, allowing for casts to another float dtype.
 
-    Equal, or equal after rounding to a dtype that one of them is in already; of bfloat16 and float16, neither of which
-    holds the other, equal within the rounding of both.
+    They do when they are equal, or equal after rounding to a dtype that one of them is in already. Neither of bfloat16
+    and float16 holds the other: such samples have to be equal within the rounding of both.
     """
     if one == other:
         return True
@@ -155,7 +168,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def unlike_samples(then: Mapping[str, str | None], now: Mapping[str, str | None]) -> list[str]:
-    """Names in `now` whose sample is of another weight than that in `then`; where either is unknown nothing is said."""
+    """Names whose sample in `now` comes from another weight than the sample in `then`, where both are known."""
     pairs = ((name, then.get(name), sample) for name, sample in now.items())
     return [name for name, old, new in pairs if old is not None and new is not None and not same_base(old, new)]
 
@@ -169,18 +182,18 @@ def _is(numbers: Tensor, dtype: torch.dtype) -> bool:
 
 
 def named(part: str, adapter_name: str) -> str:
-    """How the state dict of a model, which has several adapters, calls what a file calls `VALUES` or `CODE`."""
+    """The name in the state dict of a model, which may have several adapters, for `VALUES` or `CODE` of a file."""
     stem, _, leaf = part.rpartition(".")
     return f"{stem}.{adapter_name}.{leaf}"
 
 
 def is_delta(key: str) -> bool:
-    """Whether a tensor is a part of a delta; the others are biases and modules that were trained as a whole."""
+    """Whether a tensor is part of a delta; all others are biases and modules that were trained as a whole."""
     return ".dowser_values." in key or ".dowser_index." in key
 
 
 def base_name(key: str) -> str:
-    """How the base model calls a tensor that is no part of a delta."""
+    """The name in the base model of a tensor that is not part of a delta."""
     return key.removeprefix(PREFIX).replace(".base_layer.", ".")
 
 
@@ -234,7 +247,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mappin
     """Write a safetensors file.
 
     Raises:
-        OSError: it cannot be written; safetensors raises an error that is none.
+        OSError: it cannot be written; safetensors raises SafetensorError, which is not an OSError.
     """
     try:
         save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
@@ -246,7 +259,7 @@ def check_output(folder: Path) -> None:
     """Refuse to write into a folder that has files already.
 
     Raises:
-        FileExistsError: it has some; those of a process that was killed while it wrote are named.
+        FileExistsError: it has some. What a process left that was killed while it wrote is named.
     """
     if (folder / _WORK).exists():
         raise FileExistsError(
@@ -271,7 +284,7 @@ def finished_together(folder: Path) -> Iterator[Path]:
     check_output(folder)
     work = folder / _WORK
     try:
-        work.mkdir()  # of two processes one
+        work.mkdir()  # succeeds in one of two processes
     except FileExistsError:
         check_output(folder)
         raise

@@ -1,11 +1,11 @@
 """Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -14,34 +14,24 @@ from torch import Tensor, nn
 from ..base.search import resolve_targets
 from ..base.target import Target
 from ..config import DowserConfig
-from ..delta.codec import DeltaFormatError, check_values, decode
-from ..delta.format import (
-    CODE,
-    PREFIX,
-    VALUES,
-    base_name,
-    base_sample,
-    check_code,
-    digest,
-    is_delta,
-    open_tensors,
-    quoted,
-)
+from ..delta.apply import Delta
+from ..delta.codec import DeltaFormatError, check_values
+from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, open_tensors, quoted
 from .checkpoint import FLOAT_DTYPES, Checkpoint, fetched
 from .checks import (
     check_counts,
+    check_fits,
+    check_foreign,
     check_keys,
-    check_modules,
-    check_shapes,
-    foreign_tensors,
-    is_count,
-    misfit,
-    missing_tensors,
-    unlike,
+    check_missing,
+    check_whole_tensor,
+    described_shapes,
+    foreign_to,
+    in_modules_to_save,
+    naming,
+    other_base,
+    read_delta,
 )
-
-# More than any weight has: thousands of times a position in such a one still fits 64 bits.
-_MOST_ENTRIES = 2**50
 
 
 @dataclass
@@ -54,8 +44,8 @@ class SavedAdapter:
         size: size of its file, in bytes.
         file: its open file.
         counts: trained weights by module.
-        others: by the name in the base model, the name in the file of each tensor that is no delta: biases and modules
-            that were trained as a whole.
+        others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
+            modules that were trained as a whole.
     """
 
     name: str
@@ -65,8 +55,8 @@ class SavedAdapter:
     counts: dict[str, int]
     others: dict[str, str]
 
-    def delta(self, module: str, numel: int, code: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The positions and the values of a module, checked.
+    def delta(self, module: str, numel: int, code: Tensor | None = None) -> Delta:
+        """The delta of a module, checked; its values are float32, as PEFT loads them.
 
         Args:
             module: its name in the base model.
@@ -76,21 +66,19 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
         """
-        values, code = self.values(module), self.code(module) if code is None else code
-        with self._naming(module):
-            positions = decode(code, numel, self.counts[module])
-            if self.config.manifest is not None:
-                check_code(code, self.config.manifest["modules"][module]["code_sha256"])
-        return positions, values.float()  # float32, as PEFT loads them
+        values, code = self._read(f"{PREFIX}{module}{VALUES}"), self.code(module) if code is None else code
+        manifest = self.config.manifest
+        code_digest = None if manifest is None else manifest["modules"][module]["code_sha256"]
+        return read_delta(values, code, numel, self.counts[module], code_digest, self._place(module))
 
     def values(self, module: str) -> Tensor:
         """The values of a module as they are in the file, shape `(nnz,)`.
 
         Raises:
-            DeltaFormatError: they are others than its count says, or not finite floating-point numbers.
+            DeltaFormatError: they are not as many finite floating-point numbers as its count says.
         """
         values = self._read(f"{PREFIX}{module}{VALUES}")
-        with self._naming(module):
+        with naming(self._place(module)):
             check_values(values, self.counts[module])
         return values
 
@@ -99,23 +87,16 @@ class SavedAdapter:
         return self._read(f"{PREFIX}{module}{CODE}")
 
     def other(self, name: str) -> Tensor:
-        """A tensor that is no delta, by its name in the base model."""
+        """A tensor that is not part of a delta, by its name in the base model."""
         return self._read(self.others[name])
 
     def check_complete(self) -> None:
-        """Refuse counts that are none, and a file that lacks tensors of the modules counted, or has those of others.
+        """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted.
 
         Raises:
-            DeltaFormatError: a count is no integer of at least 1, or the file has other tensors.
+            DeltaFormatError: a count is not an integer of at least 1, or the file has other tensors.
         """
-        if not self.counts:
-            raise DeltaFormatError(f"{self._where} has values for no module. The file is incomplete, or was edited.")
-        for module, nnz in self.counts.items():
-            if not is_count(nnz):
-                raise DeltaFormatError(
-                    f"{self._where} has {repr(nnz)[:100]} trained weights for module {quoted(module)}, which must be "
-                    "an integer of at least 1. The file is damaged, or its config was edited."
-                )
+        check_counts(self.counts, self._where)
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
@@ -123,7 +104,7 @@ class SavedAdapter:
         """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest.
 
         Raises:
-            DeltaFormatError: there is no manifest, it is not that of this file, or the file is not complete.
+            DeltaFormatError: there is no manifest, it does not describe this file, or the file is not complete.
         """
         if self.config.manifest is None:
             raise DeltaFormatError(
@@ -131,30 +112,19 @@ class SavedAdapter:
                 "and save it again with this release."
             )
         self.check_complete()
-        check_modules(self.config.manifest, self.counts, self._where)
-        shapes = {module: self.config.manifest["modules"][module].get("shape") for module in self.counts}
-        for module, shape in shapes.items():
-            if not _is_shape(shape):
-                raise DeltaFormatError(
-                    f"{self._where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no "
-                    "weight has. adapter_config.json was edited."
-                )
-        return {module: tuple(shape) for module, shape in shapes.items()}
+        return described_shapes(self.config.manifest, self.counts, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
         """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
 
         Args:
-            targets: those of the adapter's config in the model, by name.
+            targets: the targets of the adapter's config in the model, by name.
 
         Raises:
             DeltaFormatError: it does not fit.
         """
-        check_counts(self.counts, targets, self.name)
+        check_fits(self.counts, targets, self.config.manifest, self._where)
         self.check_complete()
-        if self.config.manifest is not None:
-            check_modules(self.config.manifest, self.counts, self._where)
-            check_shapes(self.config.manifest, {module: targets[module].shape for module in self.counts}, self._where)
 
     def targets_in(self, model: nn.Module) -> dict[str, Target]:
         """The weights of a model that the adapter trains, by module; reads no tensor.
@@ -170,7 +140,7 @@ class SavedAdapter:
         return {module: targets[module] for module in self.counts}
 
     def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
-        """Whatever keeps the adapter from being merged into a base, one message each; none where it fits.
+        """Everything that keeps the adapter from being merged into a base, one message each.
 
         Args:
             base: the base.
@@ -180,10 +150,7 @@ class SavedAdapter:
             weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
             if problem := weight_problem(base, target.tensor_name, target.shape):
                 yield problem
-            try:
-                self.delta(module, target.numel)
-            except DeltaFormatError as error:
-                yield str(error)
+            yield from _problem(self.delta, module, target.numel)
         names = [target.tensor_name for target in targets.values()]
         stored = [base.key(name) for name in names if name in base]
         if shared := len(stored) - len(set(stored)):
@@ -192,16 +159,14 @@ class SavedAdapter:
                 "Merge in memory, with merge_and_unload()."
             )
         for name in self.others:
-            if problem := self._other_problem(base, name):
-                yield f"{self._where}: {problem}"
+            yield from _problem(self._check_other, base, name)
         known = [name for name in self.others if name in base.tensors]
-        if problem := foreign_tensors(self.config, known, self.counts, base.model):
-            yield f"{self._where}: {problem}"
-        if problem := missing_tensors(self.config, self.others, base.model):
-            yield f"{self._where}: {problem}"
+        yield from _problem(check_foreign, foreign_to(base.model, known, self.config, self.counts), self._where)
+        needed = in_modules_to_save(base.model, self.config)
+        yield from _problem(check_missing, [name for name in needed if name not in self.others], self._where)
 
-    def foreign(self, base: Checkpoint, targets: Mapping[str, Target]) -> list[str]:
-        """The modules whose weight is not the one that the adapter was made for; reads a few entries of each.
+    def other_base(self, base: Checkpoint, targets: Mapping[str, Target]) -> str | None:
+        """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
 
@@ -210,17 +175,17 @@ class SavedAdapter:
             targets: the adapter's, in the model of the base.
         """
         if self.config.manifest is None:
-            return []
+            return None
         names = {module: target.tensor_name for module, target in targets.items()}
         samples = {module: base_sample(base.read(name)) for module, name in names.items() if name in base}
-        return unlike(self.config.manifest, samples)
+        return other_base(self.config.manifest, samples, self._where)
 
     def altered(self) -> Iterator[str]:
         """A message for every module whose values are not those that were saved, by the digests of the manifest."""
         for module, entry in (self.config.manifest or {"modules": {}})["modules"].items():
             if digest(self.values(module)) != entry["values_sha256"]:
                 yield (
-                    f"{self._where}, module {quoted(module)}: the values are not those that its manifest describes. "
+                    f"{self._place(module)}: the values are not those that its manifest describes. "
                     "The adapter's two files are not of one save, or were edited."
                 )
 
@@ -232,33 +197,25 @@ class SavedAdapter:
     def _where(self) -> str:
         return f"Adapter '{self.name}'"
 
-    @contextmanager
-    def _naming(self, module: str) -> Iterator[None]:
-        """Name adapter and module in what is wrong with the tensors of a module."""
-        try:
-            yield
-        except DeltaFormatError as error:
-            raise DeltaFormatError(f"{self._where}, module {quoted(module)}: {error}.") from error
+    def _place(self, module: str) -> str:
+        return f"{self._where}, module {quoted(module)}"
 
-    def _other_problem(self, base: Checkpoint, name: str) -> str | None:
-        shown = quoted(self.others[name])
+    def _check_other(self, base: Checkpoint, name: str) -> None:
+        key = self.others[name]
         if name not in base.tensors or name in base.twins:
-            return (
-                f"{shown} is neither a Dowser tensor nor a tensor of '{base.name}' that is not tied. Such an adapter "
-                "can only be merged in memory, with merge_and_unload()."
+            raise DeltaFormatError(
+                f"{self._where}: {quoted(key)} is neither a Dowser tensor nor a tensor of '{base.name}' that is not "
+                "tied. Such an adapter can only be merged in memory, with merge_and_unload()."
             )
-        problem = misfit(self.other(name), base.read(name))
-        return problem and f"the tensor {shown} {problem}"
+        check_whole_tensor(self.other(name), base.read(name), key, self._where)
 
 
-def _is_shape(shape: Any) -> TypeGuard[list[int]]:
-    """Whether this can be the shape of a weight; a manifest may be a stranger's."""
-    return (
-        isinstance(shape, list)
-        and len(shape) in (2, 3)
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
-        and math.prod(shape) < _MOST_ENTRIES
-    )
+def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
+    """The message of a check that fails."""
+    try:
+        check(*arguments)
+    except DeltaFormatError as error:
+        yield str(error)
 
 
 def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
@@ -299,7 +256,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
 
     Raises:
         OSError: there is no such adapter, or it is not in a safetensors file.
-        ValueError: it is no Dowser adapter, or a file is damaged.
+        ValueError: it is not a Dowser adapter, or a file is damaged.
     """
     folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
     path = folder / SAFETENSORS_WEIGHTS_NAME
@@ -327,7 +284,7 @@ def _config(folder: Path, name: str) -> DowserConfig:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"'{folder / CONFIG_NAME}' is no configuration that PEFT can read ({error!r}).") from error
+        raise ValueError(f"'{folder / CONFIG_NAME}' is not a configuration that PEFT can read ({error!r}).") from error
     if not isinstance(config, DowserConfig):
         raise ValueError(f"'{name}' holds a {PeftType(config.peft_type).value} adapter, not a Dowser adapter.")
     return config

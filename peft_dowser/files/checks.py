@@ -1,48 +1,124 @@
-"""The judge of a saved adapter: whether its counts, names, manifest and whole tensors fit a base."""
+"""The only judge of a saved adapter: whether its counts, names, manifest, deltas and whole tensors fit a base.
 
+The adapter may be a file (`files.adapter`) or tensors that PEFT or transformers load (`tuner.loading`, `tuner.whole`):
+those fetch what a check needs, and every rule is here. Where transformers puts tensors into the model first,
+`layers.state` refuses what cannot be read, by the rules of the format alone (`delta.codec`, `delta.format`). A failed
+check is a `DeltaFormatError`, and changes nothing.
+"""
+
+import math
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 from ..base.parts import embedding_tensors
 from ..base.target import Target
 from ..config import DowserConfig
-from ..delta.codec import VALUE_DTYPES, DeltaFormatError, is_finite
-from ..delta.format import few, is_delta, is_sample, quoted, unlike_samples
+from ..delta.apply import Delta
+from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
+from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples
+
+# More than any weight has: thousands of times a position in such a one still fits 64 bits.
+_MOST_ENTRIES = 2**50
 
 
-def check_counts(counts: Mapping[str, int], targets: Mapping[str, Target], adapter_name: str) -> None:
-    """Refuse a saved adapter that cannot belong to this model, before any module is replaced."""
-    if not counts:
+def read_delta(
+    values: Tensor,
+    code: Tensor,
+    numel: int,
+    nnz: int,
+    code_digest: str | None,
+    where: str,
+    dtype: torch.dtype = torch.float32,
+) -> Delta:
+    """The delta of one module, from its two tensors in a file.
+
+    Args:
+        values: its values.
+        code: its index code.
+        numel: number of entries of the weight.
+        nnz: how many values there have to be.
+        code_digest: SHA-256 of the index code by the manifest, if there is one.
+        where: adapter and module, for the message.
+        dtype: what the values are read in.
+
+    Raises:
+        DeltaFormatError: the values are not finite floating-point numbers of this count, or the code is not one of so
+            many positions in such a weight, or not the one that the manifest describes.
+    """
+    with naming(where):
+        check_values(values, nnz, dtype)
+        return Delta(read_positions(code, numel, nnz, code_digest), values.to(dtype))
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Name adapter and module in what is wrong with the tensors of a module."""
+    try:
+        yield
+    except DeltaFormatError as error:
+        raise DeltaFormatError(f"{where}: {error}.") from error
+
+
+def check_fits(
+    counts: Mapping[str, int], targets: Mapping[str, Target], saved: Mapping[str, Any] | None, where: str
+) -> None:
+    """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
+
+    Args:
+        counts: its trained weights by module.
+        targets: the targets of its config in the model, by name.
+        saved: its manifest, if it has one.
+        where: the adapter, for the message.
+
+    Raises:
+        DeltaFormatError: it does not fit.
+    """
+    check_counts(counts, where)
+    if unknown := [name for name in counts if name not in targets]:
         raise DeltaFormatError(
-            f"Adapter '{adapter_name}' is that of a saved adapter, but has values for no module. The file is "
-            "incomplete, or its config was edited."
-        )
-    unknown = [name for name in counts if name not in targets]
-    if unknown:
-        raise DeltaFormatError(
-            f"Adapter '{adapter_name}' has values for {len(unknown)} modules that are no targets in this model: "
-            f"{few(unknown)}. It was made for another base model, or its config was edited."
+            f"{where} has values for {len(unknown)} modules that are not targets in this model: {few(unknown)}. It was "
+            "made for another base model, or its config was edited."
         )
     for name, nnz in counts.items():
-        numel = targets[name].numel
-        if not is_count(nnz) or nnz > numel:
+        if nnz > targets[name].numel:
             raise DeltaFormatError(
-                f"Adapter '{adapter_name}': the config gives {nnz!r} trained weights for module '{name}', whose "
-                f"weight has {numel} entries {targets[name].shape}. It was made for another base "
-                "model, or its config was edited."
+                f"{where}: the config gives {nnz} trained weights for module {quoted(name)}, whose weight has "
+                f"{targets[name].numel} entries {targets[name].shape}. It was made for another base model, or its "
+                "config was edited."
+            )
+    if saved is None:
+        return
+    _check_modules(saved, counts, where)
+    for name in counts:
+        shape, expected = targets[name].shape, saved["modules"][name].get("shape")
+        if expected != list(shape):
+            raise DeltaFormatError(
+                f"{where}: module {quoted(name)} has a weight of shape {shape} here, the adapter was made for "
+                f"{str(expected)[:100]}. It belongs to another base model."
             )
 
 
-def is_count(nnz: object) -> TypeGuard[int]:
-    """Whether this can be how many weights of a module train; a config may be a stranger's."""
-    return isinstance(nnz, int) and not isinstance(nnz, bool) and nnz > 0
+def check_counts(counts: Mapping[str, Any], where: str) -> None:
+    """Refuse counts that name no module, or have anything but an integer of at least 1."""
+    if not counts:
+        raise DeltaFormatError(
+            f"{where} was saved with values for no module. The file is incomplete, or its config was edited."
+        )
+    for name, nnz in counts.items():
+        if not isinstance(nnz, int) or isinstance(nnz, bool) or nnz < 1:
+            raise DeltaFormatError(
+                f"{where} has {repr(nnz)[:100]} trained weights for module {quoted(name)}, which must be an integer of "
+                "at least 1. The file is damaged, or its config was edited."
+            )
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
-    """Refuse a file that lacks Dowser tensors, or has some that the adapter has not.
+    """Refuse a file that lacks Dowser tensors, or has some that the adapter does not have.
 
     Args:
         expected: names of the Dowser tensors that the adapter has.
@@ -60,17 +136,44 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
     unknown = [key for key in found if is_delta(key) and key not in known]
     if unknown:
         raise DeltaFormatError(
-            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter has not: {few(unknown)}. It "
+            f"{where}: the file has {len(unknown)} Dowser tensors that this adapter does not have: {few(unknown)}. It "
             "belongs to another adapter or base model."
         )
 
 
-def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
-    """Refuse a manifest that is not of the adapter with these counts.
+def check_names_in_file(names: Collection[str], expected: Collection[str], where: str) -> None:
+    """Refuse a file with names that a model gives the Dowser tensors of an adapter: a file does not know its name.
+
+    Args:
+        names: names of all tensors in the file.
+        expected: names of the Dowser tensors in the model.
+        where: the adapter, for the message.
+    """
+    found = {name.removeprefix(PREFIX) for name in names}
+    if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
+        raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
+
+
+def described_shapes(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the base weights by module, where no base is at hand: the shapes in the manifest.
 
     Raises:
-        DeltaFormatError: it lists other modules or counts, or has an entry that no release writes.
+        DeltaFormatError: the manifest does not describe the adapter with these counts, or gives a shape that no weight
+            has.
     """
+    _check_modules(saved, counts, where)
+    shapes = {module: saved["modules"][module].get("shape") for module in counts}
+    for module, shape in shapes.items():
+        if not _is_shape(shape):
+            raise DeltaFormatError(
+                f"{where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no weight "
+                "has. adapter_config.json was edited."
+            )
+    return {module: tuple(shape) for module, shape in shapes.items()}
+
+
+def _check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
+    """Refuse a manifest of other modules or counts, or with an entry that no release writes."""
     modules = saved["modules"]
     if modules.keys() != counts.keys():
         raise DeltaFormatError(
@@ -89,112 +192,85 @@ def check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: st
             )
 
 
-def check_shapes(saved: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Refuse an adapter that was made for weights of other shapes.
-
-    Raises:
-        DeltaFormatError: a shape differs; the message has both.
-    """
-    for name, shape in shapes.items():
-        expected = saved["modules"][name].get("shape")
-        if expected != list(shape):
-            raise DeltaFormatError(
-                f"{where}: module {quoted(name)} has a weight of shape {shape} here, the adapter was made for "
-                f"{str(expected)[:100]}. It belongs to another base model."
-            )
-
-
-def unlike(saved: Mapping[str, Any], samples: Mapping[str, str | None]) -> list[str]:
-    """The modules whose weight is not the one that the adapter was made for, in whatever float dtype either is."""
-    return unlike_samples({name: saved["modules"][name].get("base_sample") for name in samples}, samples)
-
-
-def other_base(modules: Collection[str], of: int, where: str) -> str:
-    """What to say where the weights of some modules are not those that the adapter was made for."""
+def _is_shape(shape: Any) -> TypeGuard[list[int]]:
     return (
-        f"{where} was made for other weights than this base model has in {len(modules)} of {of} modules: "
-        f"{few(list(modules))}. The base is another checkpoint of the same shapes, was trained further, or has an "
+        isinstance(shape, list)
+        and len(shape) in (2, 3)
+        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+        and math.prod(shape) < _MOST_ENTRIES
+    )
+
+
+def other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> str | None:
+    """What to say where weights of a base are not those that the adapter was made for, in whatever float dtype."""
+    different = unlike_samples({name: saved["modules"][name].get("base_sample") for name in samples}, samples)
+    if not different:
+        return None
+    return (
+        f"{where} was made for other weights than this base model has in {len(different)} of {len(saved['modules'])} "
+        f"modules: {few(different)}. The base is another checkpoint of the same shapes, was trained further, or has an "
         "adapter merged in."
     )
 
 
-def compare(
-    saved: Mapping[str, Any],
-    counts: Mapping[str, int],
-    shapes: Mapping[str, tuple[int, ...]],
-    samples: Mapping[str, str | None],
-    where: str,
-) -> None:
-    """Compare a manifest with the counts of its adapter and, by module, with the weights of a base.
-
-    Raises:
-        DeltaFormatError: it is not of this adapter, or for weights of other shapes. Where only their content differs, a
-            warning says so.
-    """
-    check_modules(saved, counts, where)
-    check_shapes(saved, shapes, where)
-    warn_of_other_base(saved, samples, where)
-
-
 def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
-    """Warn once where weights are not those that the adapter was made for."""
-    if different := unlike(saved, samples):
-        warnings.warn(other_base(different, len(samples), where), UserWarning, stacklevel=2)
+    """Warn where `other_base` has something to say."""
+    if problem := other_base(saved, samples, where):
+        warnings.warn(problem, UserWarning, stacklevel=2)
 
 
-def misfit(tensor: Tensor, own: Tensor) -> str | None:
-    """Why a whole tensor of a file cannot take the place of one of the model; None where it can."""
+def check_whole_tensor(tensor: Tensor, own: Tensor, key: str, where: str) -> None:
+    """Refuse a whole tensor of a file, such as a bias, that cannot take the place of the model's own."""
+    problem = None
     if tensor.shape != own.shape:
-        return f"has shape {tuple(tensor.shape)}, the model's has {tuple(own.shape)}. It belongs to another base model."
-    if tensor.dtype != own.dtype and not {tensor.dtype, own.dtype} <= set(VALUE_DTYPES):
-        return f"is {tensor.dtype}, the model's is {own.dtype}. The file was edited."
-    if own.is_floating_point() and not tensor.is_meta and not is_finite(tensor, own.dtype):
-        return f"has entries that are not finite in {own.dtype}. The file is damaged."
-    return None
+        problem = (
+            f"has shape {tuple(tensor.shape)}, the model's has {tuple(own.shape)}. It belongs to another base model."
+        )
+    elif tensor.dtype != own.dtype and not {tensor.dtype, own.dtype} <= set(VALUE_DTYPES):
+        problem = f"is {tensor.dtype}, the model's is {own.dtype}. The file was edited."
+    elif own.is_floating_point() and not tensor.is_meta and not is_finite(tensor, own.dtype):
+        problem = f"has entries that are not finite in {own.dtype}. The file is damaged."
+    if problem:
+        raise DeltaFormatError(f"{where}: the tensor {quoted(key)} {problem}")
 
 
-def foreign_problem(foreign: list[str]) -> str:
-    """What is wrong with whole tensors that an adapter does not train."""
-    return (
-        f"the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading them could "
-        "overwrite the base model. The file was edited, or its config has lost its bias or modules_to_save."
-    )
+def check_foreign(foreign: list[str], where: str) -> None:
+    """Refuse a file with whole tensors that the adapter does not train."""
+    if foreign:
+        raise DeltaFormatError(
+            f"{where}: the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading "
+            "them could overwrite the base model. The file was edited, or its config has lost its bias or "
+            "modules_to_save."
+        )
 
 
-def foreign_tensors(config: DowserConfig, keys: Collection[str], layers: Iterable[str], base: nn.Module) -> str | None:
-    """What a saved adapter has that it does not train in a base without adapters; None where there is nothing.
+def check_missing(missing: list[str], where: str) -> None:
+    """Refuse a file that lacks tensors of modules or tokens that the adapter trains as a whole."""
+    if missing:
+        raise DeltaFormatError(
+            f"{where}: the file lacks {len(missing)} tensors of modules that the adapter trains as a whole, or of "
+            f"their tokens (modules_to_save, trainable_token_indices): {few(missing)}. The file or its config was "
+            "edited; copy the adapter again."
+        )
+
+
+def foreign_to(base: nn.Module, keys: Collection[str], config: DowserConfig, modules: Iterable[str]) -> list[str]:
+    """The whole tensors of a saved adapter that it does not train.
 
     Args:
+        base: the base, without adapters.
+        keys: names of the tensors in the base.
         config: configuration of the adapter.
-        keys: names of its tensors in the base.
-        layers: names of the layers under its deltas.
-        base: the base.
+        modules: names of the modules that have a delta.
     """
-    own = {*_in_modules_to_save(base, config), *embedding_tensors(base)}
+    own = {*in_modules_to_save(base, config), *embedding_tensors(base)}
     if config.bias == "dowser_only":
-        own |= {f"{layer}.bias" for layer in layers}
-    foreign = [key for key in keys if key not in own and not (config.bias == "all" and f".{key}".endswith(".bias"))]
-    return foreign_problem(foreign) if foreign else None
+        own |= {f"{module}.bias" for module in modules}
+    return [key for key in keys if key not in own and not (config.bias == "all" and f".{key}".endswith(".bias"))]
 
 
-def missing_tensors(config: DowserConfig, keys: Collection[str], base: nn.Module) -> str | None:
-    """What a saved adapter lacks of the modules that it trains as a whole; None where nothing is missing.
-
-    Args:
-        config: configuration of the adapter.
-        keys: names of its tensors in the base.
-        base: the base.
-    """
-    missing = [name for name in _in_modules_to_save(base, config) if name not in keys]
-    if not missing:
-        return None
-    return (
-        f"the file lacks {len(missing)} tensors of modules that the adapter trains as a whole (modules_to_save): "
-        f"{few(missing)}. The file was edited or is not that of the config; copy the adapter again."
-    )
-
-
-def _in_modules_to_save(base: nn.Module, config: DowserConfig) -> Iterator[str]:
+def in_modules_to_save(base: nn.Module, config: DowserConfig) -> Iterator[str]:
+    """Names in the base, without adapters, of the tensors of the modules that an adapter trains as a whole."""
     for name, module in base.named_modules(remove_duplicate=False):
         if name.endswith(tuple(config.modules_to_save or [])):  # as PEFT matches
             yield from (f"{name}.{key}" for key in module.state_dict())

@@ -61,7 +61,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         `ModuleFacts` of each as a dict, ordered by name.
 
     Raises:
-        ValueError: a file is damaged, this is no Dowser adapter, or it does not fit the base.
+        ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
         OSError: the adapter or the base cannot be found.
     """
     with ExitStack() as files:
@@ -108,9 +108,10 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
         raise DeltaFormatError(problem)
     found = {}
     for module, target in targets.items():
-        positions, values = adapter.delta(module, target.numel)
-        entries = _entries(base, target.tensor_name, positions).to(torch.bfloat16)
-        found[module] = merged_entries(entries, torch.arange(len(entries), device="cpu"), values).vanished(values)
+        delta = adapter.delta(module, target.numel)
+        entries = _entries(base, target.tensor_name, delta.positions).to(torch.bfloat16)
+        there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
+        found[module] = merged_entries(entries, there).vanished()
     return found
 
 
@@ -198,7 +199,7 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
 
     Raises:
         DeltaFormatError: a file is damaged, or has no manifest, which alone tells the shapes.
-        ValueError: one of them is no Dowser adapter, or they are for weights of other shapes.
+        ValueError: one of them is not a Dowser adapter, or they are for weights of other shapes.
         OSError: an adapter cannot be found.
     """
     with ExitStack() as files:
@@ -214,7 +215,7 @@ def _compare(module: str, numel: int, a: SavedAdapter, b: SavedAdapter) -> Overl
         return Overlap(only_b=b.counts[module])
     if module not in b.counts:
         return Overlap(only_a=a.counts[module])
-    return overlap(Delta(*a.delta(module, numel)), Delta(*b.delta(module, numel)))
+    return overlap(a.delta(module, numel), b.delta(module, numel))
 
 
 def _check_same(

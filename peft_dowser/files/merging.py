@@ -18,12 +18,11 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from .._transformers import convert_file_size_to_int
 from ..base.target import Target
-from ..delta.apply import merged_entries, report_vanished, write_entries_
+from ..delta.apply import Delta, merged_entries, report_vanished
 from ..delta.codec import DeltaFormatError
 from ..delta.format import check_output, finished_together, quoted, write_tensors
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from .checks import other_base
 
 
 def merge(
@@ -57,9 +56,8 @@ def merge(
         targets = saved.targets_in(checkpoint.model)
         for problem in saved.problems(checkpoint, targets):
             raise DeltaFormatError(problem)
-        if foreign := saved.foreign(checkpoint, targets):
-            where = f"Adapter '{saved.name}'"
-            warnings.warn(other_base(foreign, len(saved.counts), where), UserWarning, stacklevel=2)
+        if other := saved.other_base(checkpoint, targets):
+            warnings.warn(other, UserWarning, stacklevel=2)
         total = _Sum(saved, checkpoint, targets)
         if cast := total.cast_on_load():
             warnings.warn(cast, UserWarning, stacklevel=2)
@@ -83,7 +81,7 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
         A message for every problem; empty where all is well.
 
     Raises:
-        ValueError: a file is damaged as a whole, or the adapter is no Dowser adapter.
+        ValueError: a file is damaged as a whole, or the adapter is not a Dowser adapter.
         OSError: a checkpoint cannot be found.
     """
     with ExitStack() as files:
@@ -95,8 +93,8 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
         problems = list(saved.problems(checkpoint, targets))
         if not problems:
             problems = list(saved.altered())
-            if foreign := saved.foreign(checkpoint, targets):
-                problems.append(other_base(foreign, len(saved.counts), f"Adapter '{saved.name}'"))
+            if other := saved.other_base(checkpoint, targets):
+                problems.append(other)
         if merged is not None and not problems:
             total = _Sum(saved, checkpoint, targets)
             problems = list(_differences(total, open_checkpoint(str(merged), files)))
@@ -148,16 +146,15 @@ class _Sum:
     def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
         pieces = self.base.pieces.get(module)
         numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
-        positions, values = self._delta(module, numel)
+        delta = self._delta(module, numel)
         ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
-        own = slice(*torch.searchsorted(positions, ends.to(positions.dtype)).tolist())
-        positions, values = positions[own] - start, values[own]
-        entries = merged_entries(weight, positions, values)
+        own = slice(*torch.searchsorted(delta.positions, ends.to(delta.positions.dtype)).tolist())
+        entries = merged_entries(weight, Delta(delta.positions[own] - start, delta.values[own]))
         entries.check_finite(self.adapter.name, module)
         weight = weight.clone()  # what was read is memory of the file
-        write_entries_(weight, positions, entries.sums)
+        entries.write(weight)
         lost, total = self.vanished.get(module, (0, 0))
-        self.vanished[module] = (lost + entries.vanished(values), total + values.numel())
+        self.vanished[module] = (lost + entries.vanished(), total + entries.sums.numel())
         return weight
 
 

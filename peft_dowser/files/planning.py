@@ -116,7 +116,7 @@ def plan(
         ddp: train with DDP on several GPUs.
 
     Raises:
-        ValueError: a name or number is none that can be planned, or the config does not fit the model.
+        ValueError: a name or number cannot be planned, or the config does not fit the model.
         TypeError: a target module is no linear.
     """
     _check(optimizer, dtype, values_dtype, quantization, batch, tokens)

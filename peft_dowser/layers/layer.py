@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -14,8 +13,8 @@ from .._peft import check_adapters_to_merge
 from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
-from ..delta.apply import Delta, add_delta_, checksum, merged_entries, write_entries_
-from ..delta.codec import DeltaFormatError, code_length, encode, position_dtype
+from ..delta.apply import Delta, MergedEntries, Written, add_delta_, merged_entries
+from ..delta.codec import code_length, encode, position_dtype
 from .linear_op import Weight, in_autocast, refuse_tangents, sparse_linear
 from .state import Index, Values
 
@@ -134,16 +133,8 @@ class DowserLayer(BaseTunerLayer):
             adapter_name: its name.
             nnz: number of its values.
             code_digest: SHA-256 of the index code in the file, where it is known.
-
-        Raises:
-            DeltaFormatError: more values than the weight has entries.
         """
         numel, device = self.target.numel, self._device
-        if nnz > numel:
-            raise DeltaFormatError(
-                f"Adapter '{adapter_name}': {nnz} values for module '{self.module_name}', whose weight has only "
-                f"{numel} entries ({self.target.shape}). The adapter was made for another base model."
-            )
         code = torch.zeros(code_length(numel, nnz), dtype=torch.uint8, device=device)
         values = torch.zeros(nnz, device=device, dtype=torch.float32)
         self._add(adapter_name, values, code, None, code_digest)
@@ -201,15 +192,11 @@ class DowserLayer(BaseTunerLayer):
                 the list are.
         """
         for name in self._unmerged(adapter_names):
-            values = self.scaled_values(name).detach()
-            entries = merged_entries(self.weight.data, self.index(name).decoded(), values)
+            entries = merged_entries(self.weight.data, self.delta(name))
             if safe_merge:
                 entries.check_finite(name, self.module_name)
-            self.vanished[name] = (entries.vanished(values), values.numel())
-            self.not_finite[name] = entries.not_finite()
-            self.index(name).written = entries.sums.dtype, checksum(entries.sums)
-            with self._noted_as_merged(name, entries.originals):
-                write_entries_(self.weight.data, self.index(name).decoded(), entries.sums)
+            self.vanished[name] = (entries.vanished(), entries.sums.numel())
+            self._write(name, entries, entries.written())
             if not self.weight.is_inference():
                 # So that a backward of an earlier forward, which needs the weight as it was, fails in torch.
                 torch.autograd.graph.increment_version(self.weight)
@@ -217,19 +204,16 @@ class DowserLayer(BaseTunerLayer):
     def merge_briefly(self) -> None:
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
-            weight, delta = self.weight.data, self.delta(name)
-            entries = merged_entries(weight, *delta)
-            self.not_finite[name] = entries.not_finite()
-            with self._noted_as_merged(name, entries.originals):
-                write_entries_(weight, delta.positions, entries.sums)
+            entries = merged_entries(self.weight.data, self.delta(name))
+            self._write(name, entries, entries.written(with_checksum=False))
 
-    @contextmanager
-    def _noted_as_merged(self, adapter_name: str, originals: Tensor) -> Iterator[None]:
-        """Note an adapter as merged while its sums are written; whatever interrupts that, the weight is put back."""
-        self.index(adapter_name).originals = originals
+    def _write(self, adapter_name: str, entries: MergedEntries, written: Written) -> None:
+        """Write the sums and note the adapter as merged; whatever interrupts that, the weight is put back."""
+        self.not_finite[adapter_name] = entries.not_finite()
+        self.index(adapter_name).keep(written)
         try:
             self.merged_adapters.append(adapter_name)
-            yield
+            entries.write(self.weight.data)
         except BaseException:
             if adapter_name in self.merged_adapters:
                 self.unmerge_last()
@@ -246,32 +230,25 @@ class DowserLayer(BaseTunerLayer):
             return
         self.merged_adapters = [name for name in self.merged_adapters if name in self.dowser_values]
         while self.merged_adapters:
-            self._check_unchanged(self.merged_adapters[-1])
+            name = self.merged_adapters[-1]
+            if self.index(name).written().was_changed(self.weight.data):
+                warnings.warn(
+                    f"Adapter '{name}': the weight of module '{self.module_name}' was changed after the merge. "
+                    f"Unmerging puts the {self.index(name).nnz} entries that the merge had written back to what they "
+                    "were before it; what else was changed stays.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             self.unmerge_last()
-
-    def _check_unchanged(self, adapter_name: str) -> None:
-        """Warn where the last merged adapter's entries are not those that its merge wrote."""
-        weight, index = self.weight.data, self.index(adapter_name)
-        positions = index.decoded()
-        dtype, written = index.written or (None, 0)
-        if weight.dtype == dtype and checksum(weight.view(-1).index_select(0, positions)) != written:
-            warnings.warn(
-                f"Adapter '{adapter_name}': the weight of module '{self.module_name}' was changed after the merge. "
-                f"Unmerging puts the {positions.numel()} entries that the merge had written back to what they were "
-                "before it; what else was changed stays.",
-                UserWarning,
-                stacklevel=3,
-            )
 
     def unmerge_last(self) -> None:
         """Put back what the last merged adapter has overwritten."""
         name = self.merged_adapters[-1]
-        weight, index = self.weight.data, self.index(name)
-        write_entries_(weight, index.decoded(), cast(Tensor, index.originals).to(weight.dtype))
+        self.index(name).written().undo(self.weight.data)
         self.merged_adapters.pop()  # before the rest, without which the layer is unmerged all the same
         self.vanished.pop(name, None)
         self.not_finite.pop(name, None)
-        index.originals = index.written = None
+        self.index(name).keep(None)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape of the stored weight and the dtype of the values.

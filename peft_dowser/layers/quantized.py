@@ -42,7 +42,7 @@ class QuantizedLinear(Linear):
         super().__init__(target, sample)
         self._backend = cast(QuantizationBackend, target.backend)
         self._dequantizes = self._backend.backend_name in _DEQUANTIZING
-        # What a merge replaces, in a tuple that hides it from torch: it is no part of the model meanwhile.
+        # The base layer that a merge has replaced; a tuple hides it from torch, as it is not part of the model then.
         self._original: tuple[nn.Module, ...] = ()
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:

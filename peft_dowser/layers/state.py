@@ -2,20 +2,21 @@
 
 import logging
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._transformers import is_fsdp_enabled
+from ..delta.apply import Written
 from ..delta.codec import DeltaFormatError, check_values, decode
-from ..delta.format import check_code
+from ..delta.format import read_positions
 
 logger = logging.getLogger(__name__)
 
 
 _NOT_LOADED = (
-    "its config is that of a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
+    "its config comes from a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
     "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."
 )
 
@@ -26,7 +27,7 @@ class Values(nn.Module):
     Attributes:
         weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
-        may_be_narrow: whether the user was told already that they train in less than float32.
+        may_be_narrow: whether the user was already told that the values train in less than float32.
     """
 
     weight: nn.Parameter
@@ -102,10 +103,9 @@ class Index(nn.Module):
         positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
             code of a placeholder.
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
-        written: dtype and `delta.apply.checksum` of what that merge wrote; None while unmerged, or merged briefly.
+        checksum: `delta.apply.checksum` of what that merge wrote; None while unmerged, or merged briefly.
         writes: how often code and positions had been written in place when they last agreed.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
-        checked: a code that was read already, and its positions; None unless a load is under way.
     """
 
     code: Tensor
@@ -123,9 +123,7 @@ class Index(nn.Module):
         super().__init__()
         self.nnz = nnz
         self.numel = numel
-        self.digest = None
-        self.checked: tuple[Tensor, Tensor] | None = None
-        self.written: tuple[torch.dtype, int] | None = None
+        self.checksum: tuple[torch.dtype, int] | None = None
         self.writes = (0, 0)
         # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
         # parameter; `DowserModel` then adds the code to what is saved.
@@ -138,50 +136,51 @@ class Index(nn.Module):
         if name != "code":
             super().__setattr__(name, value)
             return
+        is_known = self._is_decoded(value)
         super().__setattr__(name, _owned(value))  # how transformers loads a buffer
-        self._decode(value)
+        self._follow_code(is_known)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         code = state_dict.get(prefix + "code")
+        is_known = code is not None and self._is_decoded(code)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if "code" in self._non_persistent_buffers_set and code is not None:
             self.code = code
         else:
-            self._decode(code)
+            self._follow_code(is_known)
 
-    def _decode(self, source: Tensor | None) -> None:
-        """Fill in the positions of the code, which was taken from `source`; those of a code that was read stay."""
-        checked, self.checked = self.checked, None
+    def _is_decoded(self, code: Tensor) -> bool:
+        """Whether the positions are those of this code, and nothing has written into them since."""
+        own = self.code
+        if self.positions is None or code.is_meta or own.is_meta or own.is_inference():
+            return False
+        return self.writes == self._count_writes() and code.dtype == own.dtype and torch.equal(code.to(own.device), own)
+
+    def _follow_code(self, is_known: bool) -> None:
+        """Decode the positions of the code, where they are not known."""
         if self.code.is_meta:
             self.positions = None
-        elif checked is not None and (source is checked[0] or torch.equal(checked[0].to(self.code.device), self.code)):
-            self.positions = checked[1].to(self.code.device)
-        else:
-            self.positions = self.read(self.code)
-        if self.positions is not None:
-            self.digest = None  # another file may follow
-            self.writes = self._count_writes()
+            return
+        positions = self.positions if is_known else read_positions(self.code, self.numel, self.nnz, self.digest)
+        self.positions = cast(Tensor, positions).to(self.code.device)
+        self._note_agreement()
 
     def fill(self, code: Tensor, positions: Tensor) -> None:
         """Take other positions with their code; in the same memory where their number stays."""
         if self.positions is not None and positions.shape == self.positions.shape:
             self.code.copy_(code)
             self.positions.copy_(positions)
-            self.writes = self._count_writes()
-            return
-        self.nnz, self.checked = positions.numel(), (code, positions)
-        self.code = code.to(self.code.device)
+        else:
+            device = code.device if self.code.is_meta else self.code.device
+            self.nnz = positions.numel()
+            self._buffers["code"] = _owned(code).to(device)
+            self.positions = positions.to(device)
+        self._note_agreement()
 
-    def read(self, code: Tensor) -> Tensor:
-        """The positions in a code.
-
-        Raises:
-            DeltaFormatError: it is no code of so many positions, or not the one that the manifest describes.
-        """
-        positions = decode(code, self.numel, self.nnz)
-        if self.digest is not None:
-            check_code(code, self.digest)
-        return positions
+    def _note_agreement(self) -> None:
+        """Note that code and positions agree, whatever file follows."""
+        self.digest = None
+        self.writes = self._count_writes()
 
     def decoded(self) -> Tensor:
         """The positions.
@@ -196,14 +195,22 @@ class Index(nn.Module):
             self.check_untouched()
         return self.positions
 
+    def keep(self, written: Written | None) -> None:
+        """Keep what a merge of the adapter has written, in a buffer that moves with the weight; None forgets it."""
+        self.originals, self.checksum = (None, None) if written is None else (written.originals, written.checksum)
+
+    def written(self) -> Written:
+        """What the merge of the adapter has written."""
+        return Written(self.decoded(), cast(Tensor, self.originals), self.checksum)
+
     def check_untouched(self) -> None:
-        """Refuse a code and positions that something has written into, so that they tell of other weights.
+        """Refuse a code and positions that something has written into, so that they no longer agree.
 
         Raises:
             ValueError: they do not agree.
         """
         writes = self._count_writes()
-        if writes == self.writes or not any(writes):  # there are none in a copy on another device
+        if writes == self.writes or not any(writes):  # a copy on another device starts from zero
             return
         try:
             agree = self.positions is None or torch.equal(decode(self.code, self.numel, self.nnz), self.positions)
@@ -222,10 +229,10 @@ class Index(nn.Module):
 
 
 def _owned(loaded: Tensor) -> Tensor:
-    """A copy of what may be memory of a file: it changes with the file, and kills the process where that is cut."""
+    """A copy of what may be memory of a file: that changes with the file, and kills the process if the file is cut."""
     return loaded.detach().clone() if loaded.is_cpu else loaded.detach()
 
 
 def _writes_into(tensor: Tensor | None) -> int:
-    """As torch counts them, which it does not for tensors of inference mode."""
+    """The number of writes that torch has counted; it does not count for tensors of inference mode."""
     return 0 if tensor is None or tensor.is_inference() else tensor._version

@@ -125,7 +125,7 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
             )
         *above, width = shapes[module]
         height = math.prod(above)
-        positions = saved.delta(module, height * width)[0].long()
+        positions = saved.delta(module, height * width).positions.long()
     return _density(module, positions // width, positions % width, height, width)
 
 

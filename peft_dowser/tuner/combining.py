@@ -1,4 +1,4 @@
-"""A new adapter out of those that a model has: what may be combined, the deltas and the config of the result."""
+"""Combining adapters of a model into a new one: what may be combined, and the deltas and the config of the result."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -54,7 +54,7 @@ def combined_deltas(
     """Combine the deltas of every layer; the arguments are those of `DowserModel.add_weighted_adapter`.
 
     Returns:
-        The deltas by module, less the empty ones.
+        The deltas by module, without the empty ones.
 
     Raises:
         ValueError: an argument is out of range, no value is left, or some are not finite.
@@ -76,9 +76,9 @@ def combined_deltas(
 def combined_config(
     configs: Sequence[DowserConfig], deltas: Mapping[str, Delta], layers: Iterable[DowserLayer]
 ) -> DowserConfig:
-    """The config of a combined adapter: that of its first adapter, with the targets and counts that it really has.
+    """The config of a combined adapter: the config of the first one, with the targets and counts of the result.
 
-    Its `nnz_pattern` makes it the config of a saved adapter: its mask comes from data, never from a probe.
+    With its `nnz_pattern` it counts as the config of a saved adapter, so the mask is never probed for.
     """
     counts = {name: delta.values.numel() for name, delta in deltas.items()}
     targets = [layer.target for layer in layers if layer.module_name in counts]

@@ -19,7 +19,7 @@ from ..base.target import Target
 from ..config import PROBED_SCORES, AdapterRecord, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
-from ..files.checks import check_counts, compare
+from ..files.checks import check_fits, warn_of_other_base
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from ..probing.run import probe_targets
 from ..probing.selection import choose_masks, same_on_all_ranks
@@ -48,7 +48,7 @@ class Injection(ABC):
     Attributes:
         adapter_name: its name.
         config: its config: the caller's object, which PEFT goes on to change.
-        guard: what the model was before.
+        snapshot: what the model was before.
         targets: the weights that its config targets, by name, once they are found.
         masks: flat positions by module, once they are known; not of a saved adapter, whose file is read later.
         samples: `base_sample` by module, where they had to be read.
@@ -56,7 +56,7 @@ class Injection(ABC):
 
     adapter_name: str
     config: DowserConfig
-    guard: Snapshot
+    snapshot: Snapshot
     targets: Mapping[str, Target] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, str | None] = field(default_factory=dict)
@@ -162,12 +162,12 @@ class Saved(Injection):
 
     def _decide(self, model: nn.Module, by_default: bool) -> None:
         """Refuse an adapter that is not for this model, and warn where it was made for other weights."""
-        check_counts(self.counts, self.targets, self.adapter_name)
+        where, manifest = f"Adapter '{self.adapter_name}'", self.config.manifest
+        check_fits(self.counts, self.targets, manifest, where)
         report_read(model, self.counts, self.adapter_name)
-        if self.config.manifest is not None:
+        if manifest is not None:
             self.samples = self._read_samples(model, self.counts)
-            shapes = {name: self.targets[name].shape for name in self.counts}
-            compare(self.config.manifest, self.counts, shapes, self.samples, f"Adapter '{self.adapter_name}'")
+            warn_of_other_base(manifest, self.samples, where)
 
     def adapts(self, name: str) -> bool:
         return name in self.counts

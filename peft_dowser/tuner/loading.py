@@ -1,8 +1,8 @@
-"""A load of a saved adapter: whatever stops it, the model is what it was, and it never chooses a mask.
+"""Loading a saved adapter: whatever stops it, the model is what it was, and no mask is ever chosen.
 
-PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes them
-out again when that fails. So the three methods that load an adapter are watched: with `_peft` the only places that
-change PEFT. With any other method of PEFT they do what they did before.
+PEFT and transformers put an adapter's modules into the model first and read its file afterwards, and neither takes the
+modules out again when the read fails. So the three methods that load an adapter are wrapped. Only this module and
+`_peft` change PEFT, and adapters of other PEFT methods load as they did before.
 """
 
 import inspect
@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from .._peft import NAME
 from .._transformers import PeftAdapterMixin
 from ..config import DowserConfig
-from ..delta.codec import DeltaFormatError, check_values, side_by_side
-from ..delta.format import CODE, PREFIX, VALUES, few, named
-from ..files.checks import check_keys
+from ..delta.apply import Delta
+from ..delta.codec import DeltaFormatError, side_by_side
+from ..delta.format import CODE, VALUES, named, quoted
+from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
-from ..layers.state import Values
+from ..layers.state import Index, Values
 from .snapshot import Snapshot
-from .whole import check_foreign, saved_names
+from .whole import check_replaced, saved_names
 
 
 @dataclass
@@ -36,25 +37,43 @@ class Load:
 
     Attributes:
         counts: trained weights by module, from the saved config where the caller has given another.
-        guards: of the adapters that were added since it began.
+        snapshots: what the model was before each adapter that was added since the load began.
         copies: tensors of the model that are about to be written, and what they were, on the CPU.
+        deltas: likewise, values and index of an adapter that is about to be replaced, with its values, code, positions.
     """
 
     counts: Mapping[str, int] | None
-    guards: list[Snapshot] = field(default_factory=list)
+    snapshots: list[Snapshot] = field(default_factory=list)
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """Copy tensors of the model before they are written."""
-        self.copies += [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in tensors]
+        self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
+
+    def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
+        """Copy the deltas of an adapter before they are replaced, unless it is new and goes as a whole."""
+        if any(snapshot.adapter_name == adapter_name for snapshot in self.snapshots):
+            return
+        for layer in layers:
+            index = layer.index(adapter_name)
+            kept = [_copied(part) for part in (layer.values(adapter_name), index.code, index.decoded())]
+            self.deltas.append((cast(Values, layer.dowser_values[adapter_name]), index, kept))
 
     def undo(self) -> None:
-        """Make the models what they were when it began."""
+        """Make the models what they were when the load began."""
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
-        for guard in reversed(self.guards):
-            guard.restore()
+            for values, index, (before, code, positions) in self.deltas:
+                values.fill(before)
+                index.fill(code, positions)
+        for snapshot in reversed(self.snapshots):
+            snapshot.restore()
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 _CURRENT: ContextVar[Load | None] = ContextVar("load", default=None)
@@ -66,7 +85,7 @@ def current_load() -> Load | None:
 
 
 def watch_loads() -> None:
-    """Let the methods of PEFT and transformers that load an adapter undo what they did where they fail."""
+    """Make the methods of PEFT and transformers that load an adapter undo what they did when they fail."""
     _replace(PeftModel, "from_pretrained", _from_pretrained)
     _replace(PeftModel, "load_adapter", _load_adapter)
     _replace(PeftAdapterMixin, "load_adapter", _load_adapter_of_transformers)
@@ -83,7 +102,7 @@ def _replace(owner: type, name: str, watched: Callable[[Callable[..., Any]], Cal
 
 @contextmanager
 def _loading(counts: Mapping[str, int] | None = None) -> Iterator[Load]:
-    """Watch over a load; one inside another is a part of it."""
+    """Undo a load that fails; a load inside another is a part of the other."""
     if (outer := _CURRENT.get()) is not None:
         yield outer
         return
@@ -110,7 +129,7 @@ def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saved_counts(given: Mapping[str, Any]) -> dict[str, int] | None:
-    """Trained weights by module in the config beside the file, where the caller has given a config without them."""
+    """Trained weights by module from the saved config, where the caller gives a config without them."""
     config = given.get("config")
     if not isinstance(config, DowserConfig) or config.nnz_pattern is not None:
         return None
@@ -128,7 +147,7 @@ def _load_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
             except KeyError as error:
                 config = self.peft_config.get(adapter_name)
                 if isinstance(config, DowserConfig) and error.args[0] in saved_names(self, adapter_name):
-                    raise DeltaFormatError(_lacks([error.args[0]], adapter_name)) from error
+                    check_missing([error.args[0]], f"Adapter '{adapter_name}'")
                 raise
 
     return load_adapter
@@ -142,40 +161,40 @@ def _load_adapter_of_transformers(original: Callable[..., Any]) -> Callable[...,
             try:
                 report = original(self, *args, **kwargs)
             except RuntimeError as error:
-                if not load.guards or "ignore_mismatched_sizes" not in str(error):
+                if not load.snapshots or "ignore_mismatched_sizes" not in str(error):
                     raise
                 raise DeltaFormatError(
-                    f"Adapter '{load.guards[0].adapter_name}': the file has tensors of other shapes than its config "
+                    f"Adapter '{load.snapshots[0].adapter_name}': the file has tensors of other shapes than its config "
                     "says, which the report above names. It was edited, or belongs to another base model."
                 ) from error
-            for guard in load.guards:
-                _check_end(guard, report, signature.bind(self, *args, **kwargs).arguments)
+            for snapshot in load.snapshots:
+                _check_end(snapshot, report, signature.bind(self, *args, **kwargs).arguments)
             return report
 
     return load_adapter
 
 
-def _check_end(guard: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
+def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> None:
     """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
 
-    It shows the file to nobody, puts every tensor whose name the model has in its place, and converts it to any dtype.
+    transformers shows the file to nobody, replaces every tensor of the model whose name is in the file, and casts to
+    any dtype.
 
     Args:
-        guard: what the model was before.
+        snapshot: what the model was before.
         report: what transformers says of the load.
         given: the arguments of `load_adapter`.
 
     Raises:
-        DeltaFormatError: tensors are missing, or others than those of the adapter were replaced.
+        DeltaFormatError: tensors are missing, or tensors were replaced that the adapter does not train.
     """
-    model, name = guard.model, guard.adapter_name
+    model, name = snapshot.model, snapshot.adapter_name
     check_loaded(model, name)
     config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
     tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
-    check_foreign(model, name, [replaced for replaced, _ in guard.replaced()])
-    if lacking := sorted(set(report.missing_keys) & set(saved_names(model, name).values())):
-        raise DeltaFormatError(_lacks(lacking, name))
+    check_replaced(model, name, [replaced for replaced, _ in snapshot.replaced()])
+    check_missing(sorted(set(report.missing_keys) & set(saved_names(model, name).values())), f"Adapter '{name}'")
 
 
 def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
@@ -189,29 +208,22 @@ def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
     return load_peft_weights(str(name), device="cpu", **known)
 
 
-def _lacks(keys: list[str], adapter_name: str) -> str:
-    return (
-        f"Adapter '{adapter_name}': the file lacks {len(keys)} tensors of modules that the adapter trains as a whole, "
-        f"or of their tokens (modules_to_save, trainable_token_indices): {few(keys)}. The file or its config was "
-        "edited; copy the adapter again."
-    )
-
-
-def check_file(
+def read_file(
     layers: Sequence[tuple[str, DowserLayer]],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
-) -> None:
-    """Check every tensor of a saved adapter against the layers that it is loaded into.
-
-    The positions that this decodes are left with the layers, which so need not decode them again.
+) -> list[Delta]:
+    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into.
 
     Args:
         layers: those that carry the adapter, with their names in the model.
         adapter_name: its name.
         state_dict: its tensors, as the model calls them.
         names: their names in the file.
+
+    Returns:
+        The deltas in the order of the layers, their values in the dtypes of the layers.
 
     Raises:
         ValueError: the adapter is merged.
@@ -222,25 +234,43 @@ def check_file(
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
-    found = {name.removeprefix(PREFIX) for name in names}
-    # A file does not know how its adapter will be called.
-    if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
-        raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
+    check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> Tensor:
+    def read(named_layer: tuple[str, DowserLayer]) -> Delta:
         name, layer = named_layer
-        index = layer.index(adapter_name)
-        try:
-            check_values(state_dict[name + values], index.nnz, layer.values(adapter_name).dtype)
-            return index.read(state_dict[name + code])
-        except DeltaFormatError as error:
-            raise DeltaFormatError(f"{where}, module '{layer.module_name}': {error}.") from error
+        index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
+        place = f"{where}, module {quoted(layer.module_name)}"
+        tensors = state_dict[name + values], state_dict[name + code]
+        return read_delta(*tensors, index.numel, index.nnz, index.digest, place, dtype)
 
     # On a GPU all threads would share it, and each would take memory of its own there.
     on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
-    found = side_by_side(read, layers) if on_cpu else list(map(read, layers))
-    for (name, layer), positions in zip(layers, found, strict=True):
-        layer.index(adapter_name).checked = (state_dict[name + code], positions)
+    return side_by_side(read, layers) if on_cpu else list(map(read, layers))
+
+
+def fill(
+    layers: Sequence[tuple[str, DowserLayer]],
+    adapter_name: str,
+    state_dict: Mapping[str, Tensor],
+    deltas: Sequence[Delta],
+) -> dict[str, Tensor]:
+    """Give the layers the positions of a file that was judged as a whole, so that nothing decodes them again.
+
+    Args:
+        layers: those that carry the adapter, with their names in the model.
+        adapter_name: its name.
+        state_dict: its tensors, as the model calls them.
+        deltas: what `read_file` has read from these.
+
+    Returns:
+        The tensors of the deltas that are to be loaded.
+    """
+    tensors = {}
+    for (name, layer), delta in zip(layers, deltas, strict=True):
+        code = name + named(CODE, adapter_name)
+        layer.index(adapter_name).fill(state_dict[code], delta.positions)
+        tensors |= {name + named(VALUES, adapter_name): delta.values, code: state_dict[code]}
+    return tensors
 
 
 def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
@@ -253,15 +283,8 @@ def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     """Refuse an adapter that was not loaded, or not as a whole."""
-    missing, loaded = [], 0
+    loaded = {}
     for name, layer in adapted(model, adapter_name):
-        has_values = not cast(Values, layer.dowser_values[adapter_name]).awaited
-        has_code = layer.index(adapter_name).positions is not None
-        missing += [f"{name}{part}" for part, found in ((VALUES, has_values), (CODE, has_code)) if not found]
-        loaded += has_values + has_code
-    if missing:
-        raise DeltaFormatError(
-            f"Adapter '{adapter_name}': {len(missing)} of {loaded + len(missing)} Dowser tensors were not loaded: "
-            f"{few(missing)}. The file lacks them, or has them in another shape; it is incomplete, or belongs to "
-            "another adapter or base model."
-        )
+        loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited
+        loaded[name + CODE] = layer.index(adapter_name).positions is not None
+    check_keys(loaded, [key for key, is_there in loaded.items() if is_there], f"Adapter '{adapter_name}'")

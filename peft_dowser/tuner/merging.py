@@ -1,4 +1,4 @@
-"""Merges as a whole: what has to hold before, and the merge that lasts as long as a `generate`."""
+"""Merging all layers of a model: the checks before it, and the merge that lasts as long as a `generate`."""
 
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -13,12 +13,12 @@ from ..delta.format import few
 from ..layers.layer import dowser_layers
 from . import writing
 
-# By model, the calls that its merge is for. Not an attribute: a copy of the model is used by none of them.
+# By model, the calls that its merge is for. Not an attribute: none of them uses a copy of the model.
 _calls: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 
 
 def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[str] | None, safe_merge: bool) -> None:
-    """Refuse a merge that cannot be done as a whole; every layer stays as it is.
+    """Refuse a merge that cannot be done in all layers; every layer stays as it is.
 
     Args:
         model: model with `DowserLayer`s; some adapters may be merged already.
@@ -46,7 +46,7 @@ def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[
 
 
 def note_merged_everywhere(model: nn.Module) -> None:
-    """Note what is merged in some layers in those too where it has no values: no other active adapter runs there."""
+    """Note an adapter that is merged in some layers in all layers, so that no other active adapter runs in the rest."""
     layers = dowser_layers(model)
     merged = dict.fromkeys(name for layer in layers for name in layer.merged_adapters)
     for layer in layers:
@@ -63,9 +63,9 @@ def unmerge_everywhere(model: nn.Module) -> None:
 
 @contextmanager
 def briefly_merged(model: nn.Module) -> Iterator[None]:
-    """Merge the active adapters for a while, bit for bit without a trace.
+    """Merge the active adapters for a while; afterwards the weights are what they were, bit for bit.
 
-    The first of several threads to come merges, the last one to go unmerges. Nothing happens to a model whose adapters
+    The first of several threads merges, the last unmerges. Nothing happens to a model whose adapters
     are merged or disabled already, or whose weights are spread over ranks.
 
     Args:
@@ -101,10 +101,10 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
 
 
 def report_not_finite(found: Iterable[tuple[str, Mapping[str, int]]]) -> None:
-    """Warn once where a merge has written what is not finite.
+    """Warn once where a merge has written values that are not finite.
 
     Args:
-        found: by name of a module, the numbers of such sums by adapter.
+        found: names of modules, each with the numbers of such values by adapter.
     """
     counts = {module: sum(numbers.values()) for module, numbers in found if any(numbers.values())}
     if counts:

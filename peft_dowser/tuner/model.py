@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -21,7 +21,7 @@ from ..config import DowserConfig
 from ..delta.apply import report_vanished
 from ..delta.arithmetic import CombinationType, SignMethod
 from ..delta.codec import encode
-from ..delta.format import PREFIX, VALUES, is_delta, named
+from ..delta.format import PREFIX, is_delta
 from ..layers.experts import Experts, FusedParameter
 from ..layers.kinds import layer_for
 from ..layers.layer import DowserLayer, adapted, dowser_layers
@@ -29,7 +29,7 @@ from ..layers.state import Values
 from ..layers.tied import Tied
 from .combining import check_sources, combined_config, combined_deltas
 from .injection import Injection, check_adapter_name, prepare_for_task
-from .loading import check_file, current_load
+from .loading import current_load, fill, read_file
 from .merging import briefly_merged, note_merged_everywhere, prepare_merge, report_not_finite, unmerge_everywhere
 from .mixing import check_names, mixed_batch
 from .notices import report_untrained
@@ -100,7 +100,7 @@ class DowserModel(BaseTuner):
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
         is_new = not adapted(model, adapter_name)
         if is_new and (load := current_load()) is not None:
-            load.guards.append(self._injection.guard)
+            load.snapshots.append(self._injection.snapshot)
         try:
             check_adapter_name(adapter_name)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -112,7 +112,7 @@ class DowserModel(BaseTuner):
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
             if is_new:
-                self._injection.guard.restore()
+                self._injection.snapshot.restore()
             raise
         finally:
             del self._injection
@@ -356,25 +356,17 @@ class DowserModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """The gate: the whole file is checked against the model before a single tensor is loaded."""
+        """Check the whole file against the model before a single tensor is loaded."""
         layers = adapted(model, adapter_name)
         if layers and layers[0][0].startswith(PREFIX) and not any(key.startswith(PREFIX) for key in state_dict):
             # It was saved from a model with the adapter in it but no PeftModel around it, as diffusers does.
             state_dict = {PREFIX + key: tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         remapped = with_usual_names(model, remapped, adapter_name)
-        check_file(layers, adapter_name, remapped, state_dict.keys())
-        deltas = {key: tensor for key, tensor in remapped.items() if is_delta(key)}
+        deltas = read_file(layers, adapter_name, remapped, state_dict.keys())
         state = model.state_dict()
         whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
         if (load := current_load()) is not None:
             load.keep(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
-        return _as_loaded(deltas, layers, adapter_name) | whole
-
-
-def _as_loaded(
-    deltas: Mapping[str, Tensor], layers: Sequence[tuple[str, DowserLayer]], adapter_name: str
-) -> dict[str, Tensor]:
-    """The deltas with their values in the dtypes of the layers, which PEFT would take from the file."""
-    dtypes = {name + named(VALUES, adapter_name): layer.values(adapter_name).dtype for name, layer in layers}
-    return {key: tensor.to(dtypes.get(key, tensor.dtype)) for key, tensor in deltas.items()}
+            load.keep_deltas([layer for _, layer in layers], adapter_name)
+        return fill(layers, adapter_name, remapped, deltas) | whole

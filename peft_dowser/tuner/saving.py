@@ -22,8 +22,8 @@ _IGNORED = "_ddp_params_and_buffers_to_ignore"
 def leave_positions_to_us(model: nn.Module) -> None:
     """Keep DistributedDataParallel from sending the positions of all adapters again in every forward.
 
-    They are the same on every rank from the start, and never change. The names are given as DDP finds them in a
-    `PeftModel` and in the base model itself, where `add_adapter` of transformers has put the adapter.
+    They are the same on every rank from the start, and never change. DDP finds the names given here in a `PeftModel`,
+    and in the base model itself, where transformers' `add_adapter` puts an adapter.
     """
     names = {
         f"{prefix}{name}.{buffer}"
@@ -40,9 +40,9 @@ def complete(
 ) -> dict[str, Tensor]:
     """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
 
-    PEFT looks for tensors under the names of the modules; FSDP1 and activation checkpointing add parts to those, which
-    the names of the tensors lack; torch.compile adds one to both, which a file must not have. The index code may be no
-    part of a state dict, see `layers.state.Index`.
+    PEFT looks for tensors under the names of the modules. FSDP1 and activation checkpointing add parts to the names of
+    modules but not of tensors; torch.compile adds one to both, which a file must not have. A state dict may lack the
+    index code, see `layers.state.Index`.
 
     Args:
         selected: the adapter's tensors, their keys with the adapter's name.
@@ -78,9 +78,9 @@ def complete(
 
 
 def with_usual_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
-    """The tensors of a saved adapter, under the names that those have in a model which PEFT does not find.
+    """The tensors of a saved adapter, under those names in a model that PEFT does not find.
 
-    These are buffers outside the state dict, see `layers.state.Index`, and all that is inside compiled modules.
+    They are the names of buffers outside the state dict, see `layers.state.Index`, and of all inside compiled modules.
     """
     known = {usual_name(name): name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     renamed = {}
@@ -115,7 +115,7 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
 
 
 def own_biases(selected: Mapping[str, Tensor], config: DowserConfig, modules: Collection[str]) -> dict[str, Tensor]:
-    """What PEFT selects for a save, less the biases of layers of other adapters where only those of its own train.
+    """PEFT's selection for a save; with bias="dowser_only", without the biases of modules of other adapters.
 
     Args:
         selected: tensors by their name in the model.
@@ -140,13 +140,13 @@ def check_unmerged_embeddings(model: nn.Module) -> None:
     layers = [layer for layer in layers if isinstance(layer, DowserLayer)]
     if merged := sorted({name for layer in layers for name in layer.merged_adapters if name in layer.dowser_values}):
         raise ValueError(
-            f"Adapters {merged} are merged into the embeddings, which PEFT saves beside an adapter that targets them, "
+            f"Adapters {merged} are merged into the embeddings, which PEFT saves with an adapter that targets them, "
             "so loading would add its delta twice. Call unmerge_adapter() before saving."
         )
 
 
 def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
-    """Say that what is saved is the adapter as it was trained, not as it is scaled."""
+    """Warn that the adapter is saved as it was trained, not as it is scaled."""
     scales = sorted({layer.scaling[adapter_name] for layer in layers} - {1.0})
     if scales:
         warnings.warn(

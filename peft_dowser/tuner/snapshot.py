@@ -1,4 +1,4 @@
-"""What a model was before an adapter came, and how it becomes that again."""
+"""The state of a model before an adapter is added, and how it is restored."""
 
 import contextlib
 import warnings
@@ -15,7 +15,7 @@ from ..layers.layer import DowserLayer
 
 
 class Snapshot:
-    """What a model was before an adapter came; references, which take no memory unless a tensor is replaced."""
+    """The state of a model before an adapter is added: references, which take no memory unless a tensor is replaced."""
 
     def __init__(self, model: nn.Module, adapter_name: str) -> None:
         self.model = model
@@ -27,7 +27,7 @@ class Snapshot:
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def replaced(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors in whose place there are others, with other content, and their names."""
+        """The tensors that were replaced by others with other content, and their names."""
         names = {module: name for name, module in self.model.named_modules()}
         for module, _, parameters, buffers in self._state:
             for name, before in (parameters | buffers).items():
@@ -51,14 +51,14 @@ class Snapshot:
 
 
 def differ(before: Tensor, now: Tensor) -> bool:
-    """Whether a tensor has other content; not where it is on the disk, or spread over ranks, and cannot be compared."""
+    """Whether two tensors differ in content; False where one is on disk or sharded, and cannot be compared."""
     if now is before or before.is_meta or isinstance(before, DTensor) or isinstance(now, DTensor):
         return False
     return now.dtype != before.dtype or not torch.equal(now.to(before.device), before)
 
 
 def _delete(module: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a layer, or a module that is trained as a whole, that others have adapted before."""
+    """Take an adapter out of a module that other adapters have changed before: a layer, or one trained as a whole."""
     if isinstance(module, DowserLayer) and adapter_name in module.dowser_values:
         with contextlib.suppress(KeyError):  # it was added in part
             module.delete_adapter(adapter_name)
@@ -67,7 +67,7 @@ def _delete(module: nn.Module, adapter_name: str) -> None:
 
 
 def _forget(model: Any, adapter_name: str) -> None:
-    """Take the name of an adapter off the model; without any other, it is no model of PEFT's any more."""
+    """Remove the adapter's config from the model, and PEFT's marks with it if no adapter is left."""
     if hasattr(model, "peft_config"):
         model.peft_config.pop(adapter_name, None)
         if not model.peft_config:

@@ -1,8 +1,7 @@
-"""Another saved adapter in the place of one in use (`hotswap`), or in the weights of a plain model (`Patch`)."""
+"""Switching adapters: replace one in use by a saved one (`hotswap`), or write one into a plain model (`Patch`)."""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -13,7 +12,7 @@ from ..base.search import check_is_model
 from ..base.storage import offload_hook
 from ..base.target import Target
 from ..config import AdapterRecord, DowserConfig
-from ..delta.apply import Delta, checksum, merged_entries, write_entries_
+from ..delta.apply import Delta, Written, merged_entries
 from ..delta.format import few
 from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
@@ -47,7 +46,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         targets = {name: layer.target for name, layer in layers.items()}
         saved.check_fits(targets)
         codes = {name: saved.code(name) for name in layers}
-        deltas = {name: Delta(*saved.delta(name, target.numel, codes[name])) for name, target in targets.items()}
+        deltas = {name: saved.delta(name, target.numel, codes[name]) for name, target in targets.items()}
     if saved.config.manifest is not None:
         samples = {name: layer.base_sample for name, layer in layers.items()}
         warn_of_other_base(saved.config.manifest, samples, f"Adapter '{saved.name}'")
@@ -89,14 +88,6 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
         )
 
 
-@dataclass(frozen=True)
-class _Written:
-    """What a patch has done to one weight: the entries that were there, and the checksum of those that are."""
-
-    originals: Tensor
-    checksum: int
-
-
 class Patch:
     """A saved adapter for a model without PEFT's layers: for switching between many adapters of one base.
 
@@ -107,8 +98,8 @@ class Patch:
         with french:
             model.generate(...)
 
-    Several patches may be applied to a model; the last one must be removed first. Where a Ctrl-C or an error leaves one
-    half applied, `remove()` takes the rest of it out.
+    Several patches may be applied to a model; the last one must be removed first. Where Ctrl-C or an error leaves it
+    half applied, `remove()` takes out what was written.
     """
 
     def __init__(self, model: nn.Module, adapter: str | Path) -> None:
@@ -137,9 +128,9 @@ class Patch:
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
-        # By module, what is to be put back; and whether that is all that `apply` writes, not an interrupted rest of it.
-        self._written: dict[str, _Written] = {}
-        self._is_whole = False
+        # What is to be put back, by module, and whether `apply` has written all of it and was not interrupted.
+        self._written: dict[str, Written] = {}
+        self._is_complete = False
         self.name = saved.name
         if saved.config.manifest is not None:
             samples = {name: target.sample() for name, target in self._targets.items()}
@@ -159,15 +150,14 @@ class Patch:
                 raise ValueError(f"Adapter '{self.name}' is applied already. Call remove() first.")
             sums = {}
             for name, target in self._targets.items():
-                delta = self._deltas[name]
-                entries = merged_entries(_weight(target), delta.positions, delta.values)
+                entries = merged_entries(_weight(target), self._deltas[name])
                 entries.check_finite(self.name, name)
                 sums[name] = entries
             try:
-                self._written = {name: _Written(each.originals, checksum(each.sums)) for name, each in sums.items()}
+                self._written = {name: entries.written() for name, entries in sums.items()}
                 for name, entries in sums.items():
-                    write_entries_(_weight(self._targets[name]), self._deltas[name].positions, entries.sums)
-                self._is_whole = True
+                    entries.write(_weight(self._targets[name]))
+                self._is_complete = True
             except BaseException:
                 writing.to_the_end(self._restore)
                 raise
@@ -176,17 +166,17 @@ class Patch:
         """Put the replaced entries back: the weights are bit for bit what they were.
 
         Raises:
-            ValueError: it is not applied, or entries that it wrote were changed since, be it by another patch or by
-                training; no weight has changed.
+            ValueError: it is not applied, or another patch or training has changed entries that it wrote; no weight has
+                changed.
         """
         with writing.lock:
             if not self._written:
                 raise ValueError(f"Adapter '{self.name}' is not applied.")
             for name, written in self._written.items():
-                found = _weight(self._targets[name]).view(-1).index_select(0, self._deltas[name].positions)
-                is_cast = found.dtype != written.originals.dtype
-                # Of what was interrupted some entries are the originals.
-                if is_cast or (self._is_whole and checksum(found) != written.checksum):
+                weight = _weight(self._targets[name])
+                is_cast = weight.dtype != written.originals.dtype
+                # Where a write was interrupted, some entries are the originals.
+                if is_cast or (self._is_complete and written.was_changed(weight)):
                     raise ValueError(
                         f"Adapter '{self.name}': entries that it wrote into the weight of module '{name}' were changed "
                         "since. Remove the patch that was applied after it first; a model that was trained or cast "
@@ -195,10 +185,10 @@ class Patch:
             writing.to_the_end(self._restore)
 
     def _restore(self) -> None:
-        """Put back what is written still."""
-        self._is_whole = False
+        """Put back what was written; called again after an interruption, the rest."""
+        self._is_complete = False
         for name, written in list(self._written.items()):
-            write_entries_(_weight(self._targets[name]), self._deltas[name].positions, written.originals)
+            written.undo(_weight(self._targets[name]))
             del self._written[name]
 
     def __enter__(self) -> "Patch":
@@ -216,8 +206,7 @@ def _weight(target: Target) -> Tensor:
 
 
 def _delta(saved: SavedAdapter, target: Target) -> Delta:
-    positions, values = saved.delta(target.name, target.numel)
-    return Delta(positions.to(target.device), values.to(target.device))
+    return Delta(*(part.to(target.device) for part in saved.delta(target.name, target.numel)))
 
 
 def _check_writable(targets: Mapping[str, Target]) -> None:
@@ -226,5 +215,5 @@ def _check_writable(targets: Mapping[str, Target]) -> None:
             how = "quantized" if target.kind == "quantized" else "offloaded"
             raise ValueError(
                 f"The weight of module '{name}' is {how}, so no entries of it can be written. Use "
-                "PeftModel.from_pretrained(), whose adapters run beside such a base."
+                "PeftModel.from_pretrained(), whose adapters run next to such a base."
             )

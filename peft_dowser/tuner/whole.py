@@ -1,6 +1,6 @@
-"""Whole tensors beside the deltas of a saved adapter: those that it trains, and no others.
+"""Tensors that a saved adapter trains as a whole, next to its deltas: which ones it may bring into a model.
 
-PEFT loads every tensor whose name the model has, the base's own weights too. An adapter may bring the biases and the
+PEFT loads every tensor whose name the model has, even the weights of the base. An adapter may bring the biases and the
 modules that its config says it trains, and the embeddings, which PEFT saves where tokens were added.
 """
 
@@ -13,9 +13,8 @@ from .._peft import AuxiliaryTrainingWrapper, saved_names_in
 from ..base.compiled import usual_name
 from ..base.parts import embedding_modules
 from ..config import DowserConfig
-from ..delta.codec import DeltaFormatError
 from ..delta.format import PREFIX, base_name, is_delta
-from ..files.checks import foreign_problem, misfit
+from ..files.checks import check_foreign, check_whole_tensor
 from ..layers.layer import adapted
 
 
@@ -27,41 +26,34 @@ def fitted(
     Args:
         model: the model that they are about to be loaded into, its layers in place.
         adapter_name: name of the adapter.
-        tensors: its tensors beside the deltas, by their names in the file or in the model.
+        tensors: its tensors other than the deltas, by their names in the file or in the model.
         state: all tensors of the model, by name.
 
     Raises:
-        DeltaFormatError: one of them is nothing that the adapter trains, or does not fit.
+        DeltaFormatError: the adapter does not train one of them, or it does not fit.
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
-    if foreign := [key for key in tensors if key not in names]:
-        raise DeltaFormatError(f"{where}: {foreign_problem(foreign)}")
+    check_foreign([key for key in tensors if key not in names], where)
     # PEFT saves some of the embeddings twice, and the one that it loads comes last.
     found = {}
     for key in sorted(tensors, key=lambda key: key in state):
         own = state[names[key]]
-        if problem := misfit(tensors[key], own):
-            raise DeltaFormatError(f"{where}: the tensor {key[:200]!r} {problem}")
+        check_whole_tensor(tensors[key], own, key, where)
         found[names[key]] = tensors[key].to(own.dtype)
     return found
 
 
-def check_foreign(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
-    """Refuse an adapter whose load has replaced tensors of the base that it does not train.
-
-    Raises:
-        DeltaFormatError: it has.
-    """
+def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
+    """Refuse an adapter whose load has replaced tensors of the base that it does not train."""
     names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
-    if foreign := [name for name in replaced if name not in names]:
-        raise DeltaFormatError(f"Adapter '{adapter_name}': {foreign_problem(foreign)}")
+    check_foreign([name for name in replaced if name not in names], f"Adapter '{adapter_name}'")
 
 
 def check_whole_modules(model: nn.Module, config: DowserConfig) -> None:
     """Refuse modules and tokens to train as a whole that a model does not have, before any module is replaced.
 
-    A name in `modules_to_save` that is no module is ignored, as PEFT itself adds those of heads that a model may have.
+    A name in `modules_to_save` that is not a module is ignored: PEFT itself adds names of heads that a model may have.
 
     Raises:
         ValueError: a module only holds others, or a token has no row in the embeddings, or is listed twice.
@@ -104,7 +96,7 @@ def _check_tokens(name: str, indices: Sequence[int], module: nn.Module) -> None:
 
 
 def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[str, str]:
-    """Whatever a file of an adapter may bring beside its deltas, as PEFT saves it: names in the model by `_plain` name.
+    """What a file of an adapter may bring besides its deltas, as PEFT saves it: names in the model by `_plain` name.
 
     These are the biases that its config says it trains, modules and tokens that it trains as a whole, and the
     embeddings with all that PEFT has put around them.
@@ -134,9 +126,9 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
 
 
 def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]:
-    """The names in the model of tensors in a file; those that it does not train there are left out.
+    """The names in the model of tensors in a file, without the tensors that the adapter does not train there.
 
-    Where adapters wrap a module in one of the two models, the saved one or this, only, PEFT would find no place for it.
+    Where adapters wrap a module in only one of the saved model and this one, PEFT would find no place for its tensors.
     """
     known = set(brought.values())
     found = {}
@@ -150,13 +142,13 @@ def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]
 
 
 def _plain(key: str) -> str:
-    """A tensor's name without that of the adapter, which PEFT leaves in the name of what lies deeper in a module."""
+    """A tensor's name without the adapter's name, which PEFT leaves in the names of tensors deeper in a module."""
     start, found, rest = key.removeprefix(PREFIX).partition(_COPY)
     return start + found + (rest.partition(".")[2] or rest)
 
 
 def _bare(plain: str) -> str:
-    """How the base calls it, whatever adapters have put around its module."""
+    """The tensor's name in the base, without what adapters have put around its module."""
     return base_name(plain).replace(".original_module.", ".").replace(".token_adapter.", ".")
 
 

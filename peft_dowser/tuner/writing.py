@@ -1,4 +1,4 @@
-"""Writing into weights that others use too: one writer at a time, and to the end where a Ctrl-C comes in between."""
+"""Writing into weights that others use too: one writer at a time, and to the end even if Ctrl-C interrupts."""
 
 import threading
 from collections.abc import Callable
@@ -8,10 +8,10 @@ lock = threading.RLock()
 
 
 def to_the_end(step: Callable[[], None]) -> None:
-    """Run a step to its end, also where a Ctrl-C comes in between, which is raised after it.
+    """Run a step to its end even if Ctrl-C interrupts it, and raise the interruption afterwards.
 
     Args:
-        step: what goes on where it has stopped when it is called again.
+        step: continues where it has stopped when it is called again.
     """
     try:
         step()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_dowser.delta.apply import merged_entries
+from peft_dowser.delta.apply import Delta, merged_entries
 
 
 class NoFloat64(TorchDispatchMode):
@@ -22,7 +22,7 @@ def test_sums_that_are_not_finite_are_counted_without_float64(dtype: torch.dtype
     weight, values = torch.full((9,), torch.finfo(dtype).max, dtype=dtype), torch.zeros(9)
     values[: len(bad)] = torch.tensor(bad)
     with NoFloat64():
-        entries = merged_entries(weight, torch.arange(9), values)
+        entries = merged_entries(weight, Delta(torch.arange(9), values))
         if not bad:
             entries.check_finite("default", "up_proj")
             return

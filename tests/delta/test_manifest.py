@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peft_dowser
-from peft_dowser import DeltaFormatError, DowserConfig, DowserLayer, verify
+from peft_dowser import DeltaFormatError, DowserConfig, verify
 from peft_dowser.cli import main
 from peft_dowser.delta.format import base_sample, same_base
 
@@ -317,14 +317,14 @@ def test_a_flipped_bit_in_the_values_is_found_by_verify(tmp_path: Path) -> None:
     assert f"module '{UP}': the values are not those" in problem
 
 
-def test_a_code_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_code_is_decoded_once(low_cpu_mem_usage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     adapted().save_pretrained(tmp_path)
     calls = []
-    decode = peft_dowser.layers.state.decode
-    monkeypatch.setattr(peft_dowser.layers.state, "decode", lambda *args: calls.append(1) or decode(*args))
-    model = PeftModel.from_pretrained(tiny_llama(), tmp_path)
+    decode = peft_dowser.delta.format.decode
+    monkeypatch.setattr(peft_dowser.delta.format, "decode", lambda *args: calls.append(1) or decode(*args))
+    PeftModel.from_pretrained(tiny_llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert len(calls) == 14
-    assert all(layer.index("default").checked is None for layer in model.modules() if isinstance(layer, DowserLayer))
 
 
 def test_a_weight_is_sampled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -212,7 +212,10 @@ def test_a_module_that_the_file_lacks_is_named(tmp_path: Path) -> None:
         Path(adapter) / "adapter_model.safetensors",
         lambda tensors: {key: value for key, value in tensors.items() if ".norm." not in key},
     )
-    message = "lacks 1 tensors of modules that the adapter trains as a whole (modules_to_save): 'model.norm.weight'"
+    message = (
+        "lacks 1 tensors of modules that the adapter trains as a whole, or of their tokens (modules_to_save, "
+        "trainable_token_indices): 'model.norm.weight'"
+    )
     refuse(message, adapter, tmp_path / "merged")
     assert any(message in problem for problem in verify(adapter))
 
@@ -366,7 +369,7 @@ def test_a_foreign_base_is_refused(tmp_path: Path) -> None:
         [
             (lambda: tiny_llama(hidden=4), "whose weight has 32 entries (4, 8). It was made for another base"),
             (lambda: tiny_llama(hidden=16), "has a weight of shape (16, 32) here, the adapter was made for [32, 64]"),
-            (lambda: tiny_llama(layers=1), "has values for 7 modules that are no targets in this model"),
+            (lambda: tiny_llama(layers=1), "has values for 7 modules that are not targets in this model"),
             (gpt2, "not found in the base model"),
         ]
     ):
@@ -554,7 +557,7 @@ def flip(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tenso
         (lambda t: flip(t, f"{UP}.dowser_index", lambda v: v.fill_(255)), "the index code selects"),
         (lambda t: flip(t, f"{UP}.dowser_index", lambda v: v[1:]), "the index code of 205 of 2048 weights takes"),
         (lambda t: {k: v for k, v in t.items() if f"{UP}.dowser_index" not in k}, "has 27; missing: "),
-        (lambda t: t | {"base_model.model.x.dowser_values.weight": torch.ones(3)}, "that this adapter has not: "),
+        (lambda t: t | {"base_model.model.x.dowser_values.weight": torch.ones(3)}, "that this adapter does not have: "),
         (lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(3)}, "neither a Dowser tensor nor a tensor of"),
         (lambda t: t | {"base_model.model.lm_head.weight": torch.ones(3)}, "has shape (3,), the model's has (64, 32)"),
         (lambda t: t | {"base_model.model.lm_head.weight": torch.full((64, 32), float("inf"))}, "not finite"),
@@ -632,7 +635,7 @@ def test_the_base_itself_is_not_the_sum(tmp_path: Path) -> None:
         ("adapter_model.safetensors", None, "holds no adapter_model.safetensors."),
         ("adapter_model.safetensors", "{", "is not a readable safetensors file"),
         ("adapter_config.json", None, "holds no adapter_config.json."),
-        ("adapter_config.json", "{", "is no configuration that PEFT can read"),
+        ("adapter_config.json", "{", "is not a configuration that PEFT can read"),
         ("adapter_config.json", '{"peft_type": "LORA"}', "holds a LORA adapter, not a Dowser adapter."),
     ],
 )

@@ -141,12 +141,12 @@ ROWS = [
     (
         "12 one key twice",
         bytes_of(lambda b: b.replace(b"down", b"up\0\0".replace(b"\0", b" "), 2)),
-        "safetensors|should have 4 Dowser tensors|Dowser tensors that this adapter has not",
+        "safetensors|should have 4 Dowser tensors|Dowser tensors that this adapter does not have",
     ),
     (
         "13 a long and odd name",
         tensors(lambda t: t | {"../\0\n" + "x" * 10_000 + ".dowser_values.weight": torch.zeros(1)}),
-        r"that this adapter has not: '(base_model\.model\.)?\.\./\\x00\\nx{60,100}'",
+        r"that this adapter does not have: '(base_model\.model\.)?\.\./\\x00\\nx{60,100}'",
     ),
     ("14 position beyond the weight", without_manifest(set_code([*GOOD[:-1], 240])), "position 240 lies outside"),
     ("14 position far beyond", without_manifest(set_code([*GOOD[:-1], 247])), "position 247 lies outside"),
@@ -207,7 +207,7 @@ ROWS = [
     (
         "27 a module too many",
         tensors(lambda t: t | {f"{UP}x.dowser_values.weight": torch.zeros(1)}),
-        "has 1 Dowser tensors that this adapter has not: '(base_model.model.)?upx.dowser_values",
+        "has 1 Dowser tensors that this adapter does not have: '(base_model.model.)?upx.dowser_values",
     ),
     (
         "28 two modules exchanged",
@@ -217,7 +217,7 @@ ROWS = [
     (
         "31 no counts for a module",
         settings(lambda c: c["nnz_pattern"].__setitem__("nope", 3)),
-        "has values for 1 modules that are no targets in this model: 'nope'",
+        "has values for 1 modules that are not targets in this model: 'nope'",
     ),
     (
         "32 a weight of the base",

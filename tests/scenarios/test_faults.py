@@ -17,6 +17,7 @@ from peft import PeftModel, get_peft_model
 
 import peft_dowser
 from peft_dowser import DowserLayer, Patch, hotswap, probe, verify
+from peft_dowser.delta import apply
 from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.probing import selection
 from peft_dowser.tuner import injection, writing
@@ -398,9 +399,7 @@ def test_what_an_error_left_of_a_patch_can_be_removed(tmp_path: Path, monkeypatc
     patch.apply()
     with monkeypatch.context() as patched, pytest.raises(torch.OutOfMemoryError):
         fault = torch.OutOfMemoryError("no memory")
-        patched.setattr(
-            peft_dowser.tuner.switching, "write_entries_", failing(peft_dowser.tuner.switching.write_entries_, 3, fault)
-        )
+        patched.setattr(apply, "_write_entries_", failing(apply._write_entries_, 3, fault))
         patch.remove()
     with pytest.raises(ValueError, match=r"is applied already\. Call remove\(\) first"):
         patch.apply()

@@ -10,7 +10,7 @@ from peft import get_peft_model
 from peft_dowser.delta.codec import side_by_side
 from peft_dowser.delta.format import CODE, VALUES, named
 from peft_dowser.layers.layer import adapted
-from peft_dowser.tuner.loading import check_file
+from peft_dowser.tuner.loading import read_file
 
 
 @pytest.fixture(params=[1, 2, 5])
@@ -57,5 +57,5 @@ def test_only_tensors_on_the_cpu_are_read_side_by_side(on_cpu: bool, monkeypatch
         tensors[name + named(CODE, "default")] = layer.index("default").code
     if not on_cpu:
         tensors["lm_head.weight"] = torch.empty(2, device="meta")
-    check_file(layers, "default", tensors, ())
+    read_file(layers, "default", tensors, ())
     assert together == ([14] if on_cpu else [])

@@ -57,9 +57,12 @@ def large(tensors: dict[str, Tensor], name: str) -> None:
 
 BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
     "values NaN": (lambda t: t[VALUES].fill_(float("nan")), "not finite"),
-    "values missing": (lambda t: t.pop(VALUES), f"1 of 4 Dowser tensors were not loaded: '{re.escape(VALUES[17:])}'"),
-    "code missing": (lambda t: t.pop(CODE), "1 of 4 Dowser tensors were not loaded"),
-    "both missing": (lambda t: (t.pop(VALUES), t.pop(CODE)), "2 of 4 Dowser tensors were not loaded"),
+    "values missing": (
+        lambda t: t.pop(VALUES),
+        f"has 3; missing: '{re.escape(VALUES[17:])}'",
+    ),
+    "code missing": (lambda t: t.pop(CODE), "4 Dowser tensors and has 3; missing"),
+    "both missing": (lambda t: (t.pop(VALUES), t.pop(CODE)), "4 Dowser tensors and has 2; missing"),
     "code with all bits": (lambda t: t[CODE].fill_(255), "index code"),
     "code with another bit": (lambda t: t[CODE].__setitem__(0, int(t[CODE][0]) ^ 1), "index code"),
     "code short": (lambda t: t.update({CODE: t[CODE][1:].clone()}), "of other shapes than its config"),
@@ -72,8 +75,14 @@ BAD_FILES: dict[str, tuple[Callable[[dict[str, Tensor]], object], str]] = {
         lambda t: (large(t, LAYER + FOREIGN["norm"]), t[VALUES].fill_(float("nan"))),
         "not finite",
     ),
-    "only a norm": (lambda t: (t.clear(), large(t, LAYER + FOREIGN["norm"])), "4 of 4 Dowser tensors were not loaded"),
-    "nothing of ours": (lambda t: (t.clear(), large(t, "lm_head.weight")), "4 of 4 Dowser tensors were not loaded"),
+    "only a norm": (
+        lambda t: (t.clear(), large(t, LAYER + FOREIGN["norm"])),
+        "4 Dowser tensors and has none",
+    ),
+    "nothing of ours": (
+        lambda t: (t.clear(), large(t, "lm_head.weight")),
+        "4 Dowser tensors and has none",
+    ),
 }
 
 

@@ -138,7 +138,7 @@ def test_a_name_with_that_of_an_adapter_is_refused(load: Callable, tmp_path: Pat
         edit_file(tmp_path, lambda _, name=name: found | {key.replace(".weight", name): found[key].clone()})
         model = base()
         before = Before(model)
-        with pytest.raises(DeltaFormatError, match=r"that no file of an adapter has|that this adapter has not"):
+        with pytest.raises(DeltaFormatError, match=r"that no file of an adapter has|that this adapter does not have"):
             load(model, tmp_path)
         assert before.holds()
 
@@ -252,7 +252,7 @@ def test_whatever_stops_a_load_the_model_is_what_it_was(
         monkeypatch.setattr("peft.peft_model.load_peft_weights", stop)
         monkeypatch.setattr(PreTrainedModel, "_load_pretrained_model", stop)
     elif place == "decode":
-        monkeypatch.setattr("peft_dowser.layers.state.decode", stop)
+        monkeypatch.setattr("peft_dowser.delta.format.decode", stop)
     elif place == "load_state_dict":
         whole = nn.Module.load_state_dict
         monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: (whole(*args, **kwargs), stop()))
@@ -268,6 +268,28 @@ def test_whatever_stops_a_load_the_model_is_what_it_was(
     assert not hasattr(model, "peft_config")
     assert peft_dowser.tuner.loading.current_load() is None
     load(model, tmp_path)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_load_that_is_stopped_leaves_the_adapter_that_it_replaces(
+    low_cpu_mem_usage: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(seed=1).save_pretrained(tmp_path)
+    model = made()
+    before, expected = Before(model), logits(model)
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise Stopped
+
+    whole = nn.Module.load_state_dict
+    monkeypatch.setattr(nn.Module, "load_state_dict", lambda *args, **kwargs: (whole(*args, **kwargs), stop()))
+    with pytest.raises(Stopped):
+        model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    monkeypatch.undo()
+    assert torch.equal(logits(model), expected)
+    assert low_cpu_mem_usage or before.holds()
+    model.load_adapter(tmp_path, "default", low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not torch.equal(logits(model), expected)
 
 
 def test_a_load_that_fails_leaves_the_tensors_that_an_adapter_in_use_shares(tmp_path: Path) -> None:

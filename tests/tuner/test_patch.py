@@ -8,8 +8,8 @@ from models import assert_same_bits, base_bits, saved, tiny_llama
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import peft_dowser.tuner.switching
 from peft_dowser import DeltaFormatError, Patch
+from peft_dowser.delta import apply
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -84,7 +84,7 @@ def test_a_sum_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
 def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama()
     base, patch = base_bits(model), Patch(model, adapter(tmp_path, 1))
-    calls, write = [], peft_dowser.tuner.switching.write_entries_
+    calls, write = [], apply._write_entries_
 
     def interrupted(*args) -> None:
         write(*args)
@@ -92,7 +92,7 @@ def test_an_interruption_changes_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         if len(calls) == 5:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(peft_dowser.tuner.switching, "write_entries_", interrupted)
+    monkeypatch.setattr(apply, "_write_entries_", interrupted)
     with pytest.raises(KeyboardInterrupt):
         patch.apply()
     assert_same_bits(base_bits(model), base)
