@@ -309,7 +309,9 @@ def test_ctrl_c_is_one_line(command: str, capsys: pytest.CaptureFixture, monkeyp
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_probe_that_runs(base: Path, tmp_path: Path) -> None:
-    code = "import sys; from peft_dowser.cli import main; sys.exit(main(sys.argv[1:]))"
+    # A job in the background ignores it.
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{heard}; import sys; from peft_dowser.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "probe", str(base), "-o", str(tmp_path / "p"), "--num-rademacher", "100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr is not None
