@@ -45,7 +45,7 @@ _DELTAS = "Tensor[] values, Tensor[] positions, bool transposed"
 def in_autocast(x: Tensor) -> Tensor:
     """A tensor in the dtype in which autocast computes a product; unchanged if autocast is off, or in float64."""
     device = x.device.type
-    # Only meta has none of these; torch 2.10 cannot trace `is_autocast_available`.
+    # Torch knows no autocast of meta, and torch 2.10 cannot trace `is_autocast_available`.
     casts = device != "meta" and torch.is_autocast_enabled(device) and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if casts else x
 

@@ -135,5 +135,5 @@ def test_what_is_told_of_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_texts_of_token_ids(meta: None) -> None:
-    (prompt,) = read_prompts([[3, 4, 5]], None, 8)
+    (prompt,) = read_prompts([[3, 4, 5]], None, 8, "this test")
     assert prompt["input_ids"].tolist() == [[3, 4, 5]]
