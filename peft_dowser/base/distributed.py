@@ -107,12 +107,12 @@ def _sharded(model: nn.Module) -> str:
 
 def rank() -> int:
     """Number of this rank; 0 outside a distributed run."""
-    return dist.get_rank() if _is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
 def gather(part: T) -> list[T]:
     """What every rank has, in the order of the ranks. All ranks must call it."""
-    if not _is_distributed():
+    if not is_distributed():
         return [part]
     parts: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(parts, part)
@@ -126,7 +126,7 @@ def on_every_rank(work: Callable[[], T]) -> T:
     try:
         result.append(work())
     except Exception as error:
-        if not _is_distributed():
+        if not is_distributed():
             raise
         failure = error
     failures = [error for error in gather(failure) if error is not None]
@@ -137,10 +137,10 @@ def on_every_rank(work: Callable[[], T]) -> T:
 
 def from_rank(source: int, work: Callable[[], T]) -> T:
     """Do some work on one rank and hand the result to all; an error is raised on all."""
-    if not _is_distributed():
+    if not is_distributed():
         return work()
     result = on_every_rank(lambda: work() if rank() == source else None)
-    return cast(T, _sent(result, source))
+    return cast(T, sent_from(result, source))
 
 
 def by_all_ranks(work: Callable[[], T]) -> T:
@@ -149,14 +149,14 @@ def by_all_ranks(work: Callable[[], T]) -> T:
     An error is raised where it happens: the other ranks wait in the middle of the work, and cannot be told.
     """
     result = work()
-    return _sent(result, 0) if _is_distributed() else result
+    return sent_from(result, 0) if is_distributed() else result
 
 
-def _is_distributed() -> bool:
+def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def _sent(value: T, source: int) -> T:
+def sent_from(value: T, source: int) -> T:
     """The value that rank `source` has."""
     box = [value]
     dist.broadcast_object_list(box, src=source)

@@ -126,7 +126,7 @@ def check_materialized(model: nn.Module) -> None:
     Raises:
         ValueError: some parameters are on the meta device.
     """
-    missing = _on_meta(model)
+    missing = on_meta(model)
     if missing:
         raise ValueError(
             f"{len(missing)} parameters of {type(model).__name__} are on the meta device, '{missing[0]}' the first. "
@@ -134,7 +134,7 @@ def check_materialized(model: nn.Module) -> None:
         )
 
 
-def _on_meta(model: nn.Module) -> list[str]:
+def on_meta(model: nn.Module) -> list[str]:
     return [
         f"{path}.{name}".lstrip(".")
         for path, module in model.named_modules()

@@ -37,7 +37,7 @@ def target_kind(module: nn.Module) -> TargetKind | None:
     forward = type(module).forward
     if forward is Conv1D.forward:
         return "conv1d"
-    # A linear quantized by a library that PEFT does not know counts, too: the search says so.
+    # A linear quantized by a library that PEFT does not know is accepted here; `search` raises a clear error for it.
     unknown = isinstance(module, nn.Linear) and is_narrow(module.weight)
     return "linear" if unknown or forward is nn.Linear.forward or is_falcons(module) else None
 

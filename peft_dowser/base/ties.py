@@ -49,8 +49,8 @@ def check_untied(model: nn.Module, targets: Mapping[str, Target]) -> None:
         others = sorted({*names.get(id(target.weight), []), *_offloaded_ties(model, target)} - known)
         if others:
             raise ValueError(
-                f"The weight of target module '{name}' is tied: it is {others} too, which would stay as it is until a "
-                "merge changes both. Set ensure_weight_tying=True to give all of them one delta, leave the module "
+                f"The weight of target module '{name}' is tied: it is shared with {others}, which would not see the "
+                "delta until a merge. Set ensure_weight_tying=True to give all of them one delta, leave the module "
                 "out, or untie the model first: give the module a copy of its weight and set tie_word_embeddings=False "
                 "in the model's config."
             )

@@ -49,6 +49,10 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
         values: the delta at these positions, shape `(nnz,)`, any float dtype.
     """
     flat = weight.view(-1)
+    if weight.is_cpu and weight.element_size() >= max(4, values.element_size()):
+        # The same addition in one pass (6 ms instead of 12, 2048 x 5632 at 0.1); on a GPU it would be an atomic one.
+        flat.index_add_(0, positions, values.to(weight.dtype))
+        return
     bits = flat.view(_BITS[weight.element_size()])  # `scatter_` of integers takes half as long as `index_copy_`
     for at, delta in zip(delta_blocks(positions), delta_blocks(values), strict=True):
         at = at.long()
@@ -136,7 +140,7 @@ class MergedEntries:
         _write_entries_(weight, self.delta.positions, self.sums)
 
     def written(self, with_checksum: bool = True) -> Written:
-        """What is to be kept before `write`."""
+        """What to keep before `write` is called."""
         return Written(self.delta.positions, self.originals, checksum(self.sums) if with_checksum else None)
 
 

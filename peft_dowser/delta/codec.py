@@ -161,7 +161,7 @@ def is_finite(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether all floating-point entries of a tensor are finite, also once they are converted to `dtype`."""
     if torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
         tensor = tensor.to(dtype)
-    if tensor.dtype not in _EXPONENTS:  # of float8, which torch does not ask
+    if tensor.dtype not in _EXPONENTS:  # float8, which torch.isfinite does not support
         return bool(tensor.float().isfinite().all())
     integers, exponent = _EXPONENTS[tensor.dtype]
     return not bool(((_array(tensor.detach().view(integers)) & exponent) == exponent).any())

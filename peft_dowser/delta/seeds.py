@@ -33,7 +33,7 @@ def seed_generators(seed: int) -> None:
 def generators_restored() -> Iterator[None]:
     """Restore torch's global generators: those of the CPU, and of all accelerators that are in use."""
     accelerator = _accelerator()
-    suffix = "_all" if hasattr(accelerator, "get_rng_state_all") else ""  # MPS has but one
+    suffix = "_all" if hasattr(accelerator, "get_rng_state_all") else ""  # MPS has only one
     states = None if accelerator is None else getattr(accelerator, f"get_rng_state{suffix}")()
     of_cpu = torch.get_rng_state()
     try:

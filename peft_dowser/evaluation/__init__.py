@@ -1,4 +1,4 @@
-"""What a training forgets and learns: a callback that measures it, and the measures of the literature.
+"""What a training forgets and learns: callbacks that measure it and hold it back, and the measures of the literature.
 
 May import delta, base, probing and config.
 """

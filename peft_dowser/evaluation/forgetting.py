@@ -383,7 +383,7 @@ def next_token_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     if logits is None or logits.dim() != 3 or logits.shape[:2] != tokens:
         got = "none" if logits is None else str(tuple(logits.shape))
         raise ValueError(
-            f"Forgetting is measured on a model that predicts the next token: {type(model).__name__} gives logits of "
+            f"This needs a model that predicts the next token: {type(model).__name__} gives logits of "
             f"shape {got} for {tuple(tokens)} tokens. Load it with its language-model head."
         )
     return logits[:, :-1]

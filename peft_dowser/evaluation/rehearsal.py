@@ -38,8 +38,8 @@ class RehearsalCallback(TrainerCallback):
             forward with a batch dimension of 1, in which tokens with a label of -100 do not count. None lets the base
             write its own.
         weight: factor of the KL beside the loss of the training; 0 leaves the training as it is, bit for bit.
-        every_n_steps: optimizer steps from one rehearsal to the next. At equal `weight * 1/every_n_steps` it costs the
-            less time, the larger it is.
+        every_n_steps: optimizer steps from one rehearsal to the next. At the same ratio of
+            `weight` to `every_n_steps` a larger number costs less time.
         batch_size: texts of one rehearsal, over all ranks; rounded up to a multiple of their number.
         config: number, length, images and seed of the texts that the base writes; None takes the defaults of
             `DowserConfig`.
@@ -130,7 +130,7 @@ class RehearsalCallback(TrainerCallback):
             self._since_log = []
 
     def _chosen(self, number: int, ranks: int) -> list[Prompt]:
-        """The texts of a rehearsal: those after the ones of the rehearsal before it, in a circle."""
+        """The texts of a rehearsal: the next ones in turn, from the first again after the last."""
         count = -(-self.batch_size // ranks) * ranks
         return [self.prompts[(number * count + each) % len(self.prompts)] for each in range(count)]
 

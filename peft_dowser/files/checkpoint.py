@@ -165,7 +165,7 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
     try:
         shards = sorted(set(json.loads((folder / INDEX_FILE).read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"'{folder / INDEX_FILE}' is no index of a sharded checkpoint ({error!r}).") from error
+        raise ValueError(f"'{folder / INDEX_FILE}' is not an index of a sharded checkpoint ({error!r}).") from error
     folder = fetched(name, shards)
     if missing := [shard for shard in shards if not (folder / shard).is_file()]:
         raise FileNotFoundError(
@@ -177,7 +177,7 @@ def _locate(name: str) -> tuple[Path, list[Path]]:
 def _names(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str], dict[str, list[str]]]:
     """The name in the model of every tensor in a checkpoint, renamed as transformers does on load; and the pieces.
 
-    Tensors that the model does not have are left out. One that transformers converts on load is no parameter of the
+    Tensors that the model does not have are left out. One that transformers converts on load is not a parameter of the
     model by itself, and gets a name that no parameter has.
     """
     transforms = get_model_conversion_mapping(model)

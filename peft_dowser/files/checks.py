@@ -57,7 +57,7 @@ def read_delta(
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Name adapter and module in what is wrong with the tensors of a module."""
+    """Begin the message of a `DeltaFormatError` with the adapter and its module."""
     try:
         yield
     except DeltaFormatError as error:

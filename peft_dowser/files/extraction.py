@@ -75,7 +75,7 @@ def extract(
     Raises:
         ValueError: an argument is out of range, or the checkpoints do not fit each other, do not differ, or are
             damaged. Nothing is written.
-        TypeError: a target module is no linear.
+        TypeError: a target module is not a linear layer.
         OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written; what is there is
             no adapter.
 
@@ -194,7 +194,7 @@ def _check_targets(pair: _Pair, modules: Iterable[str]) -> None:
 
 
 def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
-    """Name what differs and is no target weight: an adapter cannot hold it."""
+    """Name what differs outside the target weights: an adapter cannot hold it."""
     others = sorted((pair.base.tensors.keys() | pair.tuned.tensors.keys()) - set(map(_weight, modules)))
     different = [name for name in others if pair.differ(name)]
     if different:

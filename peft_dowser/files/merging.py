@@ -46,7 +46,7 @@ def merge(
         OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written.
 
     Note: nothing is written before the whole adapter is checked, and no file has its name before all are written:
-    what an interrupted merge leaves is no model.
+    an interrupted merge leaves nothing that loads as a model.
     """
     folder = Path(output)
     check_output(folder)
@@ -139,8 +139,8 @@ class _Sum:
         names = ", ".join(sorted(str(dtype) for dtype in stored))
         return (
             f"'{self.base.name}' holds its weights in {names}, and its config says {loaded}, in which they are loaded. "
-            "The merged model keeps the dtype of the files, so its sums are rounded otherwise than those of the "
-            "adapter on a base that is loaded so. For the bits of these, merge in memory, with merge_and_unload()."
+            "The merged model keeps the dtype of the files, so its sums may differ in the last bits from the outputs of "
+            "the adapter on a base that is loaded so. For those bits merge in memory, with merge_and_unload()."
         )
 
     def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
@@ -229,7 +229,7 @@ def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
             entries = f"{different} of {expected.numel()} entries of tensor {quoted(name)}"
             yield f"'{merged.name}': {entries} are not base + delta."
     if unknown := sorted(name for name in merged.tensors if name not in base):
-        yield f"'{merged.name}' has {len(unknown)} tensors that '{base.name}' has not, such as {quoted(unknown[0])}."
+        yield f"'{merged.name}' has {len(unknown)} tensors that are not in '{base.name}', such as {quoted(unknown[0])}."
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -23,8 +23,6 @@ from ..delta.codec import code_length, position_dtype
 from ..delta.masks import trained_count
 from .checkpoint import model_class
 
-# State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
-# values, two float32 scales (tensors below 4096 values stay in float32).
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
 
@@ -55,8 +53,8 @@ class Plan:
         update: bytes that the optimizer's step takes beyond its state: torch's AdamW a copy of the values, unless it is
             `fused`, as in the Trainer.
         positions: bytes of the decoded positions and of the index codes.
-        activations: bytes that autograd keeps from forward to backward; with grouped-query attention those of a batch
-            with padding, as without any it keeps less.
+        activations: bytes that autograd keeps from forward to backward; with grouped-query attention counted for a
+            batch with padding; without padding less is kept.
         temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
             of this is taken from and, with gradient checkpointing, its activations.
         statistics: bytes of a probe's result, in memory and on disk.
@@ -117,7 +115,7 @@ def plan(
 
     Raises:
         ValueError: a name or number cannot be planned, or the config does not fit the model.
-        TypeError: a target module is no linear.
+        TypeError: a target module is not a linear layer.
     """
     _check(optimizer, dtype, values_dtype, quantization, batch, tokens)
     if isinstance(model, PreTrainedConfig):
@@ -261,6 +259,8 @@ def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
     return total + round(numel * (_QUANTIZED_BYTES[quantization] - size))
 
 
+# State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
+# values, two float32 scales (tensors below 4096 values stay in float32).
 def _optimizer_bytes(optimizer: str, count: int, size: int) -> int:
     """State of one tensor of `count` values of `size` bytes."""
     if optimizer == "adamw_8bit" and count >= 4096:

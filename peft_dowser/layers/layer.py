@@ -75,7 +75,7 @@ class DowserLayer(BaseTunerLayer):
         return values if scale == 1 else values * scale
 
     def set_scale(self, adapter: str, scale: float) -> None:
-        """Multiply the delta of an adapter by a factor, in forward and merge alike; without effect where it has none.
+        """Multiply the delta of an adapter by a factor, in forward and merge alike; nothing where it has none.
 
         Args:
             adapter: its name.

@@ -38,8 +38,8 @@ _thread = threading.local()
 # A weight, or what computes it anew in every forward and backward, as from a quantized one.
 Weight: TypeAlias = Tensor | Callable[[], Tensor]
 
-# The layer under `torch.compile`.
 _DELTAS = "Tensor[] values, Tensor[] positions, bool transposed"
+# The layer under `torch.compile`.
 
 
 def in_autocast(x: Tensor) -> Tensor:

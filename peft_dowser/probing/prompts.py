@@ -186,7 +186,7 @@ def _special_tokens(config: Any) -> Iterator[int]:
     for key, value in config.to_dict().items():
         if key.endswith(("_token_id", "_token_index")):
             yield from (token for token in (value if isinstance(value, list | tuple) else [value]) if token is not None)
-        part = vars(config).get(key)  # what differs by layer, as in Gemma 4, has no single value to ask for
+        part = vars(config).get(key)  # settings by layer, as in Gemma 4, raise on getattr
         if part is not config and hasattr(part, "to_dict"):
             yield from _special_tokens(part)
 

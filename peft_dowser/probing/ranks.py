@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import nn
 
 from ..base.distributed import by_all_ranks, check_gathers, from_rank, gather, is_spread, is_zero3, on_every_rank, rank
-from ..base.storage import _on_meta, check_materialized
+from ..base.storage import check_materialized, on_meta
 from .statistics import ModuleStatistics, combined
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Ranks:
         """
         in_step = is_spread(model)
         check_gathers(model)
-        missing = gather(bool(_on_meta(model)))
+        missing = gather(bool(on_meta(model)))
         able = [number for number, lacks in enumerate(missing) if not lacks]
         on_every_rank(lambda: check_materialized(model) if not able or in_step or rank() in able else None)
         return cls(able, len(missing), in_step, is_zero3(model))

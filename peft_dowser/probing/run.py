@@ -125,7 +125,7 @@ def _report_idle(ranks: Ranks, device: torch.device) -> None:
 def _inputs(model: nn.Module, settings: ProbeSettings, prompts: Sequence[Text] | None) -> list[Prompt]:
     """The prompts to probe, on the CPU: the prompts of the caller, or synthetic ones.
 
-    From a GPU they would be sent with its name, for which every rank would take memory there.
+    Sent as tensors of a GPU, they would make every rank allocate memory on that GPU.
     """
     if prompts is not None:
         return _on_cpu(given_prompts(model, prompts))

@@ -104,6 +104,10 @@ def gradient(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     return statistics.gradient.to(weight.device, copy=True).abs_()
 
 
+# The scores that read statistics of a probe, by their names in `DowserConfig`.
+FROM_STATISTICS = {"dowser": dowser, "wanda": wanda, "gradient": gradient}
+
+
 def _check_shape(weight: Tensor, expected: tuple[int, ...]) -> None:
     if tuple(weight.shape) != expected:
         raise ValueError(

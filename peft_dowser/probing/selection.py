@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..base.distributed import _is_distributed, _sent, on_every_rank, rank
+from ..base.distributed import is_distributed, on_every_rank, rank, sent_from
 from ..base.parts import layer_of
 from ..base.target import Target
 from ..config import DowserConfig, ratio_of
@@ -82,9 +82,8 @@ def _score_of_use(matrix: Target, config: DowserConfig, statistics: ProbeStatist
         return scores.magnitude(weight)
     if statistics is None:
         raise ValueError(f"score='{config.score}' needs probe statistics.")
-    function = {"dowser": scores.dowser, "wanda": scores.wanda, "gradient": scores.gradient}[config.score]
     try:
-        return function(weight, statistics.modules[name])
+        return scores.FROM_STATISTICS[config.score](weight, statistics.modules[name])
     except ValueError as error:
         raise ValueError(f"Module '{name}': {error}") from error
 
@@ -199,12 +198,12 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[
     Raises:
         ValueError: the ranks have different base models. This and every other error is raised on all ranks.
     """
-    if not _is_distributed():
+    if not is_distributed():
         return choose()
     masks = on_every_rank(lambda: choose() if rank() == 0 else {})
-    shapes = _sent({name: targets[name].shape for name in masks}, 0)
+    shapes = sent_from({name: targets[name].shape for name in masks}, 0)
     on_every_rank(lambda: _check_shapes(shapes, targets))
-    codes = {name: _sent(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
+    codes = {name: sent_from(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
     return on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
 
 

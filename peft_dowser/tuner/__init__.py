@@ -1,4 +1,4 @@
 """What PEFT calls: adding, loading, saving, merging, mixing, combining and switching adapters of a model.
 
-May import delta, base, probing, layers, baselines, files and config.
+May import delta, base, probing, layers, files and config.
 """

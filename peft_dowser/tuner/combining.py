@@ -15,7 +15,7 @@ from ..layers.layer import DowserLayer
 def check_sources(
     configs: Mapping[str, DowserConfig], layers: Iterable[DowserLayer], adapters: Sequence[str], adapter_name: str
 ) -> None:
-    """Refuse adapters that cannot be combined, and the name of an adapter that is there.
+    """Refuse adapters that cannot be combined, and a name that is taken.
 
     Args:
         configs: config by adapter name.

@@ -145,7 +145,7 @@ class Injection(ABC):
 
 @dataclass
 class Twin(Injection):
-    """An adapter with the config of another one, and so its positions. TRL makes its reference model so."""
+    """An adapter with the config of another one, and so its positions. TRL makes its reference model this way."""
 
     twin: str = ""
 

@@ -1,4 +1,4 @@
-"""`DowserModel`: the tuner that PEFT calls. Wiring only; the method lives in the files below."""
+"""`DowserModel`: the tuner that PEFT calls. Wiring only; the method lives in the other rooms."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class DowserModel(BaseTuner):
             super()._check_tied_modules(model, peft_config)
 
     def _add_targets_to_tie(self, peft_config: DowserConfig, tied_weight_keys: list[str]) -> None:
-        pass  # the same
+        pass  # see `_check_tied_modules`
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT would warn of merging them, which is exact here
@@ -188,7 +188,7 @@ class DowserModel(BaseTuner):
         return fused
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT's own also gives it the weight of the child, which is not there or no parameter in some of ours.
+        # PEFT's own also gives it the weight of the child, which some of our layers lack, or hold as a plain tensor.
         setattr(parent, child_name, new_module)
 
     @contextmanager

@@ -151,7 +151,7 @@ def warn_of_other_weights(statistics: ProbeStatistics, samples: Mapping[str, str
     if different := statistics.unlike(samples):
         warnings.warn(
             f"The probe statistics '{where}' are of other weights than this model has in {len(different)} of "
-            f"{len(samples)} modules: {few(different)}. They are those of another checkpoint of the same shapes, so "
+            f"{len(samples)} modules: {few(different)}. They come from another checkpoint of the same shapes, so "
             "the mask will not be the one for this model: probe it too.",
             UserWarning,
             stacklevel=2,

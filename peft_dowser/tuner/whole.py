@@ -88,7 +88,7 @@ def _check_tokens(name: str, indices: Sequence[int], module: nn.Module) -> None:
     rows = weight.shape[0]
     outside = [index for index in indices if not 0 <= index < rows]
     if outside or len(set(indices)) < len(indices):
-        problem = f"{outside[:5]} are no tokens" if outside else "tokens are listed twice"
+        problem = f"{outside[:5]} are not tokens" if outside else "tokens are listed twice"
         raise ValueError(
             f"trainable_token_indices: {problem} in module '{name}', whose weight has {rows} rows. Resize the "
             "embeddings as they were when the adapter was made, or name each of its tokens once."

@@ -15,6 +15,6 @@ def to_the_end(step: Callable[[], None]) -> None:
     """
     try:
         step()
-    except (KeyboardInterrupt, SystemExit):  # what a signal raises; an error would come again, and again
+    except (KeyboardInterrupt, SystemExit):  # what a signal raises; to retry after an error would loop for ever
         to_the_end(step)
         raise

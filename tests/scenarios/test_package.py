@@ -32,8 +32,8 @@ ARROWS = {
     "baselines": {"delta", "base"},
     "evaluation": {"delta", "base", "probing", "config"},
     "files": {"delta", "base", "config", "baselines"},
-    "tuner": {"delta", "base", "probing", "layers", "baselines", "files", "config"},
-    "report": {"delta", "base", "probing", "evaluation", "files", "config"},
+    "tuner": {"delta", "base", "probing", "layers", "files", "config"},
+    "report": {"delta", "probing", "evaluation", "files"},
 }
 # What everything may import: facts about others, which import nothing of the package.
 GROUND = {"_version", "_peft", "_transformers"}
