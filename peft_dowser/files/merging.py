@@ -139,8 +139,8 @@ class _Sum:
         names = ", ".join(sorted(str(dtype) for dtype in stored))
         return (
             f"'{self.base.name}' holds its weights in {names}, and its config says {loaded}, in which they are loaded. "
-            "The merged model keeps the dtype of the files, so its sums may differ in the last bits from the outputs of "
-            "the adapter on a base that is loaded so. For those bits merge in memory, with merge_and_unload()."
+            "The merged model keeps the dtype of the files, so its sums may differ in the last bits from what the "
+            "adapter computes on a base that is loaded so. For those bits merge in memory, with merge_and_unload()."
         )
 
     def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
