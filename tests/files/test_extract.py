@@ -481,7 +481,7 @@ def test_a_damaged_index_is_refused(content: str, tmp_path: Path) -> None:
     pair(tmp_path, max_shard_size="20KB")
     path = tmp_path / "tuned/model.safetensors.index.json"
     path.write_text(content)
-    refuse(f"'{path}' is no index of a sharded checkpoint", tmp_path)
+    refuse(f"'{path}' is not an index of a sharded checkpoint", tmp_path)
 
 
 def test_a_missing_shard_is_refused(tmp_path: Path) -> None:

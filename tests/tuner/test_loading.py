@@ -174,11 +174,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a list of modules": ({"modules_to_save": ["layers"]}, "names module 'model.layers', a ModuleList"),
     "a module in a module": ({"modules_to_save": ["mlp", "up_proj"]}, r"the file lacks \d tensors of modules"),
     "a module around a target": ({"modules_to_save": ["self_attn"]}, "not found in the base model, or all of them are"),
-    "a negative token": ({"trainable_token_indices": [-1]}, r"\[-1\] are no tokens in module 'model.embed_tokens'"),
-    "a token too many": ({"trainable_token_indices": [64]}, r"\[64\] are no tokens .* whose weight has 64 rows"),
+    "a negative token": ({"trainable_token_indices": [-1]}, r"\[-1\] are not tokens in module 'model.embed_tokens'"),
+    "a token too many": ({"trainable_token_indices": [64]}, r"\[64\] are not tokens .* whose weight has 64 rows"),
     "a token of the head": (
         {"trainable_token_indices": {"lm_head": [64]}},
-        r"\[64\] are no tokens in module 'lm_head'",
+        r"\[64\] are not tokens in module 'lm_head'",
     ),
     "a token twice": ({"trainable_token_indices": [3, 3]}, "tokens are listed twice in module 'model.embed_tokens'"),
     "tokens of a norm": (
