@@ -24,7 +24,9 @@ class FirstExperts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.experts = tiny_moe("mixtral").model.layers[0].mlp.experts
+        model = tiny_moe("mixtral")
+        model.set_experts_implementation("batched_mm")  # grouped products of transformers 5.18 refuse transforms first
+        self.experts = model.model.layers[0].mlp.experts
         self.width = self.experts.gate_up_proj.shape[-1]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ def test_the_sums_of_dowser_are_in_float64(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(products) == {torch.float64}
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.10
 def test_dowser_allocates_nothing_of_the_size_of_the_scores_but_the_scores(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
