@@ -115,10 +115,7 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         self._check(args, state, model)
         with measuring(model), adapters_disabled(model):
-            if self.texts is None:
-                self.prompts = written_prompts(base_of(model), self.settings, "ForgettingCallback")
-            else:
-                self.prompts = read_prompts(self.texts, processing_class, self.max_length, "ForgettingCallback")
+            self.prompts = prompts_for(model, self, processing_class)
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
             self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
         self.training = True
@@ -256,6 +253,14 @@ class ForgettingCallback(TrainerCallback):
                 forgetting,
                 self.max_forgetting,
             )
+
+
+def prompts_for(model: Any, callback: Any, processing_class: Any) -> list[Prompt]:
+    """The prompts of a callback: its `texts`, or, where it has none, what the base writes by its `settings`."""
+    reader = type(callback).__name__
+    if callback.texts is None:
+        return written_prompts(base_of(model), callback.settings, reader)
+    return read_prompts(callback.texts, processing_class, callback.max_length, reader)
 
 
 def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:

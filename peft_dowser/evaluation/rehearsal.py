@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.distributed import is_spread
-from ..base.untouched import adapters_disabled, base_of, in_eval_mode, measuring
+from ..base.untouched import adapters_disabled, in_eval_mode, measuring
 from ..config import DowserConfig
 from ..delta.seeds import derived_seed, generators_restored, seed_generators
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text
 from ..probing.settings import ProbeSettings
-from .forgetting import divergence, next_token_logits, predicted, read_prompts, written_prompts
+from .forgetting import divergence, next_token_logits, predicted, prompts_for
 
 
 class RehearsalCallback(TrainerCallback):
@@ -96,10 +96,7 @@ class RehearsalCallback(TrainerCallback):
         if self.weight == 0:
             return
         with measuring(model), adapters_disabled(model):
-            if self.texts is None:
-                self.prompts = written_prompts(base_of(model), self.settings, "RehearsalCallback")
-            else:
-                self.prompts = read_prompts(self.texts, processing_class, self.max_length, "RehearsalCallback")
+            self.prompts = prompts_for(model, self, processing_class)
 
     def on_step_begin(
         self,
