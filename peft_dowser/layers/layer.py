@@ -16,6 +16,7 @@ from ..base.target import Target
 from ..delta.apply import Delta, MergedEntries, Written, add_delta_, merged_entries
 from ..delta.codec import encode, position_dtype
 from ..delta.layout import Granularity, Stored
+from ..delta.lora import lora_factors
 from .channels import add_channels
 from .linear_op import Weight, in_autocast, refuse_tangents, sparse_linear
 from .state import Index, Values
@@ -366,6 +367,25 @@ def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], T
     chosen = {name: torch.tensor(at, device=x.device) for name, at in rows.items()}
     parts = [apply(x.index_select(0, at), name) for name, at in chosen.items()]
     return torch.cat(parts).index_select(0, torch.cat(list(chosen.values())).argsort())
+
+
+@torch.no_grad()
+def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tuple[Tensor, Tensor, int] | None:
+    """The LoRA factors A and B of a layer and their rank; None where a LoRA of this rank cannot be exact.
+
+    Args:
+        layer: an adapted layer, of any PEFT method.
+        rank: as in `peft.convert_to_lora`: a rank, or as a float the share of the delta's squares that is wanted.
+        adapter_name: name of the adapter.
+    """
+    if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+        return None
+    index = layer.index(adapter_name)
+    wanted = index.count if rank == 1 and isinstance(rank, float) else rank
+    if index.layout.channel_dim is None or wanted < index.count:
+        return None
+    stored = Stored(index.decoded(), layer.scaled_values(adapter_name).detach())
+    return *lora_factors(stored, index.layout.size, index.count), index.count
 
 
 def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
