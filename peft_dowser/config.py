@@ -329,7 +329,7 @@ class DowserConfig(PeftConfig):
         # In a saved config 0 says that the prompts were given, see `ProbeInfo`.
         yield from _not_an_integer("probe_length", self.probe_length, at_least=2 if self.nnz_pattern is None else 0)
         yield from _not_an_integer("seed", self.seed, at_least=0)
-        for name in ("probe_batch_size", "last_layers", "channels"):
+        for name in ("probe_batch_size", "last_layers"):
             if getattr(self, name) is not None:
                 yield from _not_an_integer(name, getattr(self, name), at_least=1)
         for name in ("init_weights", "ensure_weight_tying"):
@@ -341,11 +341,19 @@ class DowserConfig(PeftConfig):
         yield from self._target_problems()
 
     def _channel_problems(self) -> Iterator[str]:
-        if self.granularity == "input_channel":
-            if self.scope == "row":
-                yield "scope='row' ranks the weights of a row, and granularity='input_channel' trains them together"
-        elif self.channels is not None:
-            yield f"channels={self.channels!r} needs granularity='input_channel'; the share of weights is update_ratio"
+        if self.granularity == "input_channel" and self.scope == "row":
+            yield (
+                "scope='row' ranks the weights of each row, and granularity='input_channel' has none to rank: take "
+                "'matrix'"
+            )
+        if self.channels is not None:
+            wrong = list(_not_an_integer("channels", self.channels, at_least=1))
+            yield from wrong
+            if not wrong and self.granularity != "input_channel":
+                yield (
+                    f"channels={self.channels} needs granularity='input_channel'; for single weights there is "
+                    "update_ratio"
+                )
 
     def _target_problems(self) -> Iterator[str]:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
