@@ -45,8 +45,7 @@ def check_manifest(manifest: Any) -> None:
         DeltaFormatError: this release cannot read the adapter.
     """
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
-        version = 0
+    version = version if type(version) is int else 0
     if version > FORMAT:
         raise DeltaFormatError(
             f"the adapter is in format {version}, written by {str(manifest.get('written_by'))[:50]!r}; this release of "
@@ -60,16 +59,9 @@ def check_manifest(manifest: Any) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a file of tensors that is not whole; only its header is read.
-
-    Raises:
-        DeltaFormatError: as `open_tensors`.
-    """
-    try:
-        with ExitStack() as files:
-            open_tensors(path, files)
-    except ValueError as error:
-        raise DeltaFormatError(str(error)) from error
+    """Refuse, as `open_tensors` does, a file of tensors that is not whole."""
+    with ExitStack() as files:
+        open_tensors(path, files)
 
 
 def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:
@@ -114,17 +106,12 @@ def read_positions(code: Tensor, numel: int, nnz: int, code_digest: str | None) 
         DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
     """
     positions = decode(code, numel, nnz)
-    if code_digest is not None:
-        _check_digest(code, code_digest)
-    return positions
-
-
-def _check_digest(code: Tensor, expected: str) -> None:
-    if digest(code) != expected:
+    if code_digest is not None and digest(code) != code_digest:
         raise DeltaFormatError(
             "the index code is not the one that the manifest in adapter_config.json describes; the two files are not "
             "of one save, or were edited"
         )
+    return positions
 
 
 def base_sample(weight: Tensor) -> str | None:
@@ -221,22 +208,18 @@ def few(names: list[str]) -> str:
 
 
 def open_tensors(path: Path, files: ExitStack) -> Any:
-    """Open a safetensors file, of which only the header is read.
-
-    Args:
-        path: the file.
-        files: closes it.
+    """Open a safetensors file, of which only the header is read; `files` closes it.
 
     Raises:
-        ValueError: it is not a safetensors file, not of the length that its header says, or has tensors of a dtype that
-            torch does not know.
+        DeltaFormatError: it is not a safetensors file, not of the length that its header says, or has tensors of a
+            dtype that torch does not know.
     """
     try:
         file = files.enter_context(safe_open(path, framework="pt"))
         for key in {file.get_slice(key).get_dtype(): key for key in file.keys()}.values():
             file.get_tensor(key)  # memory of the file, which is not read
     except SafetensorError as error:
-        raise ValueError(
+        raise DeltaFormatError(
             f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({printable(str(error))}). It "
             "is incomplete or damaged; copy or download it again."
         ) from error

@@ -56,15 +56,8 @@ class SavedAdapter:
     others: dict[str, str]
 
     def delta(self, module: str, numel: int, code: Tensor | None = None) -> Delta:
-        """The delta of a module, checked; its values are float32, as PEFT loads them.
-
-        Args:
-            module: its name in the base model.
-            numel: number of entries of its weight.
-            code: its index code, where that was read already.
-
-        Raises:
-            DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
+        """The delta of a module, checked; its values are float32, as PEFT loads them. `code` is its index code, where
+        that was read already.
         """
         values, code = self._read(f"{PREFIX}{module}{VALUES}"), self.code(module) if code is None else code
         manifest = self.config.manifest
@@ -72,11 +65,7 @@ class SavedAdapter:
         return read_delta(values, code, numel, self.counts[module], code_digest, self._place(module))
 
     def values(self, module: str) -> Tensor:
-        """The values of a module as they are in the file, shape `(nnz,)`.
-
-        Raises:
-            DeltaFormatError: they are not as many finite floating-point numbers as its count says.
-        """
+        """The values of a module as they are in the file, shape `(nnz,)`, checked."""
         values = self._read(f"{PREFIX}{module}{VALUES}")
         with naming(self._place(module)):
             check_values(values, self.counts[module])
@@ -91,21 +80,13 @@ class SavedAdapter:
         return self._read(self.others[name])
 
     def check_complete(self) -> None:
-        """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted.
-
-        Raises:
-            DeltaFormatError: a count is not an integer of at least 1, or the file has other tensors.
-        """
+        """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted."""
         check_counts(self.counts, self._where)
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest.
-
-        Raises:
-            DeltaFormatError: there is no manifest, it does not describe this file, or the file is not complete.
-        """
+        """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest."""
         if self.config.manifest is None:
             raise DeltaFormatError(
                 f"{self._where} has no manifest, so the shapes of its weights are unknown. Load it with its base model "
@@ -115,22 +96,13 @@ class SavedAdapter:
         return described_shapes(self.config.manifest, self.counts, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
-        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
-
-        Args:
-            targets: the targets of the adapter's config in the model, by name.
-
-        Raises:
-            DeltaFormatError: it does not fit.
-        """
+        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor."""
         check_fits(self.counts, targets, self.config.manifest, self._where)
         self.check_complete()
 
     def targets_in(self, model: nn.Module) -> dict[str, Target]:
-        """The weights of a model that the adapter trains, by module; reads no tensor.
-
-        Raises:
-            DeltaFormatError: the adapter does not fit the model.
+        """The weights of a model that the adapter trains, by module; refuses an adapter that does not fit, and reads no
+        tensor.
         """
         try:
             targets = resolve_targets(model, self.config)
@@ -140,11 +112,8 @@ class SavedAdapter:
         return {module: targets[module] for module in self.counts}
 
     def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
-        """Everything that keeps the adapter from being merged into a base, one message each.
-
-        Args:
-            base: the base.
-            targets: the adapter's, in the model of the base.
+        """Everything that keeps the adapter from being merged into a base, one message each. `targets` are those in its
+        model.
         """
         for module, target in targets.items():
             weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
@@ -169,10 +138,6 @@ class SavedAdapter:
         """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
-
-        Args:
-            base: the base.
-            targets: the adapter's, in the model of the base.
         """
         if self.config.manifest is None:
             return None
@@ -211,7 +176,6 @@ class SavedAdapter:
 
 
 def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
-    """The message of a check that fails."""
     try:
         check(*arguments)
     except DeltaFormatError as error:
@@ -219,7 +183,6 @@ def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
 
 
 def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    """Why nothing can be added to a weight of the base, or None."""
     if name not in base:
         return (
             f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
@@ -248,11 +211,7 @@ def _pieces_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str 
 
 
 def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
-    """Open an adapter in a folder or, by its id, on the Hub.
-
-    Args:
-        name: the folder or the id.
-        files: closes the file of the adapter.
+    """Open an adapter in a folder or, by its id, on the Hub; `files` closes it.
 
     Raises:
         OSError: there is no such adapter, or it is not in a safetensors file.
@@ -263,19 +222,10 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     if not path.is_file():
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
     config = _config(folder, name)
-    try:
-        file = open_tensors(path, files)
-    except ValueError as error:
-        raise DeltaFormatError(str(error)) from error
-    others = [key for key in file.keys() if not is_delta(key)]
-    return SavedAdapter(
-        name,
-        config,
-        path.stat().st_size,
-        file,
-        counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
-        others={base_name(key): key for key in others},
-    )
+    file = open_tensors(path, files)
+    counts = _counts(file) if config.nnz_pattern is None else config.nnz_pattern
+    others = {base_name(key): key for key in file.keys() if not is_delta(key)}
+    return SavedAdapter(name, config, path.stat().st_size, file, counts, others)
 
 
 def _config(folder: Path, name: str) -> DowserConfig:
@@ -291,7 +241,6 @@ def _config(folder: Path, name: str) -> DowserConfig:
 
 
 def _counts(file: Any) -> dict[str, int]:
-    """Trained weights by module, read off the header of a file whose config does not give them."""
     return {
         key.removeprefix(PREFIX).removesuffix(VALUES): math.prod(file.get_slice(key).get_shape())
         for key in file.keys()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,33 +21,6 @@ from .checkpoint import Checkpoint, open_checkpoint
 _CHOICES = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
 
 
-@dataclass(frozen=True)
-class ModuleFacts:
-    """What a saved adapter holds for one module.
-
-    Attributes:
-        module: its name in the base model.
-        shape: shape of its weight, as stored; None where the adapter has no manifest.
-        trained: number of its values.
-        ratio: fraction of the weight that they are; None where the adapter has no manifest.
-        dtype: of the values in the file, "bfloat16" for example.
-        index_bits: size of the code of their positions, in bits.
-        bytes: size of values and code in the file.
-        delta_norm: L2 norm of the values.
-        vanished: fraction of the values that change no weight in bfloat16; None where no base was given.
-    """
-
-    module: str
-    shape: tuple[int, ...] | None
-    trained: int
-    ratio: float | None
-    dtype: str
-    index_bits: int
-    bytes: int
-    delta_norm: float
-    vanished: float | None
-
-
 def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
     """Describe a saved adapter, without a model.
 
@@ -57,8 +30,10 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
 
     Returns:
-        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" the
-        `ModuleFacts` of each as a dict, ordered by name.
+        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" a dict for
+        each, ordered by name: the "module", "shape" of its weight as stored, number of "trained" weights and their
+        "ratio" (shape and ratio are None without a manifest), "dtype" of the values in the file, "index_bits" of their
+        positions, "bytes" of both, L2 norm "delta_norm", and "vanished", a fraction (None without a base).
 
     Raises:
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
@@ -70,34 +45,30 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         shapes = {} if saved.config.manifest is None else saved.shapes()
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
         modules = [_facts(saved, name, shapes.get(name), vanished.get(name)) for name in sorted(saved.counts)]
-    chosen = {field: getattr(saved.config, field) for field in _CHOICES}
-    return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
-
-
-def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, vanished: int | None) -> ModuleFacts:
-    values, code = adapter.values(module), adapter.code(module)
-    return ModuleFacts(
-        module=module,
-        shape=shape,
-        trained=values.numel(),
-        ratio=None if shape is None else values.numel() / math.prod(shape),
-        dtype=str(values.dtype).removeprefix("torch."),
-        index_bits=8 * code.nbytes,
-        bytes=values.nbytes + code.nbytes,
-        delta_norm=float(values.float().norm()),
-        vanished=None if vanished is None else vanished / values.numel(),
-    )
-
-
-def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
-    trained = sum(module.trained for module in modules)
-    sizes = [math.prod(module.shape) for module in modules if module.shape is not None]
-    vanished = [module.vanished * module.trained for module in modules if module.vanished is not None]
-    return {
+    trained = sum(row["trained"] for row in modules)
+    numel = sum(map(math.prod, shapes.values()))
+    return {field: getattr(saved.config, field) for field in _CHOICES} | {
         "trained": trained,
-        "ratio": trained / sum(sizes) if sizes else None,
-        "delta_norm": math.hypot(*(module.delta_norm for module in modules)),
-        "vanished": sum(vanished) / trained if vanished else None,
+        "ratio": trained / numel if shapes else None,
+        "delta_norm": math.hypot(*(row["delta_norm"] for row in modules)),
+        "vanished": sum(vanished.values()) / trained if vanished else None,
+        "bytes": saved.size,
+        "modules": modules,
+    }
+
+
+def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, vanished: int | None) -> dict[str, Any]:
+    values, code = adapter.values(module), adapter.code(module)
+    return {
+        "module": module,
+        "shape": shape,
+        "trained": values.numel(),
+        "ratio": None if shape is None else values.numel() / math.prod(shape),
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "index_bits": 8 * code.nbytes,
+        "bytes": values.nbytes + code.nbytes,
+        "delta_norm": float(values.float().norm()),
+        "vanished": None if vanished is None else vanished / values.numel(),
     }
 
 
@@ -152,22 +123,12 @@ class Overlap:
 
     def summary(self) -> dict[str, float | None]:
         """The counts and the cosine by name."""
-        return {
-            "shared": self.shared,
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "conflicts": self.conflicts,
-            "cosine": self.cosine,
-        }
+        counts = {name: getattr(self, name) for name in ("shared", "only_a", "only_b", "conflicts")}
+        return counts | {"cosine": self.cosine}
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one weight.
-
-    Args:
-        a: positions strictly increasing, shape `(k1,)`, int32 or int64; values likewise, any float dtype; read only.
-        b: likewise, on the same device; its count and the dtype of its positions may differ.
-    """
+    """Compare two deltas of one weight, on one device; counts and dtypes may differ."""
     own, other = shared(a.positions, b.positions)
     left, right = a.values[own].double(), b.values[other].double()
     return Overlap(

@@ -188,7 +188,6 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
 
 
 def _write(work: Path, total: _Sum, limit: int) -> None:
-    """Write the weights, as one file or as shards with their index."""
     split = split_state_dict_into_shards_factory(
         {key: total.base.stored(key).nbytes for key in total.base.files},
         get_storage_size=lambda size: size,
@@ -211,7 +210,6 @@ def _copy_companions(base: Checkpoint, work: Path) -> None:
 
 
 def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
-    """How a checkpoint differs from the sum, one message per tensor."""
     base = total.base
     # A tied tensor that only the merged model stores counts too: with other content it is tied no more.
     names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
@@ -233,5 +231,4 @@ def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of every entry, shape `(numel, bytes)`."""
     return tensor.reshape(-1, 1).view(torch.uint8)

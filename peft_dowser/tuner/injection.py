@@ -26,6 +26,7 @@ from ..probing.selection import choose_masks, same_on_all_ranks
 from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
+from .merging import check_unmerged
 from .notices import (
     report_bare_experts,
     report_other_probe,
@@ -46,8 +47,7 @@ class Injection(ABC):
     """What is known of an adapter while it is added, and forgotten when it is there.
 
     Attributes:
-        adapter_name: its name.
-        config: its config: the caller's object, which PEFT goes on to change.
+        config: the caller's object, which PEFT goes on to change.
         snapshot: what the model was before.
         targets: the weights that its config targets, by name, once they are found.
         masks: flat positions by module, once they are known; not of a saved adapter, whose file is read later.
@@ -68,13 +68,8 @@ class Injection(ABC):
         configs: Mapping[str, DowserConfig],
         state_dict: Mapping[str, Tensor] | None,
     ) -> "Injection":
-        """Begin to add an adapter: a twin of another one, a saved one, or a new one.
-
-        Args:
-            model: the model that it is for, as it is without it.
-            adapter_name: its name.
-            configs: config by adapter name, with the one that was given for this adapter.
-            state_dict: tensors of a saved adapter, where PEFT was given some.
+        """Begin to add an adapter to a model: a twin of another one, a saved one (`state_dict` has its tensors,
+        where PEFT was given some), or a new one.
         """
         config = configs[adapter_name]
         known = adapter_name, config, Snapshot(model, adapter_name)
@@ -103,7 +98,6 @@ class Injection(ABC):
 
     @property
     def fused(self) -> list[str]:
-        """Names of the targets that are fused parameters."""
         return [name for name, target in self.targets.items() if target.kind == "fused"]
 
     def _name_targets(self) -> None:
@@ -126,11 +120,9 @@ class Injection(ABC):
         """Fill `masks`, or check what is saved; `by_default` is whether no target modules were given."""
 
     def adapts(self, name: str) -> bool:
-        """Whether the adapter has values at a target of this name."""
         return name in self.masks
 
     def add_to(self, layer: DowserLayer, active: list[str]) -> None:
-        """Add the adapter to a layer that it `adapts`; `active` are the adapters that are to be active."""
         self._add_values(layer)
         layer.set_adapter(active, inference_mode=self.config.inference_mode)
 
@@ -229,9 +221,8 @@ def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
 def _counts_beside(load: Load | None, adapter_name: str) -> dict[str, int]:
     """The counts of a saved adapter whose config has none, from the config in the folder of its file.
 
-    Raises:
-        DeltaFormatError: there are none. No mask is chosen instead, or a stranger would decide what is probed, how
-            long, and which files are read for it.
+    Where there are none, no mask is chosen instead, or a stranger would decide what is probed, how long, and which
+    files are read for it.
     """
     if load is None or load.counts is None:
         raise DeltaFormatError(
@@ -262,11 +253,7 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
         for module in model.modules()
         if isinstance(module, BaseTunerLayer) and (is_chosen or not isinstance(module, DowserLayer))
     ]
-    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
-        raise ValueError(
-            f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
-            "unmerge_adapter() before adding an adapter."
-        )
+    check_unmerged(layers, "adding an adapter")
 
 
 def _place_of_base(model: nn.Module) -> str:

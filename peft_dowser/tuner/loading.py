@@ -27,6 +27,7 @@ from ..delta.format import CODE, VALUES, named, quoted
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
 from ..layers.state import Index, Values
+from .merging import check_replaceable
 from .snapshot import Snapshot
 from .whole import check_replaced, saved_names
 
@@ -48,7 +49,6 @@ class Load:
     deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Copy tensors of the model before they are written."""
         self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
 
     def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
@@ -80,7 +80,6 @@ _CURRENT: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
 def current_load() -> Load | None:
-    """The load that is under way, if one is."""
     return _CURRENT.get()
 
 
@@ -178,15 +177,7 @@ def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> Non
     """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
 
     transformers shows the file to nobody, replaces every tensor of the model whose name is in the file, and casts to
-    any dtype.
-
-    Args:
-        snapshot: what the model was before.
-        report: what transformers says of the load.
-        given: the arguments of `load_adapter`.
-
-    Raises:
-        DeltaFormatError: tensors are missing, or tensors were replaced that the adapter does not train.
+    any dtype. `report` is what it says of the load, and `given` are the arguments of `load_adapter`.
     """
     model, name = snapshot.model, snapshot.adapter_name
     check_loaded(model, name)
@@ -198,7 +189,6 @@ def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> Non
 
 
 def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors in the file that transformers has loaded."""
     if given.get("adapter_state_dict") is not None:
         return given["adapter_state_dict"]
     config = given.get("load_config")
@@ -224,12 +214,8 @@ def read_file(
 
     Returns:
         The deltas in the order of the layers, their values in the dtypes of the layers.
-
-    Raises:
-        ValueError: the adapter is merged.
-        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
     """
-    check_unmerged([layer for _, layer in layers], adapter_name)
+    check_replaceable([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
@@ -254,16 +240,9 @@ def fill(
     state_dict: Mapping[str, Tensor],
     deltas: Sequence[Delta],
 ) -> dict[str, Tensor]:
-    """Give the layers the positions of a file that was judged as a whole, so that nothing decodes them again.
+    """Give the layers the positions in the deltas of `read_file`, so that nothing decodes them again.
 
-    Args:
-        layers: those that carry the adapter, with their names in the model.
-        adapter_name: its name.
-        state_dict: its tensors, as the model calls them.
-        deltas: what `read_file` has read from these.
-
-    Returns:
-        The tensors of the deltas that are to be loaded.
+    Returns the tensors of the deltas that are to be loaded, by their names in `state_dict`.
     """
     tensors = {}
     for (name, layer), delta in zip(layers, deltas, strict=True):
@@ -271,14 +250,6 @@ def fill(
         layer.index(adapter_name).fill(state_dict[code], delta.positions)
         tensors |= {name + named(VALUES, adapter_name): delta.values, code: state_dict[code]}
     return tensors
-
-
-def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
-    """Refuse to replace an adapter that is merged: its positions say where to put back what the merge overwrote."""
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(
-            f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
-        )
 
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:

@@ -25,6 +25,13 @@ from ..probing.statistics import ProbeInfo, ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
+_UNTRAINED = (
+    "Adapter '%s': %d of %d modules got no gradient in the first optimizer step: %s. They may train later where this "
+    "batch did not need them, as it is with some experts, or with an image tower on text. Otherwise the model reads "
+    "their weights without calling them, or makes no use of them, and they will never train: leave them out "
+    "(exclude_modules)."
+)
+
 
 def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
     """Say which keys of `ratio_pattern` name no target."""
@@ -91,7 +98,7 @@ def report_untrained(layers: Sequence[DowserLayer], adapter_name: str) -> None:
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if known and (untrained := _untrained(optimizer, known, adapter_name)) is not None:
             if untrained and rank() == 0:
-                _warn_of_untrained(untrained, len(known), adapter_name)
+                logger.warning(_UNTRAINED, adapter_name, len(untrained), len(known), untrained)
             known.clear()
         # Torch is iterating over the hooks: only the last one can be removed from among them, others wait for a step.
         if not known and next(reversed(handle.hooks_dict_ref() or {}), None) == handle.id:
@@ -114,19 +121,6 @@ def _untrained(
     untrained = [name for name, value in ours.items() if value.grad is None]
     waits = values and len(untrained) == len(ours)
     return None if waits else untrained
-
-
-def _warn_of_untrained(untrained: list[str], total: int, adapter_name: str) -> None:
-    logger.warning(
-        "Adapter '%s': %d of %d modules got no gradient in the first optimizer step: %s. They may train later where "
-        "this batch did not need them, as it is with some experts, or with an image tower on text. Otherwise the model "
-        "reads their weights without calling them, or makes no use of them, and they will never train: leave them out "
-        "(exclude_modules).",
-        adapter_name,
-        len(untrained),
-        total,
-        untrained,
-    )
 
 
 def report_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target], seconds: float) -> None:

@@ -18,7 +18,7 @@ from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from . import writing
-from .loading import check_unmerged
+from .merging import check_replaceable
 
 
 def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -> None:
@@ -60,14 +60,14 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         model.peft_config[adapter_name] = config  # type: ignore[index, operator]
 
     with writing.lock:
-        check_unmerged(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
+        check_replaceable(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
         writing.to_the_end(fill)
 
 
 def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:
     if not layers:
         raise ValueError(f"The model has no Dowser adapter '{adapter_name}' to replace. Load one with load_adapter().")
-    check_unmerged(layers.values(), adapter_name)
+    check_replaceable(layers.values(), adapter_name)
     known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
     for name, config in ((adapter_name, known), (saved.name, saved.config)):
         if also := config.also_trains:
