@@ -49,7 +49,6 @@ def name_in_layer(name: str) -> str:
 
 
 def embedding_tensors(model: nn.Module) -> Iterator[str]:
-    """Names of the tensors of the embeddings."""
     for name, module in embedding_modules(model):
         yield from (f"{name}.{key}" for key in module.state_dict())
 

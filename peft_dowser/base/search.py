@@ -45,19 +45,14 @@ def check_is_base(model: object) -> None:
 
 
 def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
-    """Find the weights that a config targets.
+    """Find the weights that a config targets, by name in the order of the model: modules first, then fused parameters.
 
-    Args:
-        model: the base model; it may carry adapters already.
-        config: the adapter's config; read only.
-
-    Returns:
-        Targets by name, in the order of the model: modules first, then fused parameters.
+    The model may carry adapters already; the config is read only.
 
     Raises:
-        ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its
-            module, a target parameter is not fused, a weight is shared with another module or not contiguous, or
-            `last_layers` cannot be met.
+        ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its module,
+            a target parameter is not fused, a weight is shared with another module or not contiguous, or `last_layers`
+            cannot be met.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     model = uncompiled(model)
@@ -110,7 +105,6 @@ def fused_parameters(model: nn.Module) -> dict[str, Target]:
 
 
 def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
-    """The modules that a config names."""
     return [name for name in adaptable_names(model) if check_target_module_exists(config, name)]
 
 
@@ -269,7 +263,6 @@ def _starts_of_parts(name: str) -> list[int]:
 
 
 def _in_layers(names: set[str], layers: list[int] | int) -> set[str]:
-    """The names in the layers of the given indices."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
     indices = {name: int(found[1]) for name in names if (found := LAYER_INDEX.search(name))}
     last = max(indices.values(), default=-1)

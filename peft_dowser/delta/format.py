@@ -39,11 +39,7 @@ _LAST = ("config.json", "adapter_config.json")
 
 
 def check_manifest(manifest: Any) -> None:
-    """Refuse a manifest of a newer format, or something that is not a manifest.
-
-    Raises:
-        DeltaFormatError: this release cannot read the adapter.
-    """
+    """Refuse, with a DeltaFormatError, a manifest of a newer format, or something that is not a manifest."""
     version = manifest.get("format") if isinstance(manifest, dict) else None
     version = version if type(version) is int else 0
     if version > FORMAT:
@@ -65,13 +61,8 @@ def check_readable(path: Path) -> None:
 
 
 def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:
-    """What a manifest says of one module.
-
-    Args:
-        code: its index code, as in the file.
-        values: its values, as in the file.
-        shape: shape of the base weight as it is stored.
-        sample: `base_sample` of the unmodified base weight.
+    """What a manifest says of one module: its tensors as in the file, shape and `base_sample` of its unmodified
+    weight as stored.
     """
     return {
         "shape": list(shape),
@@ -94,16 +85,8 @@ def digest(tensor: Tensor) -> str:
 
 
 def read_positions(code: Tensor, numel: int, nnz: int, code_digest: str | None) -> Tensor:
-    """The positions in an index code.
-
-    Args:
-        code: the index code.
-        numel: number of entries of the weight.
-        nnz: number of positions.
-        code_digest: SHA-256 of the code by the manifest, if there is one.
-
-    Raises:
-        DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
+    """The positions in an index code; refuses a code other than the one that the manifest describes, if it has a
+    digest.
     """
     positions = decode(code, numel, nnz)
     if code_digest is not None and digest(code) != code_digest:
@@ -227,11 +210,7 @@ def open_tensors(path: Path, files: ExitStack) -> Any:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: it cannot be written; safetensors raises SafetensorError, which is not an OSError.
-    """
+    """Write a safetensors file; raises OSError where it cannot be written, as SafetensorError is none."""
     try:
         save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
@@ -239,11 +218,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mappin
 
 
 def check_output(folder: Path) -> None:
-    """Refuse to write into a folder that has files already.
-
-    Raises:
-        FileExistsError: it has some. What a process left that was killed while it wrote is named.
-    """
+    """Refuse, with a FileExistsError, to write into a folder that has files already."""
     if (folder / _WORK).exists():
         raise FileExistsError(
             f"'{folder}' has a folder '{_WORK}': another process is writing into it, or was killed while it did. If "
@@ -257,11 +232,7 @@ def check_output(folder: Path) -> None:
 def finished_together(folder: Path) -> Iterator[Path]:
     """A folder for the files of an output folder, which get their places when all of them are complete.
 
-    Args:
-        folder: the output folder; new or empty. Meanwhile `check_output` refuses it.
-
-    Raises:
-        FileExistsError: as `check_output`.
+    The output folder is new or empty; meanwhile `check_output` refuses it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_output(folder)

@@ -27,18 +27,14 @@ from ..delta.format import open_tensors, printable, quoted
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
-
 
 # What makes a folder of weights a model: configurations, tokenizer (its files by the names of transformers' classes),
 # processor, templates, and the code that a configuration may name.
 _TOKENIZERS = ["*.txt", "*.model", "*.tiktoken", "*.spm", "bpe.codes", "prophetnet.tokenizer"]
 
-
 _COMPANIONS = ["*.json", *_TOKENIZERS, "*.jinja", "additional_chat_templates/*.jinja", "*.py"]
-
 
 # What describes other weights in the same folder.
 _NO_COMPANIONS = ["*.index.json", "adapter_config.json", "trainer_state.json"]

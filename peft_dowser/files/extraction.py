@@ -41,7 +41,6 @@ from .checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
 METHODS = ("top_delta", "dare", "graft")
 
-
 # How often `graft` reads a pair.
 _GRAFT_READS = 5
 

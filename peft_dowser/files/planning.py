@@ -25,12 +25,12 @@ from .checkpoint import model_class
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
-
 QUANTIZATIONS = ("none", "8bit", "4bit")
 
+# What a training keeps from step to step.
+STATE = ("weights", "values", "gradients", "optimizer", "buckets", "positions")
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 # Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
 # a float32 scale for every 64 weights.
@@ -83,8 +83,8 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes of a training step at its peak."""
-        parts = (self.weights, self.values, self.gradients, self.optimizer, self.buckets, self.positions)
-        return sum(parts) + max(self.activations + self.temporary, self.update)
+        state = sum(getattr(self, part) for part in STATE)
+        return state + max(self.activations + self.temporary, self.update)
 
 
 def plan(

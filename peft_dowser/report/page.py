@@ -27,7 +27,6 @@ td.number, th.number { text-align: right; }
 th { font-weight: 600; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 figcaption { color: #555; }"""
 
-
 # The page may load nothing, whatever a name in the adapter contains.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -67,7 +66,7 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
         ("chosen by", f"score {facts['score']}, the {facts['select']}est by {facts['scope']}"),
         ("seed", facts["seed"]),
         ("adapted modules", f"{len(modules):,}"),
-        ("trained weights", f"{facts['trained']:,} ({_percent(facts['ratio'])} of the adapted ones)"),
+        ("trained weights", f"{facts['trained']:,} ({facts['ratio']:.2%} of the adapted ones)"),
         ("norm of the delta", f"{facts['delta_norm']:.4g}"),
         ("size of the file", f"{facts['bytes']:,} bytes, values in {', '.join(sorted({m['dtype'] for m in modules}))}"),
     ]
@@ -115,7 +114,7 @@ def _modules(modules: list[dict[str, Any]]) -> str:
             row["module"],
             " x ".join(map(str, row["shape"])),
             f"{row['trained']:,}",
-            _percent(row["ratio"]),
+            f"{row['ratio']:.2%}",
             row["dtype"],
             f"{row['bytes']:,}",
             f"{row['index_bits'] / row['trained']:.2f}",
@@ -171,7 +170,3 @@ def _picture(figure: "Figure", caption: str) -> str:
     return (
         f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption>\n</figure>'
     )
-
-
-def _percent(ratio: float) -> str:
-    return f"{ratio:.2%}"
