@@ -124,7 +124,7 @@ def _plan(options: argparse.Namespace) -> None:
     print("memory of a training step, GB")
     for part in (*STATE, "activations", "temporary", "update", "total"):
         print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
-    print("  total: the first six, and what the backward (activations, temporary) or the optimizer (update) adds")
+    print("  total: the first six, and the larger of activations + temporary and update")
     print("\nstate per base weight, bytes      float32   bfloat16 values")
     for name in OPTIMIZERS:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))

@@ -263,7 +263,12 @@ def prompts_for(model: Any, callback: Any, processing_class: Any) -> list[Prompt
 
 def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
     """Turn texts into inputs of the model; `reader` is who reads them, for the message."""
-    tokenizer = _tokenizer(processing_class, reader) if any(isinstance(text, str) for text in texts) else None
+    if processing_class is None and any(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
+            "Pass processing_class=tokenizer to the trainer, or texts as token ids."
+        )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
 
 
@@ -282,15 +287,6 @@ def _prompt(text: Text, number: int, tokenizer: Any, max_length: int) -> Prompt:
             f"of one sample, got input_ids of {ids.dtype} and shape {tuple(ids.shape)}."
         )
     return prompt
-
-
-def _tokenizer(processing_class: Any, reader: str) -> Any:
-    if processing_class is None:
-        raise ValueError(
-            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
-            "Pass processing_class=tokenizer to the trainer, or texts as token ids."
-        )
-    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Prompt]:

@@ -1,6 +1,7 @@
 """Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -116,9 +117,7 @@ class SavedAdapter:
         model.
         """
         for module, target in targets.items():
-            weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
-            if problem := weight_problem(base, target.tensor_name, target.shape):
-                yield problem
+            yield from _problem(_check_weight, base, target.tensor_name, target.shape)
             yield from _problem(self.delta, module, target.numel)
         names = [target.tensor_name for target in targets.values()]
         stored = [base.key(name) for name in names if name in base]
@@ -182,32 +181,27 @@ def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
         yield str(error)
 
 
-def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    if name not in base:
-        return (
+def _check_weight(base: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    """Refuse a target weight to which nothing can be added, as the base stores it."""
+    slices = [base.files[key].get_slice(key) for key in base.parts(name)]
+    if not slices:
+        raise DeltaFormatError(
             f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
             "transformers builds this weight from other tensors. Merge in memory, with merge_and_unload()."
         )
-    if base.dtype(name) not in FLOAT_DTYPES or base.shape(name) != shape:
-        return (
-            f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
-            f"be one of {', '.join(FLOAT_DTYPES)}, of shape {shape}."
+    found = Counter((piece.get_dtype(), tuple(piece.get_shape())) for piece in slices)
+    numel = sum(math.prod(size) * count for (_, size), count in found.items())
+    # The pieces of a fused parameter are matrices, one below the other.
+    width = shape[2 if name in base.pieces else 1 :]
+    fits = numel == math.prod(shape) and {size[1:] for _, size in found} == {width}
+    if not fits or {dtype for dtype, _ in found} not in [{dtype} for dtype in FLOAT_DTYPES]:
+        kinds = [
+            f"{dtype} of shape {size}{f' ({count} times)' * (count > 1)}" for (dtype, size), count in found.items()
+        ]
+        raise DeltaFormatError(
+            f"The target weight '{name}' is {' and '.join(kinds)} in '{base.name}'; it must be one of "
+            f"{', '.join(FLOAT_DTYPES)}, of shape {shape}."
         )
-    return None
-
-
-def _pieces_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    """Why nothing can be added to a fused parameter that the base holds in pieces, or None."""
-    slices = [base.files[key].get_slice(key) for key in base.pieces[name]]
-    dtypes, widths = {piece.get_dtype() for piece in slices}, {tuple(piece.get_shape())[1:] for piece in slices}
-    rows = sum(piece.get_shape()[0] for piece in slices)
-    if len(dtypes) == 1 and dtypes < set(FLOAT_DTYPES) and widths == {shape[2:]} and rows == shape[0] * shape[1]:
-        return None
-    return (
-        f"The {len(slices)} tensors of '{base.name}' that make up the target weight '{name}' are {sorted(dtypes)} and "
-        f"have {rows} rows of shape {sorted(widths)}; together they must be one of {', '.join(FLOAT_DTYPES)}, of shape "
-        f"{shape}."
-    )
 
 
 def open_adapter(name: str, files: ExitStack) -> SavedAdapter:

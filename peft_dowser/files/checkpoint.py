@@ -93,6 +93,10 @@ class Checkpoint:
         """The name in the checkpoint of a tensor, or of the one that it is tied to."""
         return self.tensors[name if name in self.tensors else self.twins[name]]
 
+    def parts(self, name: str) -> list[str]:
+        """The names in the checkpoint of what makes up a tensor, in the order of its memory; empty where it is not."""
+        return self.pieces.get(name) or ([self.key(name)] if name in self else [])
+
     def stored(self, key: str) -> Tensor:
         """A tensor by its name in the checkpoint, as `read` gives it."""
         return self.files[key].get_tensor(key)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
@@ -80,17 +79,12 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.numel)
-        entries = _entries(base, target.tensor_name, delta.positions).to(torch.bfloat16)
+        parts = [base.stored(key).view(-1) for key in base.parts(target.tensor_name)]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        entries = weight.index_select(0, delta.positions).to(torch.bfloat16)
         there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
         found[module] = merged_entries(entries, there).vanished()
     return found
-
-
-def _entries(base: Checkpoint, name: str, positions: Tensor) -> Tensor:
-    """The entries of a weight at some positions; of a fused one, of the tensors that make it up."""
-    if name in base:
-        return base.read(name).view(-1).index_select(0, positions)
-    return torch.cat([base.stored(key).view(-1) for key in base.pieces[name]]).index_select(0, positions)
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,12 @@ class _Sum:
         self.adapter = adapter
         self.base = base
         self.vanished: dict[str, tuple[int, int]] = {}
-        names = {module: target.tensor_name for module, target in targets.items()}
-        # By tensor of the checkpoint: its module, and where in the memory of the module's weight it begins.
-        self._places = {base.key(name): (module, 0) for module, name in names.items() if name in base}
-        for module in targets:
-            self._places |= _places(base, module)
+        # By tensor of the checkpoint: its target, and where in the memory of the target's weight it begins.
+        self._places: dict[str, tuple[Target, int]] = {}
+        for target in targets.values():
+            keys = base.parts(target.tensor_name)
+            starts = accumulate((math.prod(base.files[key].get_slice(key).get_shape()) for key in keys), initial=0)
+            self._places |= {key: (target, start) for key, start in zip(keys, starts, strict=False)}
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
         self._delta = lru_cache(maxsize=2)(adapter.delta)
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
@@ -143,10 +144,8 @@ class _Sum:
             "adapter computes on a base that is loaded so. For those bits merge in memory, with merge_and_unload()."
         )
 
-    def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
-        pieces = self.base.pieces.get(module)
-        numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
-        delta = self._delta(module, numel)
+    def _added(self, weight: Tensor, target: Target, start: int) -> Tensor:
+        module, delta = target.name, self._delta(target.name, target.numel)
         ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
         own = slice(*torch.searchsorted(delta.positions, ends.to(delta.positions.dtype)).tolist())
         entries = merged_entries(weight, Delta(delta.positions[own] - start, delta.values[own]))
@@ -156,17 +155,6 @@ class _Sum:
         lost, total = self.vanished.get(module, (0, 0))
         self.vanished[module] = (lost + entries.vanished(), total + entries.sums.numel())
         return weight
-
-
-def _places(base: Checkpoint, module: str) -> dict[str, tuple[str, int]]:
-    """The pieces of a fused parameter, and where in its memory each begins."""
-    keys = base.pieces.get(module, [])
-    starts = accumulate((_numel(base, key) for key in keys), initial=0)
-    return {key: (module, start) for key, start in zip(keys, starts, strict=False)}
-
-
-def _numel(base: Checkpoint, key: str) -> int:
-    return math.prod(base.files[key].get_slice(key).get_shape())
 
 
 def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
