@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """The errors that are reported in one line."""
     from huggingface_hub.errors import StrictDataclassError  # of a config
 
     # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
@@ -188,7 +187,6 @@ def _check_device(name: str) -> None:
 
 
 def _load(name: str) -> Any:
-    """Load a model with the class that its config names."""
     from transformers import AutoConfig
 
     from peft_dowser.files.checkpoint import model_class

@@ -62,7 +62,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse, with a ValueError, a model whose weights are spread over ranks."""
     if is_spread(model):
         raise ValueError(
             f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "

@@ -26,7 +26,6 @@ def adaptable_names(model: nn.Module) -> list[str]:
 
 
 def name_without_adapter(name: str) -> str:
-    """The name that a module or parameter has in the model without adapters."""
     return re.sub(r"\.base_layer\b", "", name)
 
 

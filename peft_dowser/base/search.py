@@ -25,7 +25,6 @@ from .ties import check_untied, with_ties
 
 
 def check_is_model(model: object) -> None:
-    """Refuse what is not a model, such as the name of one."""
     if not isinstance(model, nn.Module):
         given = repr(model[:100]) if isinstance(model, str) else f"a {type(model).__name__}"
         raise TypeError(
@@ -35,7 +34,6 @@ def check_is_model(model: object) -> None:
 
 
 def check_is_base(model: object) -> None:
-    """Refuse what is not a model, and what `get_peft_model` has made of one."""
     check_is_model(model)
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -187,7 +185,6 @@ def _is_taken_by_expert(target: Target) -> bool:
 
 
 def _target(model: nn.Module, name: str) -> Target:
-    """The weight of a module of the model; refuses a module whose weight no adapter can change."""
     module = unwrapped(model.get_submodule(name))
     kind = target_kind(module)
     if kind is None:
@@ -203,7 +200,6 @@ def _target(model: nn.Module, name: str) -> Target:
 
 
 def _check_trainable(name: str, weight: object) -> None:
-    """Refuse a weight that is not a parameter, or has a dtype to which no delta can be added."""
     if not isinstance(weight, nn.Parameter):
         raise TypeError(
             f"Target module '{name}' computes its weight from other tensors, as weight normalization, pruning and "
@@ -258,7 +254,6 @@ def _check_matched(modules: set[str] | list[str] | str, names: list[str], model:
 
 
 def _starts_of_parts(name: str) -> list[int]:
-    """Where the dot-separated parts of a module name begin."""
     return [0] + [at + 1 for at, letter in enumerate(name) if letter == "."]
 
 

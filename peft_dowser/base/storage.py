@@ -106,7 +106,6 @@ def has_own_forward(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Load the weights of an offloaded module for a while."""
     hook = offload_hook(module)
     if hook is None:
         yield
@@ -119,7 +118,6 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 
 def check_materialized(model: nn.Module) -> None:
-    """Refuse, with a ValueError, a model of which some parameters are on the meta device."""
     missing = on_meta(model)
     if missing:
         raise ValueError(

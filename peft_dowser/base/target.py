@@ -93,7 +93,6 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer computes."""
         return device_of(self.module)
 
     @property

@@ -33,7 +33,6 @@ def with_ties(model: nn.Module, targets: Mapping[str, Target], find: Callable[[s
 
 
 def check_untied(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge."""
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name_without_adapter(usual_name(name)))

@@ -98,11 +98,9 @@ class _Graft:
         return (self.patch.float() - torch.sigmoid(self.logits - beta)).abs_()
 
     def mask(self, beta: float) -> Tensor:
-        """g rounded."""
         return self.patch ^ (self.logits > beta)
 
     def put(self, share: Tensor) -> None:
-        """Write W* + share o D into the parameter."""
         self.parameter.data.copy_(self.origin + share * self.difference)
 
     def slope(self, gradient: Tensor, beta: float) -> Tensor:
@@ -127,12 +125,11 @@ def _grafts(model: nn.Module, tuned: Mapping[str, Tensor], update_ratio: float, 
                 f"Parameter '{name}' is {parameter.dtype} of shape {tuple(parameter.shape)}, but the fine-tuned weight "
                 f"is {weight.dtype} of shape {tuple(weight.shape)}."
             )
-    names = list(tuned)
-    moved = {name: tuned[name].to(parameters[name].device) for name in names}
-    patches = graft([lambda name=name: (parameters[name], moved[name]) for name in names], update_ratio)
+    moved = {name: weight.to(parameters[name].device) for name, weight in tuned.items()}
+    patches = graft([lambda name=name: (parameters[name], moved[name]) for name in moved], update_ratio)
     return [
-        _start(parameters[name], moved[name], patch, derived_seed(seed, "graft", name))
-        for name, patch in zip(names, patches, strict=True)
+        _start(parameters[name], weight, patch, derived_seed(seed, "graft", name))
+        for (name, weight), patch in zip(moved.items(), patches, strict=True)
     ]
 
 
@@ -153,7 +150,6 @@ def _start(parameter: nn.Parameter, tuned: Tensor, patch: Delta, seed: int) -> _
 
 @contextmanager
 def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
-    """Make the grafted parameters the only ones that require a gradient; put everything back."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)
@@ -168,7 +164,6 @@ def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
 
 
 def _descend(grafts: list[_Graft], losses: list[Callable[[], Tensor]], learning_rate: float, beta: float) -> None:
-    """One gradient step on the logits."""
     for one in grafts:
         one.put(one.share(beta))
     totals = [torch.zeros_like(one.logits) for one in grafts]

@@ -206,7 +206,6 @@ def _kept(delta: Tensor, positions: Tensor) -> Delta:
 
 
 def _positions(kept: Tensor) -> Tensor:
-    """Positions of the set entries of a mask."""
     return kept.reshape(-1).nonzero().view(-1).to(position_dtype(kept.numel()))
 
 

@@ -22,15 +22,10 @@ SignMethod: TypeAlias = Literal["total", "frequency"]
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """The sum of w_i D_i on the union of their positions, added in the order given.
+    """The sum of w_i D_i of one or more deltas of a matrix, on the union of their positions, added in the order given.
 
-    Args:
-        deltas: one or more, of the same matrix; read only.
-        weights: one factor each.
-
-    Returns:
-        The sum in float32, or in the dtype of the widest term where that is wider. One delta with the weight 1 comes
-            back bit for bit.
+    It is in float32, or in the dtype of the widest term where that is wider. One delta with the weight 1 comes back bit
+    for bit.
     """
     positions, slots = _union(deltas)
     return Delta(positions, _sum_at(positions, slots, _weighted(deltas, weights)))
@@ -131,13 +126,11 @@ def _wide(deltas: Sequence[Delta]) -> torch.dtype:
 
 
 def _weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> list[Tensor]:
-    """The values w_i D_i, all in one dtype."""
     wide = _wide(deltas)
     return [delta.values.to(wide) * weight for delta, weight in zip(deltas, weights, strict=True)]
 
 
 def _sum_at(positions: Tensor, slots: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
-    """The sum over all terms at each position."""
     # -0.0 is the zero that changes no addend, not even -0.0.
     total = torch.full(positions.shape, -0.0, dtype=terms[0].dtype, device=positions.device)
     for slot, term in zip(slots, terms, strict=True):

@@ -171,7 +171,6 @@ def _low_bits(numel: int, nnz: int) -> int:
 
 
 def _elias_fano_lengths(numel: int, nnz: int) -> tuple[int, int]:
-    """Bytes of the low part and of the high part."""
     if nnz == 0:
         return 0, 0
     low_bits = _low_bits(numel, nnz)
@@ -191,7 +190,6 @@ def _order_problem(positions: Tensor, numel: int) -> str | None:
 
 
 def _pack_bits(positions: Tensor, num_bits: int) -> Tensor:
-    """Bytes in which exactly the given bits are set."""
     bits = torch.zeros(num_bits, dtype=torch.uint8, device=positions.device)
     bits[positions.long()] = 1
     bits = bits.view(-1, 8)

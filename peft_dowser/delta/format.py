@@ -111,7 +111,6 @@ def base_sample(weight: Tensor) -> str | None:
 
 @cache
 def _sampled(numel: int) -> Tensor:
-    """Where in a weight of `numel` entries the sample is taken."""
     return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
 
 

@@ -328,9 +328,8 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
 def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A batch for the prediction of next tokens.
 
-    Returns:
-        The model's inputs; the next token at every position, `(batch, tokens - 1)`; and which of them count: those that
-            are not padding, and whose label is not -100.
+    Returns the model's inputs, the next token at every position, `(batch, tokens - 1)`, and which of them count: those
+    that are not padding, and whose label is not -100.
     """
     inputs, mask = collate(prompts, device)
     targets = inputs.pop("labels", inputs["input_ids"])[:, 1:]

@@ -167,7 +167,6 @@ def random_hamming(p: float, q: float) -> float:
 
 
 def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
-    """Number of positions in both masks."""
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)

@@ -41,9 +41,7 @@ class SavedAdapter:
 
     Attributes:
         name: its folder or Hub id.
-        config: its configuration.
         size: size of its file, in bytes.
-        file: its open file.
         counts: trained weights by module.
         others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
             modules that were trained as a whole.
@@ -97,7 +95,6 @@ class SavedAdapter:
         return described_shapes(self.config.manifest, self.counts, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
-        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor."""
         check_fits(self.counts, targets, self.config.manifest, self._where)
         self.check_complete()
 
@@ -182,7 +179,6 @@ def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
 
 
 def _check_weight(base: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    """Refuse a target weight to which nothing can be added, as the base stores it."""
     slices = [base.files[key].get_slice(key) for key in base.parts(name)]
     if not slices:
         raise DeltaFormatError(

@@ -87,7 +87,6 @@ def check_fits(
 
 
 def check_counts(counts: Mapping[str, Any], where: str) -> None:
-    """Refuse counts that name no module, or have anything but an integer of at least 1."""
     if not counts:
         raise DeltaFormatError(
             f"{where} was saved with values for no module. The file is incomplete, or its config was edited."
@@ -101,7 +100,6 @@ def check_counts(counts: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
-    """Refuse a file that lacks Dowser tensors of the adapter, or has some that the adapter does not have."""
     missing = [key for key in expected if key not in found]
     if missing:
         number = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
@@ -143,7 +141,6 @@ def described_shapes(saved: Mapping[str, Any], counts: Mapping[str, int], where:
 
 
 def _check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
-    """Refuse a manifest of other modules or counts, or with an entry that no release writes."""
     modules = saved["modules"]
     if modules.keys() != counts.keys():
         raise DeltaFormatError(
@@ -184,7 +181,6 @@ def other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], wher
 
 
 def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
-    """Warn where `other_base` has something to say."""
     if problem := other_base(saved, samples, where):
         warnings.warn(problem, UserWarning, stacklevel=2)
 
@@ -205,7 +201,6 @@ def check_whole_tensor(tensor: Tensor, own: Tensor, key: str, where: str) -> Non
 
 
 def check_foreign(foreign: list[str], where: str) -> None:
-    """Refuse a file with whole tensors that the adapter does not train."""
     if foreign:
         raise DeltaFormatError(
             f"{where}: the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading "
@@ -215,7 +210,6 @@ def check_foreign(foreign: list[str], where: str) -> None:
 
 
 def check_missing(missing: list[str], where: str) -> None:
-    """Refuse a file that lacks tensors of modules or tokens that the adapter trains as a whole."""
     if missing:
         raise DeltaFormatError(
             f"{where}: the file lacks {len(missing)} tensors of modules that the adapter trains as a whole, or of "

@@ -188,7 +188,6 @@ def _check_targets(pair: _Pair, modules: Iterable[str]) -> None:
 
 
 def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
-    """Name what differs outside the target weights: an adapter cannot hold it."""
     others = sorted((pair.base.tensors.keys() | pair.tuned.tensors.keys()) - set(map(_weight, modules)))
     different = [name for name in others if pair.differ(name)]
     if different:

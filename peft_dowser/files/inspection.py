@@ -116,7 +116,6 @@ class Overlap:
         return max(-1.0, min(1.0, self.product / length)) if length else None
 
     def summary(self) -> dict[str, float | None]:
-        """The counts and the cosine by name."""
         counts = {name: getattr(self, name) for name in ("shared", "only_a", "only_b", "conflicts")}
         return counts | {"cosine": self.cosine}
 
@@ -137,7 +136,6 @@ def overlap(a: Delta, b: Delta) -> Overlap:
 
 
 def total_overlap(overlaps: Iterable[Overlap]) -> Overlap:
-    """The overlap of several weights together."""
     every = list(overlaps)
     return Overlap(**{field.name: sum(getattr(one, field.name) for one in every) for field in fields(Overlap)})
 

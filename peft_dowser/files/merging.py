@@ -104,10 +104,7 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
 class _Sum:
     """A base checkpoint plus an adapter.
 
-    Attributes:
-        adapter: the adapter.
-        base: the checkpoint.
-        vanished: by module, how many non-zero values changed no weight, of how many values; filled as tensors are read.
+    `vanished` has by module how many non-zero values changed no weight, of how many values; filled as tensors are read.
     """
 
     def __init__(self, adapter: SavedAdapter, base: Checkpoint, targets: Mapping[str, Target]) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..delta.format import quoted
 from ..files.inspection import inspect
 from ..probing.statistics import ProbeStatistics
-from .plot import importance_map, mask_density, norm_map
+from .plot import delta_map, importance_map, mask_density
 
 if TYPE_CHECKING:  # if it is missing, `plot` says what to install
     from matplotlib.figure import Figure
@@ -75,17 +75,10 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
 
 def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]:
     most = max(modules, key=lambda row: row["delta_norm"])["module"]
-    yield _section(
-        "Where training moved the weights",
-        _picture(
-            norm_map(modules),
-            "Norm and root mean square of the values of every module; log scale where they vary widely.",
-        ),
-    )
-    yield _section(
-        "Which rows and columns train",
-        _picture(mask_density(adapter, most), f"The module that moved most: {most}."),
-    )
+    caption = "Norm and root mean square of the values of every module; log scale where they vary widely."
+    yield _section("Where training moved the weights", _picture(delta_map(adapter), caption))
+    caption = f"The module that moved most: {most}."
+    yield _section("Which rows and columns train", _picture(mask_density(adapter, most), caption))
 
 
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
@@ -127,24 +120,25 @@ def _modules(modules: list[dict[str, Any]]) -> str:
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{_STYLE}\n</style>",
-            "</head>",
-            "<body>",
-            f"<h1>{escape(title)}</h1>",
-            *sections,
-            "</body>",
-            "</html>\n",
-        ]
-    )
+    content = "\n".join(sections)
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{_STYLE}
+</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{content}
+</body>
+</html>
+"""
 
 
 def _section(title: str, content: str) -> str:

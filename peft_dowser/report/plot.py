@@ -76,19 +76,10 @@ def delta_map(adapter: str | Path) -> Figure:
     Two maps, modules by layers: the L2 norm of the values, and their root mean square, in which large modules do not
     outshine small ones. `adapter` is a folder or Hub id; errors are those of `inspect`.
     """
-    return norm_map(inspect(adapter)["modules"])
-
-
-def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
-    """`delta_map` from the rows that `inspect` gives for the modules of an adapter."""
-    return _maps(
-        {
-            "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
-            "root mean square of the values": {
-                row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules
-            },
-        }
-    )
+    modules = inspect(adapter)["modules"]
+    norms = {row["module"]: row["delta_norm"] for row in modules}
+    means = {row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules}
+    return _maps({"norm of the delta": norms, "root mean square of the values": means})
 
 
 def mask_density(adapter: str | Path, module: str) -> Figure:

@@ -16,7 +16,6 @@ from .merging import check_unmerged
 def check_sources(
     configs: Mapping[str, DowserConfig], layers: Iterable[DowserLayer], adapters: Sequence[str], adapter_name: str
 ) -> None:
-    """Refuse adapters that cannot be combined, and a name that is taken."""
     if unknown := sorted(set(adapters) - set(configs)):
         raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(configs)}.")
     if adapter_name in configs:

@@ -144,7 +144,6 @@ class Injection:
         return {name: known[name] if name in known else self.targets[name].sample() for name in names}
 
     def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
-        """Refuse an adapter that is not for this model, and warn where it was made for other weights."""
         where, manifest = f"Adapter '{self.adapter_name}'", self.config.manifest
         check_fits(counts, self.targets, manifest, where)
         report_read(model, counts, self.adapter_name)
@@ -153,7 +152,6 @@ class Injection:
             warn_of_other_base(manifest, self.samples, where)
 
     def _choose(self, model: nn.Module, by_default: bool) -> None:
-        """Choose the weights of a new adapter by the scores of the base."""
         started = time.perf_counter()
         with bare_base(model):
             statistics = self._statistics(model)

@@ -61,7 +61,6 @@ class Load:
             self.deltas.append((cast(Values, layer.dowser_values[adapter_name]), index, kept))
 
     def undo(self) -> None:
-        """Make the models what they were when the load began."""
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
@@ -184,7 +183,7 @@ def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> Non
     config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
     tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
-    check_replaced(model, name, [replaced for replaced, _ in snapshot.replaced()])
+    check_replaced(model, name, list(snapshot.replaced()))
     check_missing(sorted(set(report.missing_keys) & set(saved_names(model, name).values())), f"Adapter '{name}'")
 
 
@@ -204,16 +203,11 @@ def read_file(
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
 ) -> list[Delta]:
-    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into.
+    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into, with their names in the
+    model.
 
-    Args:
-        layers: those that carry the adapter, with their names in the model.
-        adapter_name: its name.
-        state_dict: its tensors, as the model calls them.
-        names: their names in the file.
-
-    Returns:
-        The deltas in the order of the layers, their values in the dtypes of the layers.
+    `state_dict` has its tensors, as the model calls them, and `names` are their names in the file. Returns the deltas
+    in the order of the layers, their values in the dtypes of the layers.
     """
     check_replaceable([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
@@ -253,7 +247,6 @@ def fill(
 
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that was not loaded, or not as a whole."""
     loaded = {}
     for name, layer in adapted(model, adapter_name):
         loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited

@@ -43,7 +43,6 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
 
 @contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Hand the names to every adapted layer for a while."""
     around = {child: parent for parent in model.modules() for child in parent.children() if _takes_names(child)}
     entered: dict[nn.Module, torch.Size] = {}  # shape of what entered a module last
 

@@ -34,7 +34,6 @@ _UNTRAINED = (
 
 
 def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
-    """Say which keys of `ratio_pattern` name no target."""
     matched = {get_pattern_key(list(config.ratio_pattern), name) for name in targets}
     unmatched = sorted(set(config.ratio_pattern) - matched)
     if unmatched:
@@ -47,7 +46,6 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
 
 
 def report_bare_experts(fused: Mapping[str, Target]) -> None:
-    """Say that the default targets leave out the weights of experts, and how to include them."""
     # What transformers marks as experts; other parameters of three dimensions may be anything.
     fused = {name: target for name, target in fused.items() if is_experts(target.module)}
     if fused:
@@ -60,7 +58,6 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
 
 
 def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
-    """Say where statistics were made in another way than their config asks for."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     asked = {name: getattr(config, name) for name in info.settings()}
     asked = {name: value for name, value in asked.items() if value not in (defaults[name], info.settings()[name])}
@@ -75,7 +72,6 @@ def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
 
 
 def report_read(model: nn.Module, modules: Iterable[str], adapter_name: str) -> None:
-    """Say which modules of a saved adapter have no effect before a merge."""
     read = {name: reader for name in modules if (reader := reader_of(model, name)) is not None}
     if read:
         kinds = " and ".join(sorted(set(read.values())))
@@ -141,7 +137,6 @@ def report_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target],
 
 
 def warn_of_other_weights(statistics: ProbeStatistics, samples: Mapping[str, str | None], where: str) -> None:
-    """Warn once where weights are not those that were probed."""
     if different := statistics.unlike(samples):
         warnings.warn(
             f"The probe statistics '{where}' are of other weights than this model has in {len(different)} of "

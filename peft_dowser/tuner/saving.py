@@ -38,17 +38,11 @@ def leave_positions_to_us(model: nn.Module) -> None:
 def complete(
     selected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
 ) -> dict[str, Tensor]:
-    """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
+    """Complete what PEFT selects of a state dict for a save, and refuse values of which this rank has only a part.
 
     PEFT looks for tensors under the names of the modules. FSDP1 and activation checkpointing add parts to the names of
     modules but not of tensors; torch.compile adds one to both, which a file must not have. A state dict may lack the
-    index code, see `layers.state.Index`.
-
-    Args:
-        selected: the adapter's tensors, their keys with the adapter's name.
-        state_dict: the state that they are selected from.
-        layers: those that carry the adapter, in the model that the state dict comes from.
-        adapter_name: name of the adapter.
+    index code, see `layers.state.Index`. The layers are those that carry the adapter, whose name is in all keys.
     """
     completed, state_dict = _as_usual(selected), _as_usual(state_dict)
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
@@ -125,7 +119,6 @@ def check_unmerged_embeddings(model: nn.Module) -> None:
 
 
 def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
-    """Warn that the adapter is saved as it was trained, not as it is scaled."""
     scales = sorted({layer.scaling[adapter_name] for layer in layers} - {1.0})
     if scales:
         warnings.warn(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 from torch import Tensor, nn
@@ -127,7 +126,10 @@ class Patch:
                 )
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
-            self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
+            self._deltas = {}
+            for name, target in self._targets.items():
+                delta = saved.delta(name, target.numel)
+                self._deltas[name] = Delta(*(part.to(target.device) for part in delta))
         # What is to be put back, by module, and whether `apply` has written all of it and was not interrupted.
         self._written: dict[str, Written] = {}
         self._is_complete = False
@@ -195,18 +197,12 @@ class Patch:
         self.apply()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
 def _weight(target: Target) -> Tensor:
     return cast(Tensor, target.weight).data
-
-
-def _delta(saved: SavedAdapter, target: Target) -> Delta:
-    return Delta(*(part.to(target.device) for part in saved.delta(target.name, target.numel)))
 
 
 def _check_writable(targets: Mapping[str, Target]) -> None:

@@ -23,11 +23,8 @@ def fitted(
 ) -> dict[str, Tensor]:
     """The whole tensors of a saved adapter under their names in a model, in the dtypes that they have there.
 
-    Args:
-        model: the model that they are about to be loaded into, its layers in place.
-        adapter_name: name of the adapter.
-        tensors: its tensors other than the deltas, by their names in the file or in the model.
-        state: all tensors of the model, by name.
+    `tensors` are those of the file that are not part of a delta, by their names there or in the model, and `state` has
+    all tensors of the model, the layers in place, by name.
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
@@ -42,7 +39,6 @@ def fitted(
 
 
 def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
-    """Refuse an adapter whose load has replaced tensors of the base that it does not train."""
     names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
     check_foreign([name for name in replaced if name not in names], f"Adapter '{adapter_name}'")
 
