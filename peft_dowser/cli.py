@@ -36,7 +36,6 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """The errors that are reported in one line."""
     from huggingface_hub.errors import StrictDataclassError  # of a config
 
     # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
@@ -89,15 +88,7 @@ def _probe(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
     from peft_dowser.probing.run import probe
 
-    config = DowserConfig(
-        num_probes=options.num_probes,
-        num_rademacher=options.num_rademacher,
-        probe_length=options.probe_length,
-        probe_images=options.probe_images,
-        last_layers=options.last_layers,
-        target_parameters=options.target_parameters,
-        seed=options.seed,
-    )
+    config = DowserConfig(**_arguments(options, leave_out=("model", "output", "device")))
     _check_output(Path(options.output))
     if options.device is not None:
         _check_device(options.device)
@@ -113,16 +104,7 @@ def _probe(options: argparse.Namespace) -> None:
 def _extract(options: argparse.Namespace) -> None:
     from peft_dowser.files.extraction import extract
 
-    counts = extract(
-        options.base,
-        options.tuned,
-        options.output,
-        update_ratio=options.update_ratio,
-        method=options.method,
-        target_modules=_targets(options),
-        scale=options.scale,
-        seed=options.seed,
-    )
+    counts = extract(**_arguments(options))
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
 
@@ -137,35 +119,19 @@ def _export_lora(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
-    from peft_dowser.files.planning import OPTIMIZERS, bytes_per_weight, plan
+    from peft_dowser.files.planning import OPTIMIZERS, STATE, bytes_per_weight, plan
 
-    found = plan(
-        options.model,
-        DowserConfig(
-            update_ratio=options.update_ratio,
-            granularity=options.granularity,
-            channels=options.channels,
-            target_modules=_targets(options),
-            target_parameters=options.target_parameters,
-            last_layers=options.last_layers,
-        ),
-        optimizer=options.optimizer,
-        dtype=options.dtype,
-        values_dtype=options.values_dtype,
-        quantization=options.quantization,
-        batch=options.batch,
-        tokens=options.tokens,
-        gradient_checkpointing=options.gradient_checkpointing,
-        ddp=options.ddp,
-    )
+    given = _arguments(options)
+    of_config = ("update_ratio", "granularity", "channels", "target_modules", "target_parameters", "last_layers")
+    found = plan(config=DowserConfig(**{name: given.pop(name) for name in of_config}), **given)
     if options.json:
         print(json.dumps(vars(found) | {"total": found.total}, indent=2))
         return
     print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
     print("memory of a training step, GB")
-    parts = ("weights", "values", "gradients", "optimizer", "buckets", "positions", "activations", "temporary", "total")
-    for part in parts:
+    for part in (*STATE, "activations", "temporary", "update", "total"):
         print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
+    print("  total: the first six, and the larger of activations + temporary and update")
     print("\nstate per base weight, bytes      float32   bfloat16 values")
     for name in OPTIMIZERS:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))
@@ -179,7 +145,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from peft_dowser.files.merging import merge
 
-    counts = merge(options.adapter, options.output, base=options.base, max_shard_size=options.max_shard_size)
+    counts = merge(**_arguments(options))
     print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
 
 
@@ -187,7 +153,7 @@ def _verify(options: argparse.Namespace) -> int:
     from peft_dowser.files.merging import verify
 
     try:
-        problems = verify(options.adapter, base=options.base, merged=options.merged)
+        problems = verify(**_arguments(options))
     except _mistakes() as error:
         if not options.json:
             raise
@@ -203,8 +169,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
-def _targets(options: argparse.Namespace) -> Any:
-    return "all-linear" if options.target_modules == ["all-linear"] else options.target_modules
+def _arguments(options: argparse.Namespace, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a command, which have the names of the function's parameters or the config's fields."""
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "json", *leave_out)}
+    if given.get("target_modules") == ["all-linear"]:
+        given["target_modules"] = "all-linear"
+    return given
 
 
 def _check_output(path: Path) -> None:
@@ -225,7 +195,6 @@ def _check_device(name: str) -> None:
 
 
 def _load(name: str) -> Any:
-    """Load a model with the class that its config names."""
     from transformers import AutoConfig
 
     from peft_dowser.files.checkpoint import model_class
@@ -237,7 +206,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
     from peft_dowser.files.inspection import inspect
 
-    found = inspect(options.adapter, base=options.base)
+    found = inspect(**_arguments(options))
     if options.json:
         print(json.dumps(found, indent=2))
         return
@@ -259,7 +228,7 @@ def _diff(options: argparse.Namespace) -> None:
     from peft_dowser.files.inspection import diff
     from peft_dowser.files.inspection import total_overlap as total
 
-    found = diff(options.a, options.b)
+    found = diff(**_arguments(options))
     together = total(found.values())
     if options.json:
         modules = [{"module": name} | one.summary() for name, one in found.items()]
@@ -275,7 +244,7 @@ def _report(options: argparse.Namespace) -> None:
     from peft_dowser.report.page import report
 
     _check_output(Path(options.output))
-    report(options.adapter, options.output, statistics=options.statistics)
+    report(**_arguments(options))
     print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
 
 

@@ -52,10 +52,8 @@ class Product:
     ends: Tensor | None = None
 
     def compute(self, weight: Tensor) -> Tensor:
-        """The result, of `shape`.
-
-        Args:
-            weight: what stands in the parameter, `(experts, ., .)`; where `expert` is set, the matrix of this one.
+        """The result, of `shape`, of all matrices `(experts, ., .)`; where `expert` is set, of the matrix of this
+        one.
         """
         if self.function == "linear":
             return self.x @ weight if self.transposed else F.linear(self.x, weight)
@@ -209,14 +207,10 @@ def weight_of(module: nn.Module, name: str) -> nn.Parameter:
 
 @contextmanager
 def standing_in(module: nn.Module, multiply: Mapping[str, Multiply]) -> Iterator[None]:
-    """Put stand-ins in the place of parameters of a module; for the length of its `wrapped_forward`.
+    """Put stand-ins in the place of parameters of a module, for the length of its `wrapped_forward`.
 
-    Args:
-        module: the experts module.
-        multiply: by parameter name, what computes a product with it.
-
-    Note: an attribute of the instance comes before its parameters when a name is looked up, so the parameters stay
-        where they are: state dicts and optimizers see nothing.
+    `multiply` has by parameter name what computes a product with it. An attribute of the instance comes before its
+    parameters when a name is looked up, so the parameters stay where they are: state dicts and optimizers see nothing.
     """
     for name, function in multiply.items():
         module.__dict__[name] = _StandIn(module, name, function)
@@ -231,8 +225,8 @@ def standing_in(module: nn.Module, multiply: Mapping[str, Multiply]) -> Iterator
 def wrapped_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Call `wrapper(forward, *args, **kwargs)` where the module's forward would be called.
 
-    Note: this is the innermost forward. The forward of accelerate around it loads offloaded parameters before and
-        unloads them after it, and must not meet a stand-in.
+    This is the innermost forward. The forward of accelerate around it loads offloaded parameters before and unloads
+    them after it, and must not meet a stand-in.
     """
     place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward, is_own = getattr(module, place), place in module.__dict__

@@ -41,12 +41,8 @@ class Delta(NamedTuple):
 def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
     """Add a sparse delta to a weight in place: w <- round(float32(w) + delta), rounded once to the dtype of `weight`.
 
-    This is the one rule by which forward, backward and merge form W + D.
-
-    Args:
-        weight: contiguous weight, any float dtype; written at `positions` only.
-        positions: distinct flat positions, shape `(nnz,)`, int32 or int64.
-        values: the delta at these positions, shape `(nnz,)`, any float dtype.
+    This is the one rule by which forward, backward and merge form W + D. The weight is contiguous and of any float
+    dtype; `values` of any float dtype belong to distinct flat `positions`, int32 or int64, both of shape `(nnz,)`.
     """
     flat = weight.view(-1)
     if weight.is_cpu and weight.element_size() >= max(4, values.element_size()):
@@ -100,12 +96,12 @@ class Written:
 
 @dataclass(frozen=True)
 class MergedEntries:
-    """What a merge does to the entries of a weight at the positions of a delta.
+    """What a merge does to the entries of a weight at the positions of a delta, shape `(nnz,)` each.
 
     Attributes:
         delta: the delta.
-        originals: what is there, shape `(nnz,)`.
-        sums: W + D, rounded as `add_delta_` rounds it, shape `(nnz,)`, in the dtype of the weight.
+        originals: what is there.
+        sums: W + D, rounded as `add_delta_` rounds it, in the dtype of the weight.
     """
 
     delta: Delta
@@ -123,11 +119,7 @@ class MergedEntries:
         return int((~torch.isfinite(self.sums)).count_nonzero())
 
     def check_finite(self, adapter_name: str, module: str) -> None:
-        """Refuse sums that are not finite.
-
-        Raises:
-            ValueError: there are some; the message names adapter and module.
-        """
+        """Refuse sums that are not finite, with a ValueError that names adapter and module."""
         if bad := self.not_finite():
             raise ValueError(
                 f"Adapter '{adapter_name}': merging would write {bad} values that are not finite in "
@@ -145,12 +137,7 @@ class MergedEntries:
 
 
 def merged_entries(weight: Tensor, delta: Delta) -> MergedEntries:
-    """Compute what a merge would write; the weight is read only.
-
-    Args:
-        weight: contiguous weight, any float dtype.
-        delta: distinct positions, and values of any float dtype.
-    """
+    """Compute what a merge would write into a contiguous weight of any float dtype, which is read only."""
     originals = weight.view(-1).index_select(0, delta.positions)
     return MergedEntries(delta, originals, entries_plus(originals, delta.values))
 

@@ -26,12 +26,12 @@ from .checkpoint import model_class
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
-
 QUANTIZATIONS = ("none", "8bit", "4bit")
 
+# What a training keeps from step to step.
+STATE = ("weights", "values", "gradients", "optimizer", "buckets", "positions")
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 # Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
 # a float32 scale for every 64 weights.
@@ -84,8 +84,8 @@ class Plan:
     @property
     def total(self) -> int:
         """Bytes of a training step at its peak."""
-        parts = (self.weights, self.values, self.gradients, self.optimizer, self.buckets, self.positions)
-        return sum(parts) + max(self.activations + self.temporary, self.update)
+        state = sum(getattr(self, part) for part in STATE)
+        return state + max(self.activations + self.temporary, self.update)
 
 
 def plan(
@@ -181,7 +181,6 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
 
 
 def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, not initialized."""
     model = uninitialized(model_class(config, name), config, dtype)
     model.tie_weights()  # a part of the initialization
     return model
@@ -192,16 +191,8 @@ def kept_bytes(
 ) -> int:
     """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
 
-    Args:
-        model: the model; under `FakeTensorMode` nothing is computed.
-        trained: names of the weights that have gradients: the inputs that each is multiplied with are kept for that.
-        batch: examples.
-        tokens: tokens of an example.
-        size: bytes of an entry of what the model keeps in its own dtype.
-        checkpointing: with gradient checkpointing.
-
-    Raises:
-        ValueError: the model reads something else.
+    Under `FakeTensorMode` nothing is computed. Of each of the weights that are `trained` the inputs are kept for its
+    gradient. An entry that the model keeps in its own dtype takes `size` bytes.
     """
     model.train().requires_grad_(False)
     for name in trained:
@@ -266,7 +257,6 @@ def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
 # State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
 # values, two float32 scales (tensors below 4096 values stay in float32).
 def _optimizer_bytes(optimizer: str, count: int, size: int) -> int:
-    """State of one tensor of `count` values of `size` bytes."""
     if optimizer == "adamw_8bit" and count >= 4096:
         return 2 * count + 2 * 4 * math.ceil(count / 256)
     if optimizer == "adamw_8bit":

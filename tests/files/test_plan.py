@@ -266,6 +266,8 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", str(tmp_path), "--update-ratio", "0.2", "--optimizer", "adamw_8bit"]) == 0
     table = capsys.readouterr().out
     assert "trained 4,100 of 20,480 adapted weights" in table  # every matrix is rounded
+    assert main(["plan", str(tmp_path)]) == 0
+    assert f"  update       {found.update / 1e9:9.3f}\n" in capsys.readouterr().out
     assert "adamw_8bit" in table
 
 

@@ -127,7 +127,7 @@ def test_a_hotswap_is_refused_beside_a_generate_that_began_after_its_checks(
 
     monkeypatch.setattr(sys.modules[hotswap.__module__], "warn_of_other_base", generating)
     try:
-        with pytest.raises(ValueError, match="Adapter 'default' is merged into the base"):
+        with pytest.raises(ValueError, match=r"Adapters \['default'\] are merged into the base"):
             hotswap(model, tmp_path)
     finally:
         swapped.set()
