@@ -55,7 +55,7 @@ WRONG = {
     "seed": ("an integer of at least 0", [-1, 4.0, "4", False, NAN, None]),
     "probe_batch_size": ("an integer of at least 1", [0, 4.0, "4", True, NAN]),
     "last_layers": ("an integer of at least 1", [0, 4.0, "4", True, NAN]),
-    "score": ("one of dowser, random, magnitude, wanda, gradient", ["hessian", ["dowser"], None]),
+    "score": ("one of dowser, shift, activity, random, magnitude, wanda, gradient", ["hessian", ["dowser"], None]),
     "select": ("one of low, high", ["lowest", True, None]),
     "scope": ("one of matrix, row, layer, model", ["rows", 1, None]),
     "bias": ("one of none, all, dowser_only", ["lora_only", False, None]),
