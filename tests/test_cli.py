@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from transformers import LlamaForCausalLM
 import peft_dowser.cli
 from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
 from peft_dowser.cli import main
+from peft_dowser.config import PROBED_SCORES, Score
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -70,7 +72,12 @@ def expected_modules(model: PeftModel, dtype: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("options", "fields"),
-    [([], {}), (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5})],
+    [
+        ([], {}),
+        (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5}),
+        (["--score", "shift"], {"score": "shift"}),
+        (["--score", "activity"], {"score": "activity"}),
+    ],
 )
 def test_probe_writes_what_the_function_returns(
     options: list[str], fields: dict, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -84,10 +91,20 @@ def test_probe_writes_what_the_function_returns(
     assert found.info.base_model == str(base)
     assert found.modules.keys() == expected.modules.keys()
     for name, module in expected.modules.items():
-        for field in ("sensitivity", "activity", "energy"):
-            assert torch.equal(getattr(found.modules[name], field), getattr(module, field))
+        for field, tensor in vars(module).items():
+            same = getattr(found.modules[name], field)
+            assert same is tensor is None or torch.equal(same, tensor)
     printed = capsys.readouterr().out
-    assert printed == f"{len(found.modules)} modules, 3 probes, {path.stat().st_size} bytes: {path}\n"
+    probes = "3 probes" if expected.info.num_rademacher else "3 probes of forwards only"
+    assert printed == f"{len(found.modules)} modules, {probes}, {path.stat().st_size} bytes: {path}\n"
+
+
+def test_probe_takes_the_scores_that_need_one(capsys: pytest.CaptureFixture) -> None:
+    for score in get_args(Score):
+        with pytest.raises(SystemExit) as left:
+            main(["probe", "base", "--score", score, "--help"])
+        assert left.value.code == (0 if score in PROBED_SCORES else 2)
+    capsys.readouterr()
 
 
 def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> None:
