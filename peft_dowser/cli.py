@@ -310,7 +310,6 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
     probe.add_argument(
         "--score",
-        choices=["dowser", "shift", "activity", "wanda", "gradient"],
         default="dowser",
         help="score that the statistics are for: those of activity and wanda take forwards only, and serve these two; "
         "those of dowser and shift serve all but gradient (default: dowser)",

@@ -133,8 +133,8 @@ class DowserConfig(PeftConfig):
     num_probes: int = _option(64, "N, the number of synthetic prompts.")
     num_rademacher: int = _option(
         8,
-        "R, the number of random projections of the output per prompt; 0 in a saved config whose score needed forwards "
-        "only.",
+        "R, the number of random projections of the output per prompt; not used, and 0 in a saved config, where the "
+        "score needs forwards only.",
     )
     probe_length: int = _option(64, "T, tokens per prompt; 0 in a saved config whose prompts were given to probe().")
     probe_batch_size: int | None = _option(None, "Prompts per batch; None chooses it from the free memory.")
@@ -307,10 +307,11 @@ class DowserConfig(PeftConfig):
         if self.save_dtype is not None:
             yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
-        # In a saved config 0 says that forwards alone ran, and that the prompts were given, see `ProbeInfo`.
-        saved = self.nnz_pattern is not None
-        yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=0 if saved else 1)
-        yield from _not_an_integer("probe_length", self.probe_length, at_least=0 if saved else 2)
+        yield from _not_an_integer(
+            "num_rademacher", self.num_rademacher, at_least=int(self.score not in FORWARD_SCORES)
+        )
+        # In a saved config 0 says that the prompts were given, see `ProbeInfo`.
+        yield from _not_an_integer("probe_length", self.probe_length, at_least=2 if self.nnz_pattern is None else 0)
         yield from _not_an_integer("seed", self.seed, at_least=0)
         for name in ("probe_batch_size", "last_layers"):
             if getattr(self, name) is not None:

@@ -141,3 +141,22 @@ def test_the_quietest_channels_train(scope: str) -> None:
     assert layers.keys() == {name for name, mask in chosen.items() if mask.any()}
     for name, layer in layers.items():
         assert torch.equal(layer.index("default").decoded().long(), chosen[name].view(-1).nonzero().view(-1)), name
+
+
+@pytest.mark.parametrize("score", ["shift", "activity"])
+@pytest.mark.parametrize("kind", ["Conv1D", "head", "seq2seq", "encoder"])
+def test_the_lowest_scores_of_every_matrix_train(kind: str, score: str) -> None:
+    make, options = MODELS[kind]
+    modules = probe(make(), config(**options)).modules
+    model = get_peft_model(make(), config(score=score, **options))
+    layers = [layer for layer in model.modules() if isinstance(layer, DowserLayer)]
+    assert {layer.module_name for layer in layers} == modules.keys()
+    for layer in layers:
+        module = modules[layer.module_name]
+        gain = module.sensitivity if score == "shift" else torch.ones_like(module.sensitivity)
+        expected = gain.double().T @ module.activity.double()
+        expected = expected.T if kind == "Conv1D" else expected
+        trained = torch.zeros(expected.shape, dtype=torch.bool)
+        trained.view(-1)[layer.index("default").decoded().long()] = True
+        assert int(trained.sum()) == round(0.1 * trained.numel())
+        assert expected[trained].max() <= expected[~trained].min() * (1 + 1e-6)

@@ -322,7 +322,10 @@ def test_an_adapter_of_forwards_only_says_so(score: str, tmp_path: Path, caplog:
         assert card_line(folder, "probe") == f"- probe: N = 4, {said}, T = 12"
         assert json.loads((folder / "adapter_config.json").read_text())["num_rademacher"] == count
         found = masks(PeftModel.from_pretrained(tiny_llama(), folder))
-        assert all(torch.equal(mask, expected[name]) for name, mask in found.items())
+        again = DowserConfig.from_pretrained(str(folder))
+        again.nnz_pattern = again.manifest = None
+        for same in (found, masks(get_peft_model(tiny_llama(), again))):
+            assert all(torch.equal(mask, expected[name]) for name, mask in same.items())
     assert "were made with" not in caplog.text  # R is nothing to these scores
 
 
