@@ -307,9 +307,8 @@ class DowserConfig(PeftConfig):
         if self.save_dtype is not None:
             yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
-        yield from _not_an_integer(
-            "num_rademacher", self.num_rademacher, at_least=int(self.score not in FORWARD_SCORES)
-        )
+        least = 0 if self.score in FORWARD_SCORES else 1
+        yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=least)
         # In a saved config 0 says that the prompts were given, see `ProbeInfo`.
         yield from _not_an_integer("probe_length", self.probe_length, at_least=2 if self.nnz_pattern is None else 0)
         yield from _not_an_integer("seed", self.seed, at_least=0)
