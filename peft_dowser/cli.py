@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,7 +99,8 @@ def _probe(options: argparse.Namespace) -> None:
     statistics = probe(model, config)
     statistics.save(options.output)
     size = Path(options.output).stat().st_size
-    print(f"{len(statistics.modules)} modules, {statistics.info.num_probes} probes, {size} bytes: {options.output}")
+    probes = f"{statistics.info.num_probes} probes" + ("" if statistics.info.num_rademacher else " of forwards only")
+    print(f"{len(statistics.modules)} modules, {probes}, {size} bytes: {options.output}")
 
 
 def _extract(options: argparse.Namespace) -> None:
@@ -119,13 +121,13 @@ def _export_lora(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
-    from peft_dowser.files.planning import OPTIMIZERS, STATE, bytes_per_weight, plan
+    from peft_dowser.files.planning import OPTIMIZERS, STATE, ProbeCost, bytes_per_weight, plan
 
     given = _arguments(options)
     of_config = ("update_ratio", "granularity", "channels", "target_modules", "target_parameters", "last_layers")
     found = plan(config=DowserConfig(**{name: given.pop(name) for name in of_config}), **given)
     if options.json:
-        print(json.dumps(vars(found) | {"total": found.total}, indent=2))
+        print(json.dumps(asdict(found) | {"total": found.total}, indent=2))
         return
     print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
     print("memory of a training step, GB")
@@ -136,8 +138,14 @@ def _plan(options: argparse.Namespace) -> None:
     for name in OPTIMIZERS:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))
         print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
-    print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
-    print(f"step      {found.step_flops / 1e12:.1f} TFLOP; both count the adapted matrices only")
+    print("\nprobe, by score       forwards  backwards      TFLOP  statistics, GB  as training on tokens")
+    costs: dict[ProbeCost, list[str]] = {}
+    for score, cost in found.probes.items():
+        costs.setdefault(cost, []).append(score)
+    for cost, names in costs.items():
+        counts = f"{cost.forwards:>10,} {cost.backwards:>10,} {cost.flops / 1e12:10.1f}"
+        print(f"  {', '.join(names):<18} {counts} {cost.statistics / 1e9:15.3f} {cost.training_tokens:>22,}")
+    print(f"\nstep      {found.step_flops / 1e12:.1f} TFLOP; all count the adapted matrices only")
     wide = found.file + 2 * found.trained  # what is saved by default
     print(f"adapter   {wide / 1e9:.3f} GB on disk, {found.file / 1e9:.3f} GB with save_dtype='bfloat16'")
 
@@ -279,6 +287,12 @@ def _parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
     probe.add_argument("model", help="folder or Hub id of the base model")
     probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
+    probe.add_argument(
+        "--score",
+        default="dowser",
+        help="score that the statistics are for: those of activity and wanda take forwards only, and serve these two; "
+        "those of dowser and shift serve all but gradient (default: dowser)",
+    )
     probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
     probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")

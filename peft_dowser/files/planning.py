@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from .._transformers import uninitialized
 from ..base.parts import layer_of
 from ..base.search import fused_parameters, resolve_targets
 from ..base.target import layouts_of
-from ..config import DowserConfig, share_of
+from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of
 from ..delta.codec import code_length, position_dtype
 from ..delta.masks import trained_count
 from .checkpoint import model_class
@@ -36,6 +37,25 @@ _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
 # a float32 scale for every 64 weights.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class ProbeCost:
+    """What a probe takes for one score, its prompts included; nothing for a score that needs no probe.
+
+    Attributes:
+        forwards: how many prompts of T tokens run forward: N, and as many again where the model writes them itself.
+        backwards: how many prompts run backward, R times each: to the outputs of the adapted matrices only.
+        flops: arithmetic in the adapted matrices.
+        training_tokens: tokens of the planned training that take the same arithmetic there.
+        statistics: bytes of the result, in memory and on disk.
+    """
+
+    forwards: int
+    backwards: int
+    flops: float
+    training_tokens: int
+    statistics: int
 
 
 @dataclass
@@ -58,8 +78,7 @@ class Plan:
             batch with padding; without padding less is kept.
         temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
             of this is taken from and, with gradient checkpointing, its activations.
-        statistics: bytes of a probe's result, in memory and on disk.
-        probe_flops: arithmetic of a probe in the adapted matrices: generation, one forward and R backwards.
+        probes: what a probe takes, by score.
         step_flops: arithmetic of a training step in the adapted matrices.
         file: bytes of a saved adapter with bfloat16 values, without its config.
     """
@@ -76,8 +95,7 @@ class Plan:
     positions: int
     activations: int
     temporary: int
-    statistics: int
-    probe_flops: float
+    probes: dict[str, ProbeCost]
     step_flops: float
     file: int
 
@@ -149,7 +167,7 @@ def plan(
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
     codes = sum(layouts[key].code_length(number) for key, number in numbers.items())
     positions = sum(number * position_dtype(layouts[key].size).itemsize for key, number in numbers.items())
-    prompts = config.num_probes * config.probe_length
+    products = _products(quantization, gradient_checkpointing)
     largest = max(numels.values())
     return Plan(
         parameters=skeleton.num_parameters(),
@@ -164,10 +182,11 @@ def plan(
         positions=positions + codes,
         activations=activations,
         temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),
-        statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
-        # Generation is a forward too; each of the R backwards computes gradients of activations only.
-        probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
-        step_flops=2.0 * used * batch * tokens * _products(quantization, gradient_checkpointing),
+        probes={
+            score: _probe_cost(score, config, features, used, products, writes=skeleton.can_generate())
+            for score in get_args(Score)
+        },
+        step_flops=2.0 * used * batch * tokens * products,
         file=codes + 2 * nnz,
     )
 
@@ -178,6 +197,33 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
     count = trained_count(update_ratio, numel)
     state = 2 * count * size + _optimizer_bytes(optimizer, count, size)
     return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
+
+
+def _probe_cost(
+    score: str, config: DowserConfig, features: Iterable[tuple[int, int]], used: float, products: int, writes: bool
+) -> ProbeCost:
+    """What a probe takes.
+
+    Args:
+        score: the score that it is for.
+        config: gives N, R and T.
+        features: outputs and inputs of every adapted matrix.
+        used: weights of the adapted matrices that one token is multiplied with.
+        products: of full size that a token of the training takes in each of them.
+        writes: the model writes the prompts, which takes a forward too.
+    """
+    if score not in PROBED_SCORES:
+        return ProbeCost(0, 0, 0.0, 0, 0)
+    count, gradient = config.num_probes, score == "gradient"
+    projections = 0 if score in FORWARD_SCORES else config.num_rademacher
+    forwards, backwards = count * (1 + writes), count * (projections + gradient)
+    # A backward computes gradients of activations; that of the loss also those of the weights.
+    probed = config.probe_length * (forwards + backwards + count * gradient)
+    entries = [
+        count * width + width + (count * out if projections else 0) + (out * width if gradient else 0)
+        for out, width in features
+    ]
+    return ProbeCost(forwards, backwards, 2.0 * used * probed, round(probed / products), 4 * sum(entries))
 
 
 def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:

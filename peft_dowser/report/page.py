@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..delta.format import quoted
 from ..files.inspection import inspect
-from ..probing.statistics import ProbeStatistics
+from ..probing.statistics import ModuleStatistics, ProbeStatistics
 from .plot import delta_map, importance_map, mask_density
 
 if TYPE_CHECKING:  # if it is missing, `plot` says what to install
@@ -84,21 +84,30 @@ def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
     roots = {row["module"].partition(".")[0] for row in modules}
     statistics = statistics.named_as({row["module"] for row in modules}, roots.pop() if len(roots) == 1 else "")
-    sizes = {name: (found.sensitivity.shape[1], found.activity.shape[1]) for name, found in statistics.modules.items()}
     # For an expert, the statistics put its number after the name of the fused parameter.
-    probed = {name.partition("[")[0]: sorted(size) for name, size in sizes.items()}
-    other = [row["module"] for row in modules if probed.get(row["module"]) != sorted(row["shape"][-2:])]
+    probed = {name.partition("[")[0]: found for name, found in statistics.modules.items()}
+    other = [row["module"] for row in modules if not _fits(probed.get(row["module"]), row["shape"][-2:])]
     if other:
         raise ValueError(
             f"'{path}' has no statistics that fit {len(other)} of the {len(modules)} modules of the adapter, such as "
             f"{quoted(other[0])}. They belong to another model, or to a part of it; probe the base of the adapter."
         )
     info = statistics.info
+    passes = f"{info.num_rademacher} projections each" if info.num_rademacher else "forwards only"
     caption = (
-        f"Means over {info.num_probes} prompts of {info.probe_length} tokens, {info.num_rademacher} projections each, "
-        f"seed {info.seed}; base model: {info.base_model or 'not named'}."
+        f"Means over {info.num_probes} prompts of {info.probe_length} tokens, {passes}, seed {info.seed}; base model: "
+        f"{info.base_model or 'not named'}."
     )
     return _section("What the probe found", _picture(importance_map(statistics), caption))
+
+
+def _fits(found: ModuleStatistics | None, shape: Sequence[int]) -> bool:
+    """Whether statistics can be those of a stored weight, which may be transposed."""
+    if found is None:
+        return False
+    if found.sensitivity is None:
+        return found.activity.shape[1] in shape
+    return sorted((found.sensitivity.shape[1], found.activity.shape[1])) == sorted(shape)
 
 
 def _modules(modules: list[dict[str, Any]]) -> str:

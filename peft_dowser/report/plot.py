@@ -19,7 +19,7 @@ from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
 from ..files.inspection import inspect
 from ..probing import scores
-from ..probing.statistics import ModuleStatistics, ProbeStatistics
+from ..probing.statistics import ProbeStatistics
 
 try:
     from matplotlib.axes import Axes
@@ -48,25 +48,29 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
             the score of Eq. 5, without them the factor that the probe adds to |W|: the mean of |J_i| |h_j|.
 
     Returns:
-        Three maps, modules by layers; experts of one parameter are averaged. Grey where nothing was probed or the mean
-            is 0.
+        Three maps, modules by layers; only that of the activity where the probe ran forwards only. Experts of one
+        parameter are averaged. Grey where nothing was probed, or where the mean is 0.
 
     Raises:
-        ValueError: there are no statistics, or `weights` lacks a module or has another shape.
+        ValueError: there are no statistics, or `weights` lacks a module or has another shape, or comes with statistics
+            that hold no sensitivity.
     """
     if not statistics.modules:
         raise ValueError("The statistics are empty: the probe reached no module.")
     if weights is not None and (missing := [name for name in statistics.modules if name not in weights]):
         raise ValueError(f"weights lack {len(missing)} of the modules that were probed, for example '{missing[0]}'.")
     modules = statistics.modules.items()
-    maps = {
-        "sensitivity  |J|": {name: float(module.sensitivity.mean()) for name, module in modules},
-        "activity  |h|": {name: float(module.activity.mean()) for name, module in modules},
-    }
-    if weights is None:
-        maps["score without |W|"] = {name: _without_weight(module) for name, module in modules}
-    else:
+    sensitivities = {name: module.sensitivity for name, module in modules if module.sensitivity is not None}
+    maps: dict[str, dict[str, float]] = {}
+    if sensitivities:
+        maps["sensitivity  |J|"] = {name: float(found.mean()) for name, found in sensitivities.items()}
+    maps["activity  |h|"] = {name: float(module.activity.mean()) for name, module in modules}
+    if weights is not None:
         maps["score  |J| |W| |h|"] = {n: float(scores.dowser(weights[n], module).mean()) for n, module in modules}
+    elif sensitivities:
+        maps["score without |W|"] = {
+            name: _without_weight(found, statistics.modules[name].activity) for name, found in sensitivities.items()
+        }
     return _maps(maps)
 
 
@@ -143,9 +147,9 @@ def retention_plasticity(points: Mapping[str, Sequence[tuple[float, float]]]) ->
     return figure
 
 
-def _without_weight(module: ModuleStatistics) -> float:
+def _without_weight(sensitivity: Tensor, activity: Tensor) -> float:
     """Mean over all entries of A^T B / N, which is never formed."""
-    return float((module.sensitivity.mean(1) * module.activity.mean(1)).mean())
+    return float((sensitivity.mean(1) * activity.mean(1)).mean())
 
 
 def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:

@@ -17,7 +17,7 @@ from ..base.distributed import rank
 from ..base.parts import layer_of
 from ..base.readers import reader_of
 from ..base.target import Target
-from ..config import DowserConfig
+from ..config import FORWARD_SCORES, DowserConfig
 from ..delta.format import few
 from ..layers.layer import DowserLayer
 from ..probing.selection import digest_of
@@ -60,6 +60,8 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
 def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     asked = {name: getattr(config, name) for name in info.settings()}
+    if config.score in FORWARD_SCORES:
+        del asked["num_rademacher"]  # read by no such score
     asked = {name: value for name, value in asked.items() if value not in (defaults[name], info.settings()[name])}
     if asked:
         logger.warning(

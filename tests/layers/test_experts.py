@@ -48,6 +48,7 @@ from peft_dowser.files.inspection import inspect
 from peft_dowser.files.merging import merge, verify
 from peft_dowser.layers.experts import Experts
 from peft_dowser.layers.experts_op import expert_bounds, sparse_experts
+from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.probing import scores
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -452,6 +453,31 @@ def test_statistics_are_those_of_experts_that_are_linears(family: str, implement
     for name in reached:
         for field, value in expected[name].items():
             torch.testing.assert_close(getattr(found[name], field), value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*of the target matrices stay frozen")
+@pytest.mark.parametrize("score", ["shift", "activity"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_expert_trains_its_own_lowest_scores(family: str, score: str, tmp_path: Path) -> None:
+    """Against the factors of experts that are linears, multiplied prompt by prompt."""
+    base = tiny_moe(family)
+    given = config(score=score, target_parameters=PARAMETERS, target_modules=[], seed=4)
+    probe(base, given, prompts=PROMPTS).save(tmp_path / "probe.safetensors")
+    expected = oracle(base, PROMPTS, seed=4, draws=given.num_rademacher)
+    given.statistics = str(tmp_path / "probe.safetensors")
+    model = get_peft_model(base, given)
+    layers = [layer for layer in dowser_layers(model) if ".layers.0." in layer.module_name]
+    assert len(layers) == 2
+    for layer in layers:
+        trained = torch.zeros(layer.weight.shape, dtype=torch.bool)
+        trained.view(-1)[layer.index("default").decoded().long()] = True
+        for expert, mask in enumerate(trained):
+            factors = expected[f"{layer.module_name}[{expert}]"]
+            chosen = mask.T if family == "gpt_oss" else mask
+            gain = factors["sensitivity"] if score == "shift" else torch.ones_like(factors["sensitivity"])
+            found = gain.double().T @ factors["activity"].double()
+            assert int(chosen.sum()) == (round(0.1 * chosen.numel()) if factors["tokens"] else 0)
+            assert not chosen.any() or found[chosen].max() <= found[~chosen].min() * (1 + 1e-5)
 
 
 def test_batches_and_untargeted_parameters_do_not_matter() -> None:

@@ -6,7 +6,7 @@ The device without data stands for a GPU: whatever is made on it by mistake cann
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_dowser import Patch, ProbeStatistics, extract, hotswap, merge, probe, verify
+from peft_dowser.config import Score
 from peft_dowser.evaluation.forgetting import read_prompts
 from peft_dowser.files.inspection import diff, inspect
 from peft_dowser.layers.layer import dowser_layers
@@ -98,7 +99,7 @@ PATHS: dict[str, Callable[[nn.Module, Path], dict[str, Tensor]]] = {
     "patched": patched,
     "trained": trained,
     "probed": probed,
-    **{score: partial(chosen, score) for score in ("dowser", "gradient", "random", "magnitude", "wanda")},
+    **{score: partial(chosen, score) for score in get_args(Score)},
 }
 
 

@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import peft_dowser.tuner.injection
 from peft_dowser import DeltaFormatError, DowserConfig, probe
+from peft_dowser.config import Score
 from peft_dowser.layers.layer import dowser_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -65,7 +67,7 @@ def test_init_weights_false_changes_something() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its weights is among those selected")
-@pytest.mark.parametrize("score", ["dowser", "random", "magnitude", "wanda", "gradient"])
+@pytest.mark.parametrize("score", get_args(Score))
 @pytest.mark.parametrize("scope", ["matrix", "row", "layer", "model"])
 @pytest.mark.parametrize("select", ["low", "high"])
 def test_every_score_scope_and_side(score: str, scope: str, select: str) -> None:
