@@ -82,7 +82,7 @@ def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     On CPU it is one buffer, kept: every fresh allocation of that size costs its page faults again (15 ms instead of
     6 ms for W + D of 2048 x 5632 in float32), and fragments the heap. On a GPU the allocator of torch does the same.
     """
-    if like.device.type != "cpu":
+    if not like.is_cpu:
         return like.new_empty(shape)
     count = math.prod(shape)
     buffer: Tensor | None = getattr(_thread, "buffer", None)
@@ -140,6 +140,8 @@ def _output(
         product = flat @ total if bias is None else torch.addmm(bias, flat, total)
     else:
         product = F.linear(x, total, bias)
+    if product.dim() == x.dim() and not product._is_view():
+        return product
     # No view: of an op's output torch forbids that, where the model then changes it in place.
     return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], product.shape[-1]))
 
@@ -154,9 +156,13 @@ def _input_grad(
 def _values_grad(
     grad: Tensor, x: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> list[Tensor]:
-    rows, columns = (x, grad) if transposed else (grad, x)
-    rows, columns = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
+    rows, columns = (_rows(x), _rows(grad)) if transposed else (_rows(grad), _rows(x))
     return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
+
+
+def _rows(of: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return of if of.dim() == 2 else of.reshape(-1, of.shape[-1])
 
 
 def _keep(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, deltas: Sequence[Tensor], transposed: bool) -> None:
@@ -176,7 +182,7 @@ def _gradients(
     values, positions = _halves(deltas)
     wants_x, wants_bias, wants_values = wants
     grad_x = input_grad(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if wants_bias else None
+    grad_bias = _rows(grad).sum(0).to(ctx.bias_dtype) if wants_bias else None
     if not wants_values:
         return grad_x, grad_bias, [None] * len(values)
     return grad_x, grad_bias, values_grad(grad, x, values, positions, ctx.transposed)
@@ -266,7 +272,7 @@ def product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
         The entries, shape `(nnz,)`, float32 or the dtype of `rows`.
     """
     numel = rows.shape[1] * columns.shape[1]
-    density = _SAMPLED_DENSITY.get(rows.dtype, 0) if rows.device.type == "cpu" else 0
+    density = _SAMPLED_DENSITY.get(rows.dtype, 0) if rows.is_cpu else 0
     if positions.numel() < density * numel:
         return _sampled_product(rows, columns, positions)
     return _dense_product(rows, columns, positions)
@@ -304,17 +310,23 @@ def _token_blocks(values: Tensor) -> Iterator[Tensor]:
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     height, width = rows.shape[1], columns.shape[1]
-    on_cpu = rows.device.type == "cpu"
-    block = min(height, max(1, _PRODUCT_BLOCK // (width * rows.element_size()))) if on_cpu else height
+    block = max(1, _PRODUCT_BLOCK // (width * rows.element_size())) if rows.is_cpu else height
+    if height > block:
+        return _dense_product_by_blocks(rows, columns, positions, block)
+    product = torch.mm(rows.T, columns, out=dense_temporary((height, width), rows))
+    return torch.index_select(product.view(-1), 0, positions)
+
+
+def _dense_product_by_blocks(rows: Tensor, columns: Tensor, positions: Tensor, block: int) -> Tensor:
+    height, width = rows.shape[1], columns.shape[1]
     firsts = torch.arange(0, height, block, device=positions.device, dtype=positions.dtype)
-    ends = torch.searchsorted(positions, firsts[1:] * width).tolist() if block < height else []
+    ends = torch.searchsorted(positions, firsts[1:] * width).tolist()
     found = rows.new_empty(positions.numel())
     product = dense_temporary((block, width), rows)
     for number, (begin, end) in enumerate(zip([0, *ends], [*ends, positions.numel()], strict=True)):
         row_block = rows[:, number * block : (number + 1) * block]
         part = torch.mm(row_block.T, columns, out=product[: row_block.shape[1]])
-        at = positions[begin:end] - number * block * width if number else positions[begin:end]
-        torch.index_select(part.view(-1), 0, at, out=found[begin:end])
+        torch.index_select(part.view(-1), 0, positions[begin:end] - number * block * width, out=found[begin:end])
     return found
 
 
