@@ -146,14 +146,12 @@ def _output(
     return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], product.shape[-1]))
 
 
-def _input_grad(
-    grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool
-) -> Tensor:
+def input_grad(grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool) -> Tensor:
     total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
 
 
-def _values_grad(
+def values_grad(
     grad: Tensor, x: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> list[Tensor]:
     rows, columns = (_rows(x), _rows(grad)) if transposed else (_rows(grad), _rows(x))
@@ -175,20 +173,20 @@ def _keep(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, deltas: Sequ
 
 
 def _gradients(
-    ctx: Any, grad: Tensor, wants: Sequence[bool], input_grad: Callable[..., Tensor], values_grad: Callable[..., Any]
+    ctx: Any, grad: Tensor, wants: Sequence[bool], of_input: Callable[..., Tensor], of_values: Callable[..., Any]
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
     """The gradients of x, bias and values, as far as `wants` says so of each of the three."""
     x, weight, *deltas = ctx.saved_tensors
-    values, positions = _halves(deltas)
+    values, positions = halves(deltas)
     wants_x, wants_bias, wants_values = wants
-    grad_x = input_grad(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
+    grad_x = of_input(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
     grad_bias = _rows(grad).sum(0).to(ctx.bias_dtype) if wants_bias else None
     if not wants_values:
         return grad_x, grad_bias, [None] * len(values)
-    return grad_x, grad_bias, values_grad(grad, x, values, positions, ctx.transposed)
+    return grad_x, grad_bias, of_values(grad, x, values, positions, ctx.transposed)
 
 
-def _halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     return list(deltas[: len(deltas) // 2]), list(deltas[len(deltas) // 2 :])
 
 
@@ -198,14 +196,14 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, *deltas):
         _keep(ctx, x, weight, bias, deltas, transposed)
-        return _output(x, weight, bias, *_halves(deltas), transposed)
+        return _output(x, weight, bias, *halves(deltas), transposed)
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivatives()
         wants_x, _, wants_bias, _, *wants_values = ctx.needs_input_grad
         wants = wants_x, wants_bias, any(wants_values)
-        grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, _input_grad, _values_grad)
+        grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, input_grad, values_grad)
         return grad_x, None, grad_bias, None, *grad_values, *[None] * len(grad_values)
 
 
@@ -216,7 +214,7 @@ linear_op = torch.library.custom_op(
 
 input_grad_op = torch.library.custom_op(
     "dowser::linear_input_grad",
-    _input_grad,
+    input_grad,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor weight, {_DELTAS}) -> Tensor",
 )
@@ -224,7 +222,7 @@ input_grad_op = torch.library.custom_op(
 
 values_grad_op = torch.library.custom_op(
     "dowser::linear_values_grad",
-    _values_grad,
+    values_grad,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor x, {_DELTAS}) -> Tensor[]",
 )
