@@ -119,8 +119,10 @@ class Product:
                 if begin < end:
                     yield expert, slice(begin, end)
         elif self.experts is not None:
-            for expert in self.experts.unique().tolist():
-                yield expert, (self.experts == expert).nonzero().view(-1)
+            counts = self.experts.bincount().tolist()
+            for expert, rows in enumerate(self.experts.argsort(stable=True).split(counts)):
+                if counts[expert]:
+                    yield expert, rows
 
 
 Multiply = Callable[[Product], Tensor]
