@@ -53,7 +53,7 @@ def sparse_experts(product: Product, weight: Tensor, values: _Deltas, positions:
     refuse_tangents(product.x, weight, *values)
     form = (product.experts, product.ends, product.function, product.transposed)
     if torch.compiler.is_compiling():
-        return experts_op(product.x, weight, list(values), list(positions), *form)
+        return _op(product.x, weight, list(values), list(positions), *form)
     return _SparseExperts.apply(product.x, weight, (*form, product.expert), *values, *positions)
 
 
@@ -184,7 +184,7 @@ _TAGS = (torch.Tag.cudagraph_unsafe,)
 
 
 @torch.library.custom_op("dowser::experts", mutates_args=(), tags=_TAGS, schema=f"({_ARGUMENTS}) -> Tensor")
-def experts_op(x, weight, values, positions, *form):
+def _op(x, weight, values, positions, *form):
     return _output(x, weight, values, positions, (*form, None))
 
 
@@ -194,18 +194,18 @@ def experts_op(x, weight, values, positions, *form):
     tags=_TAGS,
     schema=f"(Tensor grad, {_ARGUMENTS}, bool wants_x, bool wants_values) -> Tensor[]",
 )
-def experts_grads_op(grad, x, weight, values, positions, experts, ends, function, transposed, wants_x, wants_values):
+def _grads_op(grad, x, weight, values, positions, experts, ends, function, transposed, wants_x, wants_values):
     form = (experts, ends, function, transposed, None)
     grad_x, grad_values = _grads(grad, x, weight, values, positions, form, wants_x, wants_values)
     return [*([] if grad_x is None else [grad_x]), *(grad_values or [])]
 
 
-@experts_op.register_fake
+@_op.register_fake
 def _(x, weight, values, positions, *form):
     return x.new_empty(_product(x, weight, (*form, None)).shape)
 
 
-@experts_grads_op.register_fake
+@_grads_op.register_fake
 def _(grad, x, weight, values, positions, experts, ends, function, transposed, wants_x, wants_values):
     return [torch.empty_like(tensor) for tensor in (*[x] * wants_x, *(values if wants_values else ()))]
 
@@ -220,9 +220,9 @@ def _backward(ctx, grad):
     values, positions = halves(deltas)
     wants_x, _, wants, *_ = ctx.needs_input_grad
     grad, form = grad.reshape(len(x), -1).contiguous(), (experts, ends, *ctx.form)
-    found = experts_grads_op(grad, x, weight, values, positions, *form, wants_x, any(wants))
+    found = _grads_op(grad, x, weight, values, positions, *form, wants_x, any(wants))
     grad_values = found[wants_x:] if any(wants) else [None] * len(values)
     return found[0] if wants_x else None, None, grad_values, [None] * len(positions), None, None, None, None
 
 
-experts_op.register_autograd(_backward, setup_context=_setup_context)
+_op.register_autograd(_backward, setup_context=_setup_context)

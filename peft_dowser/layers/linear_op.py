@@ -147,6 +147,7 @@ def _output(
 
 
 def input_grad(grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool) -> Tensor:
+    """The gradient g (W + D) of the input of `sparse_linear`, where g, shape `(..., out)`, is that of its output."""
     total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
 
@@ -154,6 +155,7 @@ def input_grad(grad: Tensor, weight: Weight, values: list[Tensor], positions: li
 def values_grad(
     grad: Tensor, x: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> list[Tensor]:
+    """The gradients of the values of each adapter, shape `(nnz_a,)`, where `grad` is that of the output."""
     rows, columns = (_rows(x), _rows(grad)) if transposed else (_rows(grad), _rows(x))
     return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
 
@@ -187,6 +189,7 @@ def _gradients(
 
 
 def halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The values of all adapters, and their positions, which follow them."""
     return list(deltas[: len(deltas) // 2]), list(deltas[len(deltas) // 2 :])
 
 
