@@ -52,6 +52,8 @@ MOE: dict[str, Any] = TOKENS | {
     "max_position_embeddings": 4096,
 }
 
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view"}
+
 
 # Models of one family
 
@@ -262,12 +264,22 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
 
 
 class CountedOps(TorchDispatchMode):
-    """Counts the operations that torch runs, by name, such as "aten::mm"."""
+    """Counts the operations that torch runs, by name, such as "aten::mm".
+
+    Attributes:
+        counts: all of them.
+        launches: those that would launch a kernel on a GPU: they do more than look at memory in another way, or
+            allocate it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name] += 1
+        name = func._schema.name
+        self.counts[name] += 1
+        if not func.is_view and name not in ALLOCATIONS:
+            self.launches[name] += 1
         return func(*args, **(kwargs or {}))

@@ -63,8 +63,24 @@ class Product:
         if self.function == "bmm_columns":
             matrices = weight[self.experts]
             return torch.bmm(matrices.mT if self.transposed else matrices, self.x.unsqueeze(2))
-        grouped = getattr(_GROUPED[self.function], self.function)
-        return grouped(self.x, weight if self.transposed else weight.mT, offs=self.ends)
+        return self._grouped(self.x, weight if self.transposed else weight.mT)
+
+    def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `x`, where `has_grouped_grads`.
+
+        Args:
+            grad: the gradient of the result, contiguous.
+            weight: as in `compute`.
+        """
+        return self._grouped(grad, weight.mT if self.transposed else weight)
+
+    def weight_grad(self, grad: Tensor) -> Tensor:
+        """The gradient of the weight, of its shape, where `has_grouped_grads`; 0 of experts without rows."""
+        rows, columns = (self.x, grad) if self.transposed else (grad, self.x)
+        return self._grouped(rows.mT, columns)
+
+    def _grouped(self, left: Tensor, right: Tensor) -> Tensor:
+        return getattr(_GROUPED[self.function], self.function)(left, right, offs=self.ends)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -76,6 +92,11 @@ class Product:
     def is_grouped(self) -> bool:
         """Whether it is a grouped product, which autocast leaves alone."""
         return self.function in _GROUPED
+
+    @property
+    def has_grouped_grads(self) -> bool:
+        """Whether its gradients are grouped products too; transformers' own has a loop."""
+        return self.is_grouped and self.function != "grouped_mm_fallback"
 
     def expert_of_row(self) -> Tensor:
         """The expert of each row, shape `(rows,)`, int64."""
@@ -96,8 +117,10 @@ class Product:
                 if begin < end:
                     yield expert, slice(begin, end)
         elif self.experts is not None:
-            for expert in self.experts.unique().tolist():
-                yield expert, (self.experts == expert).nonzero().view(-1)
+            counts = self.experts.bincount().tolist()
+            for expert, rows in enumerate(self.experts.argsort(stable=True).split(counts)):
+                if counts[expert]:
+                    yield expert, rows
 
 
 Multiply = Callable[[Product], Tensor]

@@ -14,7 +14,7 @@ import transformers
 from accelerate import cpu_offload
 from datasets import Dataset
 from groups import on_ranks
-from models import MOE, config, set_values, tiny_llama, tiny_moe
+from models import MOE, CountedOps, config, set_values, tiny_llama, tiny_moe
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
@@ -170,6 +170,16 @@ def test_gradients_are_those_of_a_dense_twin_at_the_positions(family: str, imple
         assert layer.weight.grad is None
 
 
+def test_eager_mode_runs_no_op_of_the_library() -> None:
+    for implementation in IMPLEMENTATIONS:
+        model = with_experts(tiny_moe("mixtral"))
+        model.set_experts_implementation(implementation)
+        with CountedOps() as ops:
+            model(input_ids=some_ids(), labels=some_ids()).loss.backward()
+        assert ops.counts["aten::index_add_"]
+        assert not [name for name in ops.counts if name.startswith("dowser::")]
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_the_size_of_an_expert_is_kept_for_the_backward(family: str, implementation: str) -> None:
@@ -276,7 +286,7 @@ def test_the_gradient_of_a_product_is_right_in_float64(kind: str, transposed: bo
         def multiply(product: Product) -> Tensor:
             if product.expert is None:
                 return sparse_experts(product, weight, [values], [positions])
-            return sparse_experts(product, weight[2:], [values[5:]], [positions[5:] - 40])
+            return sparse_experts(product, weight, [values[5:]], [positions[5:]])
 
         with standing_in(module, {"weight": multiply}):
             if kind == "one":
@@ -360,6 +370,68 @@ def test_stand_ins_go_when_the_forward_fails() -> None:
     with pytest.raises(Exception):  # noqa: B017
         experts(torch.zeros(3, 16))
     assert isinstance(experts.base_layer.down_proj, nn.Parameter)
+
+
+# Off the CPU
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say that they are not on a CPU, so that they take the way of a GPU."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("tokens", [1, 9])  # of which each goes to two experts: fewer rows than experts, and more
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_the_cpu_outputs_and_gradients_are_those_of_a_dense_twin(
+    family: str, implementation: str, dtype: torch.dtype, tokens: int
+) -> None:
+    base = tiny_moe(family, dtype)
+    base.set_experts_implementation(implementation)
+    model = with_experts(copy.deepcopy(base))
+    model.add_adapter("other", config(target_parameters=PARAMETERS, target_modules=[], score="random", seed=5))
+    set_values(model, seed=1)
+    model.base_model.set_adapter(["default", "other"])
+    dense = by_hand(base, model, ("default", "other"))
+    ids = some_ids(1, tokens)
+    outputs = [each(input_ids=ids) for each in (model, dense)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.logits.float().square().sum().backward()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for name, layer in layers_of(model).items():
+        full = dense.get_parameter(name).grad.view(-1).float()
+        for adapter in ("default", "other"):
+            found, expected = layer.values(adapter).grad, full[layer.delta(adapter).positions]
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(full.abs().max()))
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_off_the_cpu_grouped_gradients_are_those_of_one_product_per_expert(transposed: bool) -> None:
+    """Also where experts have no rows, and rows no expert."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((4, 16, 24) if transposed else (4, 24, 16), generator=generator)
+    positions = torch.randperm(weight.numel(), generator=generator)[:300].sort().values.int()
+    values = torch.randn(300, generator=generator, requires_grad=True)
+    x = torch.randn(10, 16, generator=generator, requires_grad=True)
+    grad = torch.randn(10, 24, generator=generator)
+    ends = torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    output = sparse_experts(Product(x, "grouped_mm", transposed, 24, ends=ends), weight, [values], [positions])
+    of_x, of_values = torch.autograd.grad(output, (x, values), grad)
+    dense = weight.clone()
+    add_delta_(dense, positions, values.detach())
+    of_weight = torch.zeros_like(dense)
+    for expert, rows in ((0, slice(0, 3)), (2, slice(3, 8)), (3, slice(8, 9))):
+        matrix = dense[expert].T if transposed else dense[expert]
+        product = grad[rows].T @ x[rows].detach()
+        of_weight[expert] = product.T if transposed else product
+        torch.testing.assert_close(output[rows], F.linear(x[rows], matrix))
+        torch.testing.assert_close(of_x[rows], grad[rows] @ matrix)
+    torch.testing.assert_close(of_values, of_weight.view(-1)[positions.long()])
 
 
 # Probing, against a model in which every expert is a linear of its own.
