@@ -211,7 +211,7 @@ def test_copies_and_casts_keep_positions_and_round_values_as_torch_does(
     for layer in model.modules():
         if isinstance(layer, DowserLayer):
             index = layer.index("default")
-            assert torch.equal(index.decoded(), decode(index.code, layer.target.numel, index.nnz))
+            assert torch.equal(index.decoded(), decode(index.code, index.layout.size, index.count))
     adapted_output = output(model)
     assert torch.equal(output(model.merge_and_unload()), adapted_output)
 
