@@ -1,7 +1,7 @@
 """What PEFT users can do with LoRA, SHiRA, Super-Tuning, OSF and Dowser: every cell is tried on a small random model.
 
     python examples/features/capabilities.py            prints the table
-    python examples/features/capabilities.py --readme   writes it into the README, between its markers
+    python examples/features/capabilities.py --readme   writes it into README.md next to it
 
 A capability is there where the attempt does what it should: an error, or an output that silently stays what it was, is
 a no. bitsandbytes must be installed for the row of quantized bases.
@@ -49,7 +49,7 @@ from peft_dowser import DowserConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import into_readme
+from measure import between_markers
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->"
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -433,7 +433,7 @@ def table(capabilities: dict[str, Callable[[Method, Path], None]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Capabilities of PEFT methods, each tried.")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md next to this file")
     parser.add_argument("--why", action="store_true", help="say why a capability is missing")
     options = parser.parse_args()
     if options.why:
@@ -441,7 +441,7 @@ def main() -> None:
     found = table(CAPABILITIES)
     print(found)
     if options.readme:
-        into_readme(found, BEGIN, END)
+        between_markers(Path(__file__).parent / "README.md", found, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table of capabilities is what its script finds."""
+"""The table in README.md next to the script of capabilities is what its script finds."""
 
 import importlib.util
 import sys
@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT / "examples" / "features"))
 
 import capabilities  # noqa: E402
 
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "examples" / "features" / "README.md").read_text()
 HAS_BITSANDBYTES = importlib.util.find_spec("bitsandbytes") is not None
 MARKS = {
     "4-bit base (bitsandbytes)": [
