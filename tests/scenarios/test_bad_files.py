@@ -155,13 +155,13 @@ ROWS = [
     (
         "18 one bit less",
         without_manifest(tensors(lambda t: t[CODE].view(-1).__setitem__(-1, 0))),
-        r"module 'up': the index code selects \d+ weights, but there are 24 values",
+        r"module 'up': the index code selects \d+ positions, expected 24",
     ),
-    ("18 all bits", without_manifest(tensors(lambda t: t[CODE].fill_(255))), r"selects \d+ weights"),
+    ("18 all bits", without_manifest(tensors(lambda t: t[CODE].fill_(255))), r"selects \d+ positions"),
     (
         "20 code too short",
         tensors(lambda t: t | {CODE: t[CODE][1:].clone()}),
-        r"the index code of 24 of 240 weights takes \d+ bytes, got \d+",
+        r"the index code of 24 of 240 positions takes \d+ bytes, got \d+",
     ),
     ("21 code of floats", tensors(lambda t: t | {CODE: t[CODE].float()}), r"one row of uint8, got torch\.float32"),
     ("21 code of bool", tensors(lambda t: t | {CODE: t[CODE].bool()}), r"one row of uint8, got torch\.bool"),
