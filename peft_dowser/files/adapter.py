@@ -83,9 +83,11 @@ class SavedAdapter:
             DeltaFormatError: they are not as many finite floating-point numbers as its count says.
         """
         values, nnz = self._read(f"{PREFIX}{module}{VALUES}"), self.counts[module]
-        has_channels = self.config.granularity == "input_channel" and values.dim() == 2 and values.numel() == nnz
+        shape: tuple[int, ...] = (nnz,)
+        if self.config.granularity == "input_channel":  # of a weight whose shape may not be known here
+            shape = tuple(values.shape) if values.dim() == 2 and values.numel() == nnz else (nnz, 1)
         with naming(self._place(module)):
-            check_values(values, tuple(values.shape) if has_channels else (nnz,))
+            check_values(values, shape)
         return values
 
     def code(self, module: str) -> Tensor:
@@ -118,7 +120,7 @@ class SavedAdapter:
                 "and save it again with this release."
             )
         self.check_complete()
-        return described_layouts(self.config.manifest, self.counts, self._where)
+        return described_layouts(self.config.manifest, self.counts, self.config.granularity, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
         """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
