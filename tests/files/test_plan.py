@@ -84,9 +84,12 @@ def test_planned_state_of_the_8_bit_optimizer_is_the_real_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_activations_are_what_autograd_keeps(dtype: str) -> None:
-    found = plan(architecture(), config(), dtype=dtype, batch=2, tokens=12)
-    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude")).train()
+@pytest.mark.parametrize(
+    "given", [{}, {"granularity": "input_channel"}, {"granularity": "input_channel", "channels": 9}]
+)
+def test_planned_activations_are_what_autograd_keeps(dtype: str, given: dict) -> None:
+    found = plan(architecture(), config(**given), dtype=dtype, batch=2, tokens=12)
+    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude", **given)).train()
     owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -195,6 +198,23 @@ def test_the_products_of_a_step_are_counted(quantization: str, additive: bool, c
     planned = plan(architecture(), config(), quantization=quantization, gradient_checkpointing=checkpointing)
     one = plan(architecture(), config()).step_flops / 3
     assert planned.step_flops / one == counter.get_total_flops() / full
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_step_with_channels_are_counted(checkpointing: bool) -> None:
+    """All targets of a model, each with an input that requires a gradient."""
+    given = {"granularity": "input_channel", "channels": 4}
+    model, total = get_peft_model(tiny_llama(), config(score="random", **given)), 0
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer):
+            x = torch.randn(12, layer.in_features, requires_grad=True)
+            with FlopCounterMode(display=False) as counter:
+                run = partial(checkpoint, layer, use_reentrant=True) if checkpointing else layer
+                run(x).sum().backward()
+            total += counter.get_total_flops()
+    assert plan(
+        architecture(), config(**given), tokens=12, gradient_checkpointing=checkpointing
+    ).step_flops == pytest.approx(total)
 
 
 def test_planned_statistics_are_those_of_a_probe() -> None:
