@@ -63,6 +63,7 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
     rows = [
         ("base model", facts["base_model_name_or_path"] or "not named"),
         ("update ratio asked for", f"{facts['update_ratio']:g}"),
+        ("granularity", facts["granularity"]),
         ("chosen by", f"score {facts['score']}, the {facts['select']}est by {facts['scope']}"),
         ("seed", facts["seed"]),
         ("adapted modules", f"{len(modules):,}"),

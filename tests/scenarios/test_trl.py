@@ -136,8 +136,35 @@ def test_resuming_gives_the_trajectory_of_an_uninterrupted_run(
 def test_resuming_with_another_ratio_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     sft(tokenizer, tmp_path, config(), save_steps=6).train()
     other = sft(tokenizer, tmp_path, config(update_ratio=0.2))
-    with pytest.raises(DeltaFormatError, match=r"was made with another update_ratio or base model|index code of"):
+    with pytest.raises(DeltaFormatError, match=r"was made with another update_ratio, granularity or base model"):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_sft_trains_input_channels_and_resumes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    given = {"granularity": "input_channel", "channels": 6}
+    options = {"save_steps": 3, "max_steps": 6, "gradient_checkpointing": True}
+    straight = sft(tokenizer, tmp_path / "straight", config(**given), **options)
+    base, start = frozen(straight.model), values(straight.model)
+    straight.train()
+    after = values(straight.model)
+    assert all(not torch.equal(after[name], start[name]) for name in start)
+    assert all(tensor.shape[1] == 6 for tensor in after.values())
+    assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(straight.model).items())
+    losses = [entry["loss"] for entry in straight.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    broken = sft(tokenizer, tmp_path / "broken", config(**given), **options)
+    broken.add_callback(StopAt(3))
+    broken.train()
+    resumed = sft(tokenizer, tmp_path / "broken", config(**given, seed=99), **options)
+    assert any(not torch.equal(a, b) for a, b in zip(codes(resumed.model), codes(straight.model), strict=True))
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in values(resumed.model).items())
+    assert [e["loss"] for e in resumed.state.log_history if "loss" in e] == losses
+    for other in ({}, {"granularity": "input_channel", "channels": 7}):
+        wrong = sft(tokenizer, tmp_path / "broken", config(**other), **options)
+        with pytest.raises(DeltaFormatError, match="another update_ratio, granularity or base model"):
+            wrong.train(resume_from_checkpoint=True)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
