@@ -267,7 +267,7 @@ def assert_as_merged(found: Tensor, expected: Tensor, granularity: Granularity) 
     if granularity == "weight":
         assert torch.equal(found, expected)
         return
-    tolerance = 32 * torch.finfo(expected.dtype).eps
+    tolerance = 16 * torch.finfo(expected.dtype).eps
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
