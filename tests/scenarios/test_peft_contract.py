@@ -101,7 +101,7 @@ def granularity(kind: str) -> Granularity:
 def choice(kind: str, **overrides) -> DowserConfig:
     _, targets, task = MODELS[kind]
     given = {"target_modules": targets, "score": "random", "granularity": granularity(kind), "task_type": task}
-    return DowserConfig(**given | overrides)
+    return DowserConfig(**(given | overrides))
 
 
 def made(kind: str, dtype: torch.dtype = torch.float32, **overrides) -> PeftModel:
