@@ -47,6 +47,7 @@ from transformers import (
 
 import peft_dowser
 from peft_dowser import DowserConfig
+from peft_dowser.delta.layout import Granularity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -69,9 +70,9 @@ METHODS: dict[str, Method] = {
 }
 
 
-def dowser(granularity: str, **given: Any) -> DowserConfig:
+def dowser(granularity: Granularity, **given: Any) -> DowserConfig:
     settings = {"target_modules": TARGETS, "score": "random", "init_weights": False, "task_type": "CAUSAL_LM"}
-    return DowserConfig(granularity=granularity, **settings | given)
+    return DowserConfig(granularity=granularity, **(settings | given))
 
 
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:
