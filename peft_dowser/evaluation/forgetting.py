@@ -43,7 +43,8 @@ class ForgettingCallback(TrainerCallback):
     Args:
         texts: upstream texts, as strings for the trainer's `processing_class`, as rows of token ids, or as keyword
             arguments of the model's forward with a batch dimension of 1; `labels` among them may be -100 where a token
-            does not count. None lets the base model write its own prompts, as a probe does: no data needed.
+            does not count, and without labels the placeholders of images do not. None lets the base model write its own
+            prompts, as a probe does: no data needed.
         config: number, length and seed of those prompts; None takes the defaults of `DowserConfig`.
         batch_size: texts per forward pass.
         max_length: longer texts are cut to this many tokens, except those given as keyword arguments.

@@ -37,8 +37,9 @@ class RehearsalCallback(TrainerCallback):
 
     Args:
         texts: strings for the trainer's `processing_class`, rows of token ids, or keyword arguments of the model's
-            forward with a batch dimension of 1, such as a processor returns, in which tokens with a label of -100 do
-            not count. None lets the base write its own; rank 0 writes for all, and the cache of probes keeps them.
+            forward with a batch dimension of 1, such as a processor returns, in which tokens with a label of -100, or
+            without labels the placeholders of images, do not count. None lets the base write its own; rank 0 writes for
+            all, and the cache of probes keeps them.
         weight: factor of the KL, compared with the loss of the training; 0 leaves the training as it is, bit for bit.
         every_n_steps: optimizer steps from one rehearsal to the next. At the same ratio of
             `weight` to `every_n_steps` a larger number costs less time.

@@ -76,8 +76,10 @@ class Texts:
             for_all = by_all_ranks if is_spread(model) else partial(from_rank, 0)
             return for_all(lambda: written_prompts(base_of(model), self.settings, self.reader))
         prompts = read_prompts(self.given, processing_class, self.max_length, self.reader)
-        _check_lengths(model, prompts)
-        return prompts
+        config = getattr(base_of(model), "config", None)
+        for number, prompt in enumerate(prompts):
+            _check_length(config, number, prompt, type(base_of(model)).__name__)
+        return [_counting(config, {key: value.cpu() for key, value in prompt.items()}) for prompt in prompts]
 
 
 def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
@@ -137,17 +139,26 @@ def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Pro
     return prompts
 
 
-def _check_lengths(model: Any, prompts: Sequence[Prompt]) -> None:
-    """Refuse texts that are longer than the model can read."""
-    config = getattr(base_of(model), "config", None)
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
-    for number, prompt in enumerate(prompts):
-        # XLNet says -1 where it has no limit.
-        if limit is not None and 0 < limit < (length := prompt["input_ids"].shape[1]):
-            raise ValueError(
-                f"texts[{number}] has {length} tokens, but {type(base_of(model)).__name__} reads {limit} at most "
-                f"(max_position_embeddings). Pass max_length={limit}, or shorter texts."
-            )
+def _check_length(config: Any, number: int, prompt: Prompt, model: str) -> None:
+    """Refuse a text that is longer than the model can read."""
+    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
+    # XLNet says -1 where it has no limit.
+    if limit is not None and 0 < limit < (length := prompt["input_ids"].shape[1]):
+        raise ValueError(
+            f"texts[{number}] has {length} tokens, but {model} reads {limit} at most (max_position_embeddings). Pass "
+            f"max_length={limit}, or shorter texts."
+        )
+
+
+def _counting(config: Any, prompt: Prompt) -> Prompt:
+    """A prompt in which the placeholders of an image, a video or a sound do not count, unless its labels say so."""
+    if "labels" in prompt or prompt.keys() <= {"input_ids", "attention_mask"}:
+        return prompt
+    ids = prompt["input_ids"]
+    names = (f"{kind}_token_{ending}" for kind in ("image", "video", "audio") for ending in ("id", "index"))
+    found = [token for name in names if isinstance(token := getattr(config, name, None), int)]
+    placeholders = torch.tensor(found, dtype=ids.dtype, device="cpu")
+    return prompt | {"labels": ids.masked_fill(torch.isin(ids, placeholders), IGNORED)}
 
 
 def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:

@@ -497,15 +497,17 @@ def test_noise_images_begin_the_texts_of_an_image_text_model(seeing: PeftModel, 
 
 def test_images_of_the_user_are_read(seeing: PeftModel, tmp_path: Path) -> None:
     processor = AutoProcessor.from_pretrained(TINY_LLAVA)
-    prompts = []
+    given, prompts = [], []
     for shade, question in ((40, "What is this?"), (200, "And this, in the dark?")):
         image = Image.new("RGB", (30, 30), (shade, 10, shade))
         content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         chat = [{"role": "user", "content": content}]
         inputs = dict(processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt"))
         is_image = inputs["input_ids"] == seeing.get_base_model().config.image_token_id
+        assert is_image.any()
+        given.append(inputs)
         prompts.append(inputs | {"labels": inputs["input_ids"].masked_fill(is_image, -100)})
-    callback = RehearsalCallback(prompts, batch_size=2)
+    callback = RehearsalCallback(given, batch_size=2)
     seeing.zero_grad()
     callback.on_train_begin(*hook_in(tmp_path), model=seeing)
     callback.on_step_begin(*hook_in(tmp_path), model=seeing)
