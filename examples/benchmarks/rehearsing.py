@@ -12,22 +12,26 @@ from functools import partial
 from typing import Any
 
 import torch
-from measure import device, in_fresh_process, llama, seconds_in_turn
+from measure import LINEARS, device, in_fresh_process, llama, seconds_in_turn
 from peers import adapted
+from peft import get_peft_model
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from peft_dowser import RehearsalCallback
+from peft_dowser import DowserConfig, RehearsalCallback
 
 EVERY = (1, 2, 4, 8)
-METHODS = ("full", "lora r=16", "dowser")
+METHODS = ("full", "lora r=16", "dowser", "channels")
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    return [row for method in METHODS for row in in_fresh_process(measure_method, method, 0.1, 512, 3 * rounds)]
+    return [row for method in METHODS for row in in_fresh_process(measure_method, method, 0.1, 512, 8 * rounds)]
 
 
 def measure_method(method: str, update_ratio: float, hidden: int, repetitions: int) -> list[dict[str, Any]]:
-    model = adapted(method, update_ratio, llama(hidden, layers=2)).train()
+    model = llama(hidden, layers=2)
+    channels = DowserConfig(granularity="input_channel", score="random", target_modules=LINEARS)
+    model = get_peft_model(model, channels) if method == "channels" else adapted(method, update_ratio, model)
+    model.train()
     base = llama(hidden, layers=2).eval() if method == "full" else None
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
     ids = torch.randint(1000, (1, 512), device=device())
@@ -57,10 +61,10 @@ def measure_method(method: str, update_ratio: float, hidden: int, repetitions: i
     for every in EVERY:
         callback = RehearsalCallback(list(texts), every_n_steps=every, base=base)
         callback.on_train_begin(*hook, model=model)
-        found = _ratio(partial(steps, every, callback), partial(steps, every), repetitions)
+        found = _ratio(partial(steps, every, callback), partial(steps, every), max(1, repetitions // every))
         rows.append({"method": method, "every": every, "step": found, "arithmetic": 1 + share / every})
     return rows
 
 
 def _ratio(one: Callable[[], None], other: Callable[[], None], repetitions: int) -> float:
-    return statistics.median(first / second for first, second in seconds_in_turn(one, other, repetitions, warmups=2))
+    return statistics.median(first / second for first, second in seconds_in_turn(one, other, repetitions))

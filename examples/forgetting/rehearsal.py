@@ -36,7 +36,7 @@ from measure import machine
 
 RATIO = 0.1
 # Of AdamW: those that the study has chosen at this ratio, at which every method has something to forget.
-RATES = {"full": 5e-4, "lora": 2e-3, "dowser": 4e-3}
+RATES = {"full": 5e-4, "lora": 2e-3, "dowser": 4e-3, "channels": 4e-3}
 TEXTS = {"num_probes": 64, "probe_length": 24}
 BATCH = 8  # texts of a rehearsal, 32 examples in a batch of the training
 IMAGES = {"none": 0.0, "text": 0.0, "images": 1.0}
