@@ -25,7 +25,6 @@ import transformers
 from fine_tune import Record, Run, score, train
 from methods import DENSE, adapt
 from sources import TINY_LLAVA, Source, tiny
-from torch import nn
 from tqdm.auto import tqdm
 from transformers import ProcessorMixin, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -43,7 +42,7 @@ IMAGES = {"none": 0.0, "text": 0.0, "images": 1.0}
 # Texts, weight of the KL, steps from one rehearsal to the next.
 REHEARSALS = (("none", 0.0, 1), ("text", 1.0, 1), ("images", 1.0, 1))
 RARER = tuple(("images", float(every), every) for every in (2, 4, 8))
-POINTS = 10  # of a curve
+POINTS = (30, 40, 50, 60, 70, 80, 100)  # of a curve, in percent of the steps: the task is learned between these
 LEVELS = (60.0, 80.0, 90.0)  # percent learned, at which methods are compared
 
 
@@ -63,29 +62,23 @@ class Rehearsed(Run):
 
 
 class Curve(TrainerCallback):
-    """Percent kept and learned along a training, in pairs."""
+    """Percent kept and learned along a training, in pairs, at `POINTS`."""
 
     def __init__(self, source: Source, processor: ProcessorMixin) -> None:
         self.source, self.processor = source, processor
         self.points: list[tuple[float, float]] = []
 
-    def add(self, model: nn.Module) -> None:
-        known = [score(model, self.processor, examples, self.source) for examples in self.source.upstream.values()]
-        learned = score(model, self.processor, self.source.test, self.source)
-        self.points.append((statistics.fmean(known), learned))
-
-    def on_train_begin(self, *hook: Any, model: nn.Module, **kwargs: Any) -> None:
-        self.add(model)
-
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step % (state.max_steps // POINTS) == 0:
-            self.add(model)
+        if 100 * state.global_step in [point * state.max_steps for point in POINTS]:
+            known = [score(model, self.processor, examples, self.source) for examples in self.source.upstream.values()]
+            learned = score(model, self.processor, self.source.test, self.source)
+            self.points.append((statistics.fmean(known), learned))
 
 
 def run_one(run: Rehearsed, source: Source) -> Record:
-    """The fields of a run, and its curve: [kept, learned] from the start to the end, in percent."""
+    """The fields of a run, and its curve: [kept, learned] at `POINTS`, in percent."""
     model, processor = source.load()
     adapted, callbacks = adapt(model, run.method, run.update_ratio, run.seed, lambda: [])
     curve = Curve(source, processor)
