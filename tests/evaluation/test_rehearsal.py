@@ -42,7 +42,8 @@ def adapted(kind: str = "dowser", dtype: torch.dtype = torch.float64, dropout: f
                 if "lora_B" in name:
                     parameter.normal_(std=0.05)
         return model.to(dtype).train()
-    model = get_peft_model(tiny_llama(dtype), config(score="random", update_ratio=0.3))
+    granularity = "input_channel" if kind == "channels" else "weight"
+    model = get_peft_model(tiny_llama(dtype), config(score="random", update_ratio=0.3, granularity=granularity))
     set_values(model)
     return model.train()
 
@@ -86,7 +87,7 @@ class State:
     log_history: list = []  # noqa: RUF012
 
 
-@pytest.mark.parametrize("kind", ["dowser", "lora"])
+@pytest.mark.parametrize("kind", ["dowser", "channels", "lora"])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_gradient_is_that_of_the_formula_beside_the_loss(kind: str, weight: float, tmp_path: Path) -> None:
     model = adapted(kind)
@@ -223,7 +224,7 @@ def test_a_part_of_a_prompt_that_does_not_count_has_no_gradient() -> None:
 # In a Trainer
 
 
-@pytest.mark.parametrize("kind", ["dowser", "lora"])
+@pytest.mark.parametrize("kind", ["dowser", "channels", "lora"])
 def test_with_a_weight_of_zero_a_training_is_bit_for_bit_the_same(kind: str, tmp_path: Path) -> None:
     with_it, without = (adapted(kind, torch.float32, dropout=0.1) for _ in range(2))
     trained(with_it, tmp_path / "a", [RehearsalCallback(TEXTS, weight=0)])
@@ -259,7 +260,7 @@ def test_it_is_clipped_with_the_loss(tmp_path: Path) -> None:
     assert float(torch.stack([step.norm() for step in steps]).norm()) == pytest.approx(1e-3, rel=1e-2)
 
 
-@pytest.mark.parametrize("kind", ["dowser", "lora", "full"])
+@pytest.mark.parametrize("kind", ["dowser", "channels", "lora", "full"])
 def test_a_resumed_training_is_a_straight_one(kind: str, tmp_path: Path) -> None:
     """With dropout: the texts, their order and the random numbers are the same."""
     options = {"save_strategy": "steps", "save_steps": 2}
