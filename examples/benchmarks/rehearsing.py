@@ -1,6 +1,6 @@
 """Time of a training step with a rehearsal in every n-th step, compared with the arithmetic.
 
-A Llama of hidden size 512 with 2 layers trains on 512 tokens; a rehearsal reads 2 texts of 64 tokens, the defaults of
+A Llama of hidden size 256 with 2 layers trains on 512 tokens; a rehearsal reads 2 texts of 64 tokens, the defaults of
 `RehearsalCallback`. n steps with one rehearsal and n steps without take turns, so "step" is a ratio in which a busy
 machine cancels. "arithmetic" is the ratio that one forward without a graph and one forward and backward over the 128
 tokens would give, each of them measured in the same turns. With full fine-tuning the base is a second model.
@@ -24,7 +24,7 @@ METHODS = ("full", "lora r=16", "dowser", "channels")
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    return [row for method in METHODS for row in in_fresh_process(measure_method, method, 0.1, 512, 8 * rounds)]
+    return [row for method in METHODS for row in in_fresh_process(measure_method, method, 0.1, 256, 8 * rounds)]
 
 
 def measure_method(method: str, update_ratio: float, hidden: int, repetitions: int) -> list[dict[str, Any]]:

@@ -68,14 +68,10 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     if not isinstance(model, PeftModel):
         yield
         return
-    reshard(model)
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with model.disable_adapter():
-            try:
-                yield
-            finally:
-                reshard(model)
+            yield
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)

@@ -268,11 +268,11 @@ def rehearsed(model: nn.Module, parallel: nn.Module, rank: int = 0, ranks: int =
     arguments = TrainingArguments(report_to=[], use_cpu=True)
     assert (arguments.process_index, arguments.world_size) == (rank, ranks)
     callback = RehearsalCallback(TEXTS, weight=3.0, every_n_steps=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
     # The trainer hands out the model inside DDP, and the sharded one itself.
     hook: Any = (arguments, TrainerState(), TrainerControl())
     inner = model if isinstance(parallel, DistributedDataParallel) else parallel
     callback.on_train_begin(*hook, model=inner)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
     losses = []
     for step in range(4):
         hook[1].global_step = step
