@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset, load_dataset
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig
+from peft_dowser import DowserConfig, RehearsalCallback
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 
@@ -49,7 +49,11 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder for the adapter")
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--rehearse", type=float, default=0.0, help="weight of the KL to the base on its own texts")
     options = parser.parse_args()
+
+    # The base's own texts, after noise images.
+    texts = DowserConfig(probe_images=1.0)
 
     trainer = SFTTrainer(
         model=options.model,  # brings its processor along
@@ -65,6 +69,7 @@ def main() -> None:
         train_dataset=conversations(options.images) if options.images else pale_digits(1000),
         # Half of the probes begin with a noise image, which protects the way from the images to the answers too.
         peft_config=DowserConfig(update_ratio=0.1, probe_images=0.5, task_type="CAUSAL_LM"),
+        callbacks=[RehearsalCallback(weight=options.rehearse, config=texts)] if options.rehearse else None,
     )
     trainer.train()
     trainer.save_model()

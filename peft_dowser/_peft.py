@@ -32,7 +32,7 @@ from peft.utils.quantization_utils import (
     get_quantization_kwargs,  # how torchao quantizes a weight again
     resolve_quantization_backend,  # which library has quantized a layer
 )
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils.hub import PushToHubMixin  # whose upload follows the card, see `keep_cards`
 
 NAME = "DOWSER"
@@ -100,6 +100,15 @@ def adapters_of(wrapper: AuxiliaryTrainingWrapper) -> Collection[str]:
 def saved_names_in(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, str]:
     """The names of an adapter's tensors in the wrapper, by their names in the adapter's file."""
     return wrapper.adapter_state_dict_load_map(adapter_name)
+
+
+def adapter_parts(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules that hold tensors of adapters of any PEFT method, as against the weights of the base."""
+    for wrapper in model.modules():
+        if isinstance(wrapper, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            for name in (*wrapper.adapter_layer_names, *wrapper.other_param_names):
+                part = getattr(wrapper, name, None)
+                yield from part.modules() if isinstance(part, nn.Module) else ()
 
 
 def convert_exactly(factors: Callable[[BaseTunerLayer, float, str], tuple[Tensor, Tensor, int] | None]) -> None:

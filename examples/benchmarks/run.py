@@ -4,7 +4,8 @@
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
 GPU where torch has one. On two CPU cores: step 15 minutes, ratios (steps at rho = 0.01 and 0.5) 30, variants (steps
-with checkpointing, compiled) 20, channels 20, generation 60, launches 2, probing 5, files 6, switching 5, billion 3.
+with checkpointing, compiled) 20, channels 20, generation 60, launches 2, probing 5, files 6, switching 5, rehearsing
+5, billion 3.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import generation
 import launches
 import one_billion
 import probing
+import rehearsing
 import switching
 import training_step
 from measure import report
@@ -33,6 +35,7 @@ PARTS: dict[str, Callable[[int], Any]] = {
     "probing": probing.measure,
     "files": files.measure,
     "switching": switching.measure,
+    "rehearsing": rehearsing.measure,
     "billion": one_billion.measure,
 }
 

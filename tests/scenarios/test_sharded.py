@@ -1,5 +1,6 @@
 """FSDP1, FSDP2 (plain and by accelerate) and DDP on two ranks: probes, trains, generates, saves as one process does."""
 
+import copy
 import logging
 import os
 import traceback
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from cases import GRANULARITIES, every_granularity
 from groups import PROBES, STEPS, batch_of, close, on_ranks, steps_of
 from models import config, set_values, tiny_llama
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,13 +38,14 @@ from trainings import HOOK
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, probe
+from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, RehearsalCallback, probe
 from peft_dowser.baselines import SpiderCallback
 from peft_dowser.delta.layout import Granularity
 from peft_dowser.probing.statistics import ModuleStatistics
 
 pytestmark = pytest.mark.slow  # starts processes
 
+TEXTS = [[1, 5, 9, 30, 7, 11], [1, 40, 41, 42], [1, 8, 8, 20, 21], [1, 33, 12, 6, 60, 50, 44]]
 RAM_EFFICIENT = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 
 
@@ -245,7 +247,7 @@ def forgetting(rank: int) -> tuple[str, list[dict]]:
     """What ForgettingCallback says without texts, and what it logs with them."""
     model = with_fsdp2(get_peft_model(tiny_llama(), config(score="random")))[0]
     with pytest.raises(ValueError) as raised:
-        ForgettingCallback().on_train_begin(*HOOK, model=model)
+        ForgettingCallback().on_train_begin(TrainingArguments(report_to=[], use_cpu=True), *HOOK[1:], model=model)
     return str(raised.value), measured(model)
 
 
@@ -255,6 +257,66 @@ def measured(model: nn.Module) -> list[dict]:
     args = TrainingArguments(report_to=[], use_cpu=True)
     ForgettingCallback([[1, 5, 9, 7]]).on_train_begin(args, state, TrainerControl(), model=model)
     return state.log_history
+
+
+REHEARSED = ("ddp", "fsdp2", "fsdp2, base layers as units", "fsdp2 in one unit", "fsdp2 by accelerate")
+KINDS = {
+    "dowser": config(score="random", update_ratio=0.3),
+    "lora": LoraConfig(target_modules=["q_proj", "up_proj"], lora_alpha=64, init_lora_weights=False),
+}
+
+
+def rehearsed(model: nn.Module, parallel: nn.Module, rank: int = 0, ranks: int = 1) -> list[float]:
+    """The losses of a training of accumulated batches with a rehearsal in every second step, and its mean KL."""
+    arguments = TrainingArguments(report_to=[], use_cpu=True)
+    assert (arguments.process_index, arguments.world_size) == (rank, ranks)
+    callback = RehearsalCallback(TEXTS, weight=3.0, every_n_steps=2)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=10.0)
+    # The trainer hands out the model inside DDP, and the sharded one itself.
+    hook: Any = (arguments, TrainerState(), TrainerControl())
+    inner = model if isinstance(parallel, DistributedDataParallel) else parallel
+    callback.on_train_begin(*hook, model=inner)
+    losses = []
+    for step in range(4):
+        hook[1].global_step = step
+        optimizer.zero_grad()
+        callback.on_step_begin(*hook, model=inner)
+        for number in range(2):
+            part = batch_of(2 * step + number).chunk(ranks)[rank]
+            whole = number == 1 or ranks == 1 or not isinstance(parallel, DistributedDataParallel)
+            with nullcontext() if whole else parallel.no_sync():
+                loss = parallel(input_ids=part, labels=part).loss / 2
+                loss.backward()
+            total = loss.detach().clone()
+            if ranks > 1:
+                dist.all_reduce(total)
+            losses.append(total.item() / ranks)
+        optimizer.step()
+    logs = {"loss": 0.0}
+    callback.on_log(*hook, logs=logs)
+    return [*losses, logs["rehearsal_kl"]]
+
+
+def rehearsals(rank: int) -> dict[str, Any]:
+    """What is found with each engine and adapter, and what is said where the weights cannot be followed."""
+    found: dict[str, Any] = {}
+    for engine in REHEARSED:
+        for kind, adapter in KINDS.items():
+            torch.manual_seed(0)
+            model = get_peft_model(tiny_llama(), copy.deepcopy(adapter))
+            parallel, _ = (ENGINES | PROBED_ENGINES)[engine](model)
+            found[f"{engine}, {kind}"] = rehearsed(model, parallel, rank, 2)
+    arguments = TrainingArguments(report_to=[], use_cpu=True)
+    hook: Any = (arguments, TrainerState(), TrainerControl())
+    for engine, texts in (("fsdp1", TEXTS), ("fsdp2", None)):
+        model = ENGINES[engine](get_peft_model(tiny_llama(), config(score="random")))[0]
+        with pytest.raises(ValueError) as raised:
+            RehearsalCallback(texts).on_train_begin(*hook, model=model)
+        found[f"refused, {engine}"] = str(raised.value)
+    own = RehearsalCallback(config=config(num_probes=3, seed=rank))
+    own.on_train_begin(*hook, model=get_peft_model(tiny_llama(), config(score="random")))
+    found["own"] = [prompt["input_ids"].tolist() for prompt in own.prompts]
+    return found
 
 
 def spider_refuses(rank: int) -> dict[str, bool]:
@@ -277,6 +339,7 @@ def all_engines(rank: int, folder: str) -> dict:
         "refused": partial(refused, rank),
         "spider": partial(spider_refuses, rank),
         "forgetting": partial(forgetting, rank),
+        "rehearsals": partial(rehearsals, rank),
     }
     for granularity in GRANULARITIES:
         place = Path(folder) / granularity
@@ -377,6 +440,30 @@ def test_forgetting_of_a_sharded_model_is_measured_on_texts(results: list[dict])
         message, log = found["forgetting"]
         assert "sharded PeftModel write prompts" in message
         close([entry["upstream_loss"] for entry in log], [entry["upstream_loss"] for entry in expected])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("engine", REHEARSED)
+def test_two_ranks_rehearse_as_one_does(engine: str, kind: str, results: list[dict]) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_llama(), copy.deepcopy(KINDS[kind]))
+    expected = rehearsed(model, model)
+    assert expected[-1] > 1e-3  # it is held to something
+    for found in results:
+        assert isinstance(found["rehearsals"], dict), found["rehearsals"]
+        close(found["rehearsals"][f"{engine}, {kind}"], expected)
+
+
+def test_ranks_rehearse_on_the_texts_that_the_first_has_written(results: list[dict]) -> None:
+    own = [found["rehearsals"]["own"] for found in results]
+    assert own[0] == own[1]
+
+
+def test_rehearsal_says_which_sharding_it_cannot_follow(results: list[dict]) -> None:
+    for found in results:
+        said = found["rehearsals"]
+        assert "whose weights are sharded by FSDP1 or tensor parallelism. Train with DDP" in said["refused, fsdp1"]
+        assert "RehearsalCallback cannot let the base inside a sharded" in said["refused, fsdp2"]
 
 
 @every_granularity
