@@ -20,6 +20,7 @@ from .evaluation.rehearsal import RehearsalCallback  # noqa: E402
 from .files.extraction import extract  # noqa: E402
 from .files.inspection import diff, inspect  # noqa: E402
 from .files.merging import merge, verify  # noqa: E402
+from .files.patching import read_patch, write_patch  # noqa: E402
 from .files.planning import plan  # noqa: E402
 from .layers.layer import DowserLayer  # noqa: E402
 from .probing.run import probe  # noqa: E402
@@ -47,7 +48,9 @@ __all__ = [
     "merge",
     "plan",
     "probe",
+    "read_patch",
     "verify",
+    "write_patch",
 ]
 
 register(DowserConfig, DowserModel)

@@ -16,6 +16,7 @@ from ..delta.format import quoted
 from ..delta.masks import shared
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
+from .places import groups, in_order
 
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
@@ -57,8 +58,9 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
 
     Returns:
-        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" the
-        `ModuleFacts` of each as a dict, ordered by name.
+        How the mask was chosen, what all modules are together, "bytes" of the file, under "modules" the `ModuleFacts`
+        of each as a dict, in the order of the layers, and under "groups" the same facts of all modules of a kind, and
+        of a layer.
 
     Raises:
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
@@ -69,9 +71,12 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         saved.check_complete()
         shapes = {} if saved.config.manifest is None else saved.shapes()
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
-        modules = [_facts(saved, name, shapes.get(name), vanished.get(name)) for name in sorted(saved.counts)]
+        modules = [_facts(saved, name, shapes.get(name), vanished.get(name)) for name in in_order(saved.counts)]
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
-    return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
+    facts = {module.module: module for module in modules}
+    grouped = [_group(name, [facts[one] for one in names]) for name, names in groups(facts).items()]
+    together = _together(modules) | {"bytes": saved.size}
+    return chosen | together | {"groups": grouped, "modules": [asdict(module) for module in modules]}
 
 
 def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, vanished: int | None) -> ModuleFacts:
@@ -98,6 +103,17 @@ def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
         "ratio": trained / sum(sizes) if sizes else None,
         "delta_norm": math.hypot(*(module.delta_norm for module in modules)),
         "vanished": sum(vanished) / trained if vanished else None,
+    }
+
+
+def _group(name: str, modules: list[ModuleFacts]) -> dict[str, Any]:
+    """The facts of several modules as if they were one."""
+    return _together(modules) | {
+        "group": name,
+        "modules": len(modules),
+        "dtype": ", ".join(sorted({module.dtype for module in modules})),
+        "index_bits": sum(module.index_bits for module in modules),
+        "bytes": sum(module.bytes for module in modules),
     }
 
 
@@ -207,7 +223,7 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
         shapes_a, shapes_b = first.shapes(), second.shapes()
         _check_same(first.name, shapes_a, second.name, shapes_b)
         shapes = shapes_a | shapes_b
-        return {name: _compare(name, math.prod(shapes[name]), first, second) for name in sorted(shapes)}
+        return {name: _compare(name, math.prod(shapes[name]), first, second) for name in in_order(shapes)}
 
 
 def _compare(module: str, numel: int, a: SavedAdapter, b: SavedAdapter) -> Overlap:

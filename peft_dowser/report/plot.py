@@ -5,7 +5,6 @@ it, and neither pyplot nor a window is touched.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..delta.format import printable, quoted
 from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
 from ..files.inspection import inspect
+from ..files.places import OUTSIDE, places
 from ..probing import scores
 from ..probing.statistics import ModuleStatistics, ProbeStatistics
 
@@ -168,15 +168,15 @@ def _without_weight(module: ModuleStatistics) -> float:
 
 def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
     """Maps of numbers by module, side by side: a row for each kind of module, a column for each layer."""
-    places = _places(next(iter(maps.values())))
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    layers = sorted({layer for _, layer in places.values()})
+    found = places(next(iter(maps.values())))
+    kinds = list(dict.fromkeys(kind for kind, _ in found.values()))
+    layers = sorted({layer for _, layer in found.values()})
     size = (2.2 + len(maps) * max(2.4, 0.16 * len(layers) + 0.9), 1.3 + 0.26 * len(kinds))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
     for axes, (title, numbers) in zip(panels, maps.items(), strict=True):
         sums, counts = torch.zeros(2, len(kinds), len(layers), dtype=torch.float64, device="cpu")
-        for name, (kind, layer) in places.items():
+        for name, (kind, layer) in found.items():
             at = kinds.index(kind), layers.index(layer)
             sums[at] += numbers[name]
             counts[at] += 1
@@ -190,27 +190,10 @@ def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
         axes.set_title(title, fontsize="medium")
         axes.set_xlabel("layer")
         step = -(-len(layers) // 12)
-        axes.set_xticks(range(0, len(layers), step), ["-" if n < 0 else str(n) for n in layers[::step]])
+        axes.set_xticks(range(0, len(layers), step), ["-" if n == OUTSIDE else str(n) for n in layers[::step]])
         figure.colorbar(image, ax=axes)
     panels[0].set_yticks(range(len(kinds)), [printable(kind[:100]) for kind in kinds], parse_math=False)
     return figure
-
-
-def _places(names: Mapping[str, float]) -> dict[str, tuple[str, int]]:
-    """For each module, its name in its layer and the number of the layer; -1 for a module outside the layers.
-
-    'model.layers.3.mlp.up_proj' is the 'mlp.up_proj' of layer 3. Where there are several stacks of layers, such as an
-    encoder and a decoder, the name of the stack stays in front.
-    """
-    found = {name: re.fullmatch(r"(.*?)\.?\b(\d+)\.(.+?)(\[\d+\])?", name) for name in names}
-    stacks = {match[1] for match in found.values() if match}
-    places = {}
-    for name, match in found.items():
-        if match is None:
-            places[name] = (name, -1)
-        else:
-            places[name] = (match[3] if len(stacks) == 1 else f"{match[1]}: {match[3]}", int(match[2]))
-    return places
 
 
 def _density(title: str, rows: Tensor, columns: Tensor, height: int, width: int) -> Figure:
