@@ -1,5 +1,6 @@
 """The model card of a saved adapter: how it is loaded, and what it is."""
 
+import math
 import re
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 TAGS = {"dowser", "sparse", "peft"}
 
+# What the card calls the numbers of `ForgettingCallback`.
+MEASURED = "measured in training"
+
+# A card may come from a stranger: no more of it is read.
+_LONGEST_CARD = 100_000
 
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
@@ -38,6 +44,26 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
     text = re.sub(f"{_BEGIN}.*?{_END}\n*", "", card.text, flags=re.DOTALL)
     card.text = f"{section}\n\n{text.lstrip()}"
     card.save(path)
+
+
+def measured(folder: Path) -> dict[str, float]:
+    """What the card in a folder says was measured in training, by name; empty where it does not say so."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        ours = re.search(f"{_BEGIN}(.*?){_END}", file.read(_LONGEST_CARD), re.DOTALL)
+    line = re.search(f"^- {MEASURED}: (.*)$", ours[1], re.MULTILINE) if ours else None
+    pairs = re.findall(r"(\w{1,40}) (-?[0-9.]+(?:e[+-]?[0-9]+)?)(?:, |$)", line[1]) if line else []
+    return {name: number for name, text in pairs if (number := _number(text)) is not None}
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:  # 1.2.3
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _hide_local_base(card: ModelCard) -> None:

@@ -261,10 +261,10 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
         return
-    for key, value in found.items():
-        if key == "bytes":
-            print(f"size: {_size(value)}")
-        elif key not in ("groups", "modules") and value is not None:
+    measured = {f"{name} in training": value for name, value in found["measured"].items()}
+    own = {key: value for key, value in found.items() if key not in ("bytes", "measured", "groups", "modules")}
+    for key, value in (own | {"trained": f"{found['trained']:,}", "size": _size(found["bytes"])} | measured).items():
+        if value is not None:
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {printable(str(value))}")
     columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'size':>10} {'bits/index':>10} {'|delta|':>10}"
     print(f"{columns} {'vanish':>7}  module")

@@ -58,9 +58,9 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
 
     Returns:
-        How the mask was chosen, what all modules are together, "bytes" of the file, under "modules" the `ModuleFacts`
-        of each as a dict, in the order of the layers, and under "groups" the same facts of all modules of a kind, and
-        of a layer.
+        How the mask was chosen, what all modules are together, "bytes" of the file, under "measured" what the model
+        card says that `ForgettingCallback` measured, under "modules" the `ModuleFacts` of each as a dict, in the order
+        of the layers, and under "groups" the same facts of all modules of a kind, and of a layer.
 
     Raises:
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
@@ -75,7 +75,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
     facts = {module.module: module for module in modules}
     grouped = [_group(name, [facts[one] for one in names]) for name, names in groups(facts).items()]
-    together = _together(modules) | {"bytes": saved.size}
+    together = _together(modules) | {"bytes": saved.size, "measured": saved.measured}
     return chosen | together | {"groups": grouped, "modules": [asdict(module) for module in modules]}
 
 

@@ -31,7 +31,7 @@ ARROWS = {
     "layers": {"delta", "base"},
     "baselines": {"delta", "base"},
     "evaluation": {"delta", "base", "probing", "config"},
-    "files": {"delta", "base", "config", "baselines"},
+    "files": {"delta", "base", "config", "card", "baselines"},
     "tuner": {"delta", "base", "probing", "layers", "files", "config"},
     "report": {"delta", "probing", "evaluation", "files"},
 }
