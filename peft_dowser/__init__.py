@@ -12,6 +12,7 @@ ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
 from . import baselines, delta, evaluation  # noqa: E402
 from ._peft import keep_cards, register  # noqa: E402
+from ._tested import report_untested  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
 from .config import DowserConfig  # noqa: E402
 from .delta.codec import DeltaFormatError  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
 register(DowserConfig, DowserModel)
 keep_cards(DowserConfig)
 watch_loads()
+report_untested()
 
 
 def __dir__() -> list[str]:

@@ -17,6 +17,10 @@ MEASURED = "measured in training"
 # A card may come from a stranger: no more of it is read.
 _LONGEST_CARD = 100_000
 
+# By name it would be another package: nobody has registered "peft-dowser" on PyPI. When the repository has an address,
+# or the name is registered, this line says so.
+INSTALL = "pip install ./peft-dowser"
+
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
 
@@ -77,14 +81,14 @@ def _hide_local_base(card: ModelCard) -> None:
 def _loading(task_type: str | None) -> str:
     # PEFT refuses other classes for a known task.
     known = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
-    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}")
+    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}").replace("INSTALL", INSTALL)
 
 
 _LOADING = """\
 ## A sparse delta, made with peft-dowser
 
 ```python
-import peft_dowser  # pip install peft-dowser; lets PEFT read the adapter
+import peft_dowser  # lets PEFT read the adapter
 from peft import AutoPeftModel
 
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
@@ -92,7 +96,10 @@ model = AutoPeftModel.from_pretrained("this repository, or its folder")
 
 Without the first line PEFT raises `KeyError: 'DOWSER'`, also in code further down this card. This class does not load
 every base (image-text models, for example); then load the base yourself and call
-`PeftModel.from_pretrained(base, "this repository, or its folder")`."""
+`PeftModel.from_pretrained(base, "this repository, or its folder")`.
+
+Install peft-dowser from a copy of its source, in the folder above it: `INSTALL`. Do not install it by its name
+alone: when this card was written, the name was not registered on PyPI, and what has it now may be another package."""
 
 
 def _is_local(name: str) -> bool:
