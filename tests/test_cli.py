@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -117,6 +118,19 @@ def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> Non
     info, default = ProbeStatistics.load(path).info, DowserConfig()
     for field in ("num_probes", "num_rademacher", "probe_length", "probe_images", "seed"):
         assert getattr(info, field) == getattr(default, field)
+
+
+@pytest.mark.quantized
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_probe_loads_the_model_quantized(bits: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    assert main(["probe", str(base), "-o", str(path), *QUICK, "--quantization", bits]) == 0
+    found = ProbeStatistics.load(path)
+    given = DowserConfig(num_probes=3, num_rademacher=2, probe_length=10)
+    dense = probe(LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16), given)
+    assert found.modules.keys() == dense.modules.keys()
+    assert any(not torch.equal(found.modules[name].sensitivity, one.sensitivity) for name, one in dense.modules.items())
 
 
 # inspect

@@ -172,7 +172,7 @@ def _rows(modules: list[dict[str, Any]], title: str) -> str:
     rows = [
         (
             row[title],
-            " x ".join(map(str, row["shape"])) if title == "module" else f"{row['modules']:,} modules",
+            " x ".join(map(str, row["shape"])) if title == "module" else f"{row['modules']:,}",
             f"{row['trained']:,}",
             _percent(row["ratio"]),
             row["dtype"],
@@ -182,7 +182,8 @@ def _rows(modules: list[dict[str, Any]], title: str) -> str:
         )
         for row in modules
     ]
-    header = (title, "shape", "trained", "ratio", "values", "bytes", "bits/position", "norm")
+    second = "shape" if title == "module" else "modules"
+    header = (title, second, "trained", "ratio", "values", "bytes", "bits/position", "norm")
     return _table(header, rows, numbers=(2, 3, 5, 6, 7))
 
 

@@ -104,7 +104,7 @@ def test_the_page_says_what_inspect_says(tmp_path: Path, capsys: pytest.CaptureF
     at = cells.index(facts["groups"][0]["group"])
     rows = [cells[start : start + 8] for start in range(at, at + 8 * len(facts["groups"]), 8)]
     for row, expected in zip(rows, facts["groups"], strict=True):
-        assert row[:3] == [expected["group"], f"{expected['modules']} modules", f"{expected['trained']:,}"]
+        assert row[:3] == [expected["group"], f"{expected['modules']}", f"{expected['trained']:,}"]
     at = cells.index(facts["modules"][0]["module"])
     rows = [cells[start : start + 8] for start in range(at, len(cells), 8)]
     assert [row[0] for row in rows] == [row["module"] for row in facts["modules"]]
