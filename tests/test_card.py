@@ -27,6 +27,7 @@ def test_the_card_says_how_to_load_the_adapter_and_what_it_is(
     assert {"dowser", "sparse", "peft"} <= set(card.data["tags"])
     first = card.text.index("import peft_dowser")
     assert first < card.text.index("from peft import AutoPeftModel")
+    assert "`pip install ./peft-dowser`. Do not install it by its name\nalone" in card.text
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     trained, _ = model.get_nb_trainable_parameters()
     for line in (
