@@ -101,14 +101,9 @@ def _probe(options: argparse.Namespace) -> None:
     statistics = probe(_load(options), config)
     statistics.save(options.output)
     size = Path(options.output).stat().st_size
-    passes = "{probes:,} probes" if statistics.info.num_rademacher else "{probes:,} probes of forwards only"
-    _tell(
-        options,
-        "{modules:,} modules, " + passes + ", {bytes}",
-        modules=len(statistics.modules),
-        probes=statistics.info.num_probes,
-        bytes=size,
-    )
+    info = statistics.info
+    text = "{modules:,} modules, {probes:,} probes" + ("" if info.num_rademacher else " of forwards only") + ", {bytes}"
+    _tell(options, text, modules=len(statistics.modules), probes=info.num_probes, bytes=size)
 
 
 def _extract(options: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ def test_the_card_says_how_to_load_the_adapter_and_what_it_is(
     for line in (
         "base model: someone/base",
         f"trained weights: {trained:,}",
-        "update ratio: 0.25",
+        "trains: 0.25 of the single weights",
         "chosen by: score dowser, the lowest by matrix",
         "probe: N = 4, R = 2, T = 12",
         "seed: 3",

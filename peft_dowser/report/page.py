@@ -72,9 +72,8 @@ def report(adapter: str | Path, output: str | Path, statistics: str | Path | Non
     """
     facts = inspect(adapter)
     modules = facts.pop("modules")
-    moved = list(
-        _deltas(adapter, facts["granularity"], modules)
-    )  # refuses an adapter without a manifest, and so without ratios
+    # Refuses an adapter without a manifest, and so without ratios.
+    moved = list(_deltas(adapter, facts["granularity"], modules))
     sections = [_section("The adapter", _facts(facts, modules)), *moved]
     if statistics is not None:
         sections.append(_probe(ProbeStatistics.load(statistics), statistics, modules))
