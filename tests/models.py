@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from peft_dowser import DowserConfig, DowserLayer
+from peft_dowser.delta.layout import Granularity
 
 M = TypeVar("M", bound=nn.Module)
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -261,6 +262,15 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
     for name, tensor in expected.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
         assert torch.equal(bits(found[name]), bits(tensor)), name
+
+
+def assert_as_merged(found: Tensor, expected: Tensor, granularity: Granularity) -> None:
+    """Outputs of an adapted and of the merged model: of single weights the same bits; of channels rounded otherwise."""
+    if granularity == "weight":
+        assert torch.equal(found, expected)
+        return
+    tolerance = 16 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
 
 class CountedOps(TorchDispatchMode):

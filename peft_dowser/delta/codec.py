@@ -121,7 +121,9 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
         raise DeltaFormatError(f"there are {nnz} values, but the weight has only {numel} entries")
     expected = code_length(numel, nnz)
     if code.numel() != expected:
-        raise DeltaFormatError(f"the index code of {nnz} of {numel} weights takes {expected} bytes, got {code.numel()}")
+        raise DeltaFormatError(
+            f"the index code of {nnz} of {numel} positions takes {expected} bytes, got {code.numel()}"
+        )
     if nnz == 0:
         return code.new_empty(0, dtype=position_dtype(numel))
     low_length = 0 if _is_mask(numel, nnz) else _elias_fano_lengths(numel, nnz)[0]
@@ -185,7 +187,7 @@ def _order_problem(positions: Tensor, numel: int) -> str | None:
         return None
     first, last, entries = int(positions[0]), int(positions[-1]), _array(positions)
     if first < 0 or last >= numel:
-        return f"position {first if first < 0 else last} lies outside a weight of {numel} entries"
+        return f"position {first if first < 0 else last} lies outside of the {numel} that there are"
     if not bool((entries[1:] > entries[:-1]).all()):
         return "positions are not strictly increasing"
     return None
@@ -223,7 +225,7 @@ def _set_bits(packed: Tensor, expected: int, dtype: torch.dtype) -> Tensor:
 
 def _check_number(found: int, expected: int) -> None:
     if found != expected:
-        raise DeltaFormatError(f"the index code selects {found} weights, but there are {expected} values")
+        raise DeltaFormatError(f"the index code selects {found} positions, expected {expected}")
 
 
 def _pack_low(positions: Tensor, low_bits: int) -> Tensor:

@@ -74,9 +74,11 @@ class SavedAdapter:
     def values(self, module: str) -> Tensor:
         """The values of a module as they are in the file, shape `(nnz,)`, or `(out, k)` for input channels; checked."""
         values, nnz = self._read(f"{PREFIX}{module}{VALUES}"), self.counts[module]
-        has_channels = self.config.granularity == "input_channel" and values.dim() == 2 and values.numel() == nnz
+        shape: tuple[int, ...] = (nnz,)
+        if self.config.granularity == "input_channel":  # of a weight whose shape may not be known here
+            shape = tuple(values.shape) if values.dim() == 2 and values.numel() == nnz else (nnz, 1)
         with naming(self._place(module)):
-            check_values(values, tuple(values.shape) if has_channels else (nnz,))
+            check_values(values, shape)
         return values
 
     def code(self, module: str) -> Tensor:
@@ -101,7 +103,7 @@ class SavedAdapter:
                 "and save it again with this release."
             )
         self.check_complete()
-        return described_layouts(self.config.manifest, self.counts, self._where)
+        return described_layouts(self.config.manifest, self.counts, self.config.granularity, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
         check_fits(self.counts, layouts_of(targets, self.config.granularity), self.config.manifest, self._where)

@@ -19,7 +19,7 @@ from ..base.parts import embedding_tensors
 from ..config import DowserConfig
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
 from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples
-from ..delta.layout import Layout, Stored
+from ..delta.layout import Granularity, Layout, Stored
 
 # More than any weight has: thousands of times a position in such a one still fits 64 bits.
 _MOST_ENTRIES = 2**50
@@ -85,11 +85,7 @@ def check_fits(
                 f"{str(entry.get('shape'))[:100]}. It belongs to another base model."
             )
         if entry.get("channel_dim") != layouts[name].channel_dim:
-            raise DeltaFormatError(
-                f"{where}: module {quoted(name)} trains {_granularity(layouts[name].channel_dim)} by its config, and "
-                f"{_granularity(entry.get('channel_dim'))} by its manifest. adapter_config.json was edited, or it "
-                "belongs to another base model."
-            )
+            raise _other_granularity(name, _granularity(layouts[name].channel_dim), entry.get("channel_dim"), where)
 
 
 def check_counts(counts: Mapping[str, Any], where: str) -> None:
@@ -131,7 +127,9 @@ def check_names_in_file(names: Collection[str], expected: Collection[str], where
         raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
 
 
-def described_layouts(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> dict[str, Layout]:
+def described_layouts(
+    saved: Mapping[str, Any], counts: Mapping[str, int], granularity: Granularity, where: str
+) -> dict[str, Layout]:
     """What positions mean by module, where no base is at hand: as the manifest says, if it describes the adapter."""
     _check_modules(saved, counts, where)
     shapes = {module: saved["modules"][module].get("shape") for module in counts}
@@ -148,7 +146,21 @@ def described_layouts(saved: Mapping[str, Any], counts: Mapping[str, int], where
                 f"{where}: the manifest gives module {quoted(module)} the input channels {str(dim)[:100]}, which a "
                 f"weight of shape {shapes[module]} does not have. adapter_config.json was edited."
             )
-    return {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
+        if (dim is None) != (granularity == "weight"):
+            own = "single weights" if granularity == "weight" else "input channels"
+            raise _other_granularity(module, own, dim, where)
+    layouts = {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
+    for module, layout in layouts.items():
+        with naming(f"{where}, module {quoted(module)}"):
+            layout.count(counts[module])
+    return layouts
+
+
+def _other_granularity(module: str, own: str, described: Any, where: str) -> DeltaFormatError:
+    return DeltaFormatError(
+        f"{where}: module {quoted(module)} trains {own} by its config, and {_granularity(described)} by its manifest. "
+        "adapter_config.json was edited, or it belongs to another base model."
+    )
 
 
 def _granularity(channel_dim: Any) -> str:

@@ -6,10 +6,10 @@ tensors, so both are exact; what a step needs beyond them is bounded by one laye
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 from .._transformers import uninitialized
 from ..base.parts import layer_of
 from ..base.search import fused_parameters, resolve_targets
-from ..base.target import layouts_of
+from ..base.target import Target, layouts_of
 from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of
 from ..delta.codec import code_length, position_dtype
+from ..delta.layout import Layout
 from ..delta.masks import trained_count
 from .checkpoint import fetched, model_class
 
@@ -76,8 +77,8 @@ class Plan:
         positions: bytes of the decoded positions and of the index codes.
         activations: bytes that autograd keeps from forward to backward; with grouped-query attention counted for a
             batch with padding; without padding less is kept.
-        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
-            of this is taken from and, with gradient checkpointing, its activations.
+        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, or D of input channels, the
+            product that the gradient of this is taken from and, with gradient checkpointing, its activations.
         probes: what a probe takes, by score.
         step_flops: arithmetic of a training step in the adapted matrices.
         file: bytes of a saved adapter with bfloat16 values, without its config.
@@ -150,30 +151,40 @@ def plan(
         matrices = [matrix for target in targets.values() for matrix in target.matrices()]
         features = [matrix.features for matrix in matrices]
         used = sum(target.numel * target.uses_per_token / len(target.matrices()) for target in targets.values())
-        trained = [target.tensor_name for target in targets.values()]
+        layouts = layouts_of(targets, config.granularity)
+        numbers = dict.fromkeys(targets, 0)  # positions by target
+        for matrix in matrices:
+            layout = matrix.layout(config.granularity)
+            numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
+        counts = {key: number * layouts[key].group for key, number in numbers.items()}
+        writes = skeleton.can_generate()
+        parameters, weights = skeleton.num_parameters(), _weight_bytes(skeleton, dtype, quantization)
         width = _DTYPE_BYTES[dtype]
+        if config.granularity == "input_channel":
+            trained = _with_channels(targets, layouts, numbers, getattr(torch, values_dtype))
+        else:
+            trained = [target.tensor_name for target in targets.values()]
         kept = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=False)
         activations, recomputed = kept, 0
         if gradient_checkpointing:
             activations = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=True)
             recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
     numels = {key: target.numel for key, target in targets.items()}
-    layouts = layouts_of(targets, config.granularity)
-    numbers = dict.fromkeys(targets, 0)  # positions by target
-    for matrix in matrices:
-        layout = matrix.layout(config.granularity)
-        numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
-    counts = {key: number * layouts[key].group for key, number in numbers.items()}
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
     codes = sum(layouts[key].code_length(number) for key, number in numbers.items())
     positions = sum(number * position_dtype(layouts[key].size).itemsize for key, number in numbers.items())
-    products = _products(quantization, gradient_checkpointing)
-    largest = max(numels.values())
+    # The temporaries of a layer are of the size of its weight, or of its trained channels.
+    largest = max((numels if config.granularity == "weight" else counts).values())
+    if config.granularity == "weight":
+        products = used * _products(quantization, gradient_checkpointing)
+    else:  # one of full size in each forward and for the gradient of the input; likewise, and for D, of the channels
+        forwards = 2 if gradient_checkpointing else 1
+        products = used * (forwards + 1) + nnz * (forwards + 2)
     return Plan(
-        parameters=skeleton.num_parameters(),
+        parameters=parameters,
         adapted=adapted,
         trained=nnz,
-        weights=_weight_bytes(skeleton, dtype, quantization),
+        weights=weights,
         values=nnz * size,
         gradients=nnz * size,
         optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
@@ -183,12 +194,30 @@ def plan(
         activations=activations,
         temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),
         probes={
-            score: _probe_cost(score, config, features, used, products, writes=skeleton.can_generate())
-            for score in get_args(Score)
+            score: _probe_cost(score, config, features, used, products, writes=writes) for score in get_args(Score)
         },
-        step_flops=2.0 * used * batch * tokens * products,
+        step_flops=2.0 * batch * tokens * products,
         file=codes + 2 * nnz,
     )
+
+
+def _with_channels(
+    targets: Mapping[str, Target], layouts: Mapping[str, Layout], numbers: Mapping[str, int], dtype: torch.dtype
+) -> list[str]:
+    """Let modules compute with so many trained input channels each; the names of their values."""
+
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        chosen = args[0].index_select(-1, module.dowser_positions)
+        return output + nn.functional.linear(chosen, module.dowser_values.to(chosen.dtype))
+
+    trained = [name for name in targets if numbers[name]]
+    for name in trained:
+        module, layout, number = targets[name].module, layouts[name], numbers[name]
+        module.register_buffer("dowser_positions", torch.zeros(number, dtype=position_dtype(layout.size)))
+        values = torch.zeros(layout.values_shape(number), dtype=dtype)
+        module.register_parameter("dowser_values", nn.Parameter(values))
+        module.register_forward_hook(hook)
+    return [f"{name}.dowser_values" for name in trained]
 
 
 def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> float:
@@ -200,7 +229,7 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
 
 
 def _probe_cost(
-    score: str, config: DowserConfig, features: Iterable[tuple[int, int]], used: float, products: int, writes: bool
+    score: str, config: DowserConfig, features: Iterable[tuple[int, int]], used: float, products: float, writes: bool
 ) -> ProbeCost:
     """What a probe takes.
 
@@ -209,7 +238,7 @@ def _probe_cost(
         config: gives N, R and T.
         features: outputs and inputs of every adapted matrix.
         used: weights of the adapted matrices that one token is multiplied with.
-        products: of full size that a token of the training takes in each of them.
+        products: weights that a token of the training is multiplied with, in all its products.
         writes: the model writes the prompts, which takes a forward too.
     """
     if score not in PROBED_SCORES:
@@ -223,7 +252,7 @@ def _probe_cost(
         count * width + width + (count * out if projections else 0) + (out * width if gradient else 0)
         for out, width in features
     ]
-    return ProbeCost(forwards, backwards, 2.0 * used * probed, round(probed / products), 4 * sum(entries))
+    return ProbeCost(forwards, backwards, 2.0 * used * probed, round(probed * used / products), 4 * sum(entries))
 
 
 def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:

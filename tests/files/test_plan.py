@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
@@ -61,7 +62,7 @@ def test_planned_state_is_that_of_the_real_tensors(dtype: str, optimizer: str, g
     real = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](trained, lr=1e-3)
     step(model, real)
     indices = [layer.index("default") for layer in model.modules() if isinstance(layer, DowserLayer)]
-    assert found.adapted == sum(index.layout.size for index in indices)
+    assert found.adapted == sum(math.prod(index.layout.shape) for index in indices)
     assert found.trained == sum(parameter.numel() for parameter in trained)
     assert found.values == size_of(trained)
     assert found.gradients == size_of(parameter.grad for parameter in trained)
@@ -86,9 +87,12 @@ def test_planned_state_of_the_8_bit_optimizer_is_the_real_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_activations_are_what_autograd_keeps(dtype: str) -> None:
-    found = plan(architecture(), config(), dtype=dtype, batch=2, tokens=12)
-    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude")).train()
+@pytest.mark.parametrize(
+    "given", [{}, {"granularity": "input_channel"}, {"granularity": "input_channel", "channels": 9}]
+)
+def test_planned_activations_are_what_autograd_keeps(dtype: str, given: dict) -> None:
+    found = plan(architecture(), config(**given), dtype=dtype, batch=2, tokens=12)
+    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude", **given)).train()
     owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -238,6 +242,23 @@ def test_an_encoder_does_not_write_its_prompts() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     found = plan(BertConfig(architectures=["BertForMaskedLM"], vocab_size=64, **sizes), config(), tokens=12)
     assert (found.probes["dowser"].forwards, found.probes["dowser"].backwards) == (4, 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_step_with_channels_are_counted(checkpointing: bool) -> None:
+    """All targets of a model, each with an input that requires a gradient."""
+    given = {"granularity": "input_channel", "channels": 4}
+    model, total = get_peft_model(tiny_llama(), config(score="random", **given)), 0
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer):
+            x = torch.randn(12, layer.in_features, requires_grad=True)
+            with FlopCounterMode(display=False) as counter:
+                run = partial(checkpoint, layer, use_reentrant=True) if checkpointing else layer
+                run(x).sum().backward()
+            total += counter.get_total_flops()
+    assert plan(
+        architecture(), config(**given), tokens=12, gradient_checkpointing=checkpointing
+    ).step_flops == pytest.approx(total)
 
 
 @pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("8bit", 1), ("4bit", 0.5625)])

@@ -38,12 +38,16 @@ def of_linears() -> PeftModel:
     return get_peft_model(tiny_llama(torch.bfloat16), config(score="random"))
 
 
+def of_channels() -> PeftModel:
+    return get_peft_model(tiny_llama(torch.bfloat16), config(score="random", granularity="input_channel"))
+
+
 def of_experts() -> PeftModel:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     return get_peft_model(tiny_moe("mixtral"), config(score="random", target_modules=[], target_parameters=names))
 
 
-@pytest.mark.parametrize("make", [of_linears, of_experts])
+@pytest.mark.parametrize("make", [of_linears, of_channels, of_experts])
 def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(make) -> None:
     model = make()
     set_values(model)

@@ -605,7 +605,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_untouched(fault: str,
     code = values.replace("values.weight", "index.code")
     message = {
         "other width": "expected 205 floating-point values",
-        "truncated code": r"module 'model\.layers\.0\.[a-z_.]*': the index code of 205 of 2048 weights takes",
+        "truncated code": r"module 'model\.layers\.0\.[a-z_.]*': the index code of 205 of 2048 positions takes",
         "nan": "values that are not finite",
         "missing": "should have 28 Dowser tensors and has 27",
         "extra": "has 1 Dowser tensors that this adapter does not have: 'base_model.model.nope.dowser_values.weight'",
