@@ -12,6 +12,7 @@ ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
 from . import baselines, delta, evaluation  # noqa: E402
 from ._peft import convert_exactly, keep_cards, register  # noqa: E402
+from ._tested import report_untested  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
 from .config import DowserConfig  # noqa: E402
 from .delta.codec import DeltaFormatError  # noqa: E402
@@ -21,6 +22,7 @@ from .files.extraction import extract  # noqa: E402
 from .files.inspection import diff, inspect  # noqa: E402
 from .files.lora import export_lora  # noqa: E402
 from .files.merging import merge, verify  # noqa: E402
+from .files.patching import read_patch, write_patch  # noqa: E402
 from .files.planning import plan  # noqa: E402
 from .layers.layer import DowserLayer, exact_factors  # noqa: E402
 from .probing.run import probe  # noqa: E402
@@ -49,13 +51,16 @@ __all__ = [
     "merge",
     "plan",
     "probe",
+    "read_patch",
     "verify",
+    "write_patch",
 ]
 
 register(DowserConfig, DowserModel)
 convert_exactly(exact_factors)
 keep_cards(DowserConfig)
 watch_loads()
+report_untested()
 
 
 def __dir__() -> list[str]:

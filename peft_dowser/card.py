@@ -1,5 +1,6 @@
 """The model card of a saved adapter: how it is loaded, and what it is."""
 
+import math
 import re
 from pathlib import Path
 
@@ -9,6 +10,16 @@ from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 TAGS = {"dowser", "sparse", "peft"}
+
+# What the card calls the numbers of `ForgettingCallback`.
+MEASURED = "measured in training"
+
+# A card may come from a stranger: no more of it is read.
+_LONGEST_CARD = 100_000
+
+# By name it would be another package: nobody has registered "peft-dowser" on PyPI. When the repository has an address,
+# or the name is registered, this line says so.
+INSTALL = "pip install ./peft-dowser"
 
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
@@ -39,6 +50,26 @@ def complete_card(folder: Path, task_type: str | None, facts: dict[str, str]) ->
     card.save(path)
 
 
+def measured(folder: Path) -> dict[str, float]:
+    """What the card in a folder says was measured in training, by name; empty where it does not say so."""
+    path = folder / "README.md"
+    if not path.is_file():
+        return {}
+    with path.open(encoding="utf-8", errors="replace") as file:
+        ours = re.search(f"{_BEGIN}(.*?){_END}", file.read(_LONGEST_CARD), re.DOTALL)
+    line = re.search(f"^- {MEASURED}: (.*)$", ours[1], re.MULTILINE) if ours else None
+    pairs = re.findall(r"(\w{1,40}) (-?[0-9.]+(?:e[+-]?[0-9]+)?)(?:, |$)", line[1]) if line else []
+    return {name: number for name, text in pairs if (number := _number(text)) is not None}
+
+
+def _number(text: str) -> float | None:
+    try:
+        number = float(text)
+    except ValueError:  # 1.2.3
+        return None
+    return number if math.isfinite(number) else None
+
+
 def _hide_local_base(card: ModelCard) -> None:
     """Leave out a base that is a local folder: its path means nothing to others, and tells them about this machine."""
     base = str(card.data.get("base_model") or "")
@@ -50,14 +81,14 @@ def _hide_local_base(card: ModelCard) -> None:
 def _loading(task_type: str | None) -> str:
     # PEFT refuses other classes for a known task.
     known = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(task_type or "", PeftModel)
-    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}")
+    return _LOADING.replace("AutoPeftModel", f"Auto{known.__name__}").replace("INSTALL", INSTALL)
 
 
 _LOADING = """\
 ## A sparse delta, made with peft-dowser
 
 ```python
-import peft_dowser  # pip install peft-dowser; lets PEFT read the adapter
+import peft_dowser  # lets PEFT read the adapter
 from peft import AutoPeftModel
 
 model = AutoPeftModel.from_pretrained("this repository, or its folder")
@@ -65,7 +96,10 @@ model = AutoPeftModel.from_pretrained("this repository, or its folder")
 
 Without the first line PEFT raises `KeyError: 'DOWSER'`, also in code further down this card. This class does not load
 every base (image-text models, for example); then load the base yourself and call
-`PeftModel.from_pretrained(base, "this repository, or its folder")`."""
+`PeftModel.from_pretrained(base, "this repository, or its folder")`.
+
+Install peft-dowser from a copy of its source, in the folder above it: `INSTALL`. Do not install it by its name
+alone: when this card was written, the name was not registered on PyPI, and what has it now may be another package."""
 
 
 def _is_local(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The command `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check and merge adapters.
+"""The command `peft-dowser`: plan a fine-tuning; probe a model; make, compare, draw, check, merge and send adapters.
 
 The launcher runs this file on its own, so `--help` and a mistake in the options do not wait for the import of the
 package and of torch. Each command imports what it needs.
@@ -6,6 +6,7 @@ package and of torch. Each command imports what it needs.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -28,12 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> Any:
     if options.command == "run":
         return _run(options.program)
     try:
-        return _COMMANDS[options.command](options) or 0
-    except _mistakes() as error:
-        return _complain(_line(error))
+        code = _COMMANDS[options.command](options) or 0
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         _complain(f"{options.command} was interrupted.")
         return 130  # the code of shells for Ctrl-C
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return 0
+    except _mistakes() as error:
+        return _complain(_line(error))
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
@@ -41,7 +47,7 @@ def _mistakes() -> tuple[type[Exception], ...]:
 
     # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
     # that do not fit the config. ImportError: a library that the model or a command needs.
-    return OSError, ValueError, TypeError, RuntimeError, ImportError, StrictDataclassError
+    return OSError, ValueError, TypeError, RuntimeError, ImportError, MemoryError, StrictDataclassError
 
 
 def _complain(message: str) -> int:
@@ -89,18 +95,15 @@ def _probe(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
     from peft_dowser.probing.run import probe
 
-    config = DowserConfig(**_arguments(options, leave_out=("model", "output", "device")))
+    given = _arguments(options, leave_out=("model", "output", "dtype", "device_map", "quantization"))
+    config = DowserConfig(**given)
     _check_output(Path(options.output))
-    if options.device is not None:
-        _check_device(options.device)
-    model = _load(options.model)
-    if options.device is not None:
-        model.to(options.device)
-    statistics = probe(model, config)
+    statistics = probe(_load(options), config)
     statistics.save(options.output)
     size = Path(options.output).stat().st_size
-    probes = f"{statistics.info.num_probes} probes" + ("" if statistics.info.num_rademacher else " of forwards only")
-    print(f"{len(statistics.modules)} modules, {probes}, {size} bytes: {options.output}")
+    info = statistics.info
+    text = "{modules:,} modules, {probes:,} probes" + ("" if info.num_rademacher else " of forwards only") + ", {bytes}"
+    _tell(options, text, modules=len(statistics.modules), probes=info.num_probes, bytes=size)
 
 
 def _extract(options: argparse.Namespace) -> None:
@@ -108,15 +111,16 @@ def _extract(options: argparse.Namespace) -> None:
 
     counts = extract(**_arguments(options))
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
-    print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
+    _tell(options, _VALUES, modules=len(counts), values=sum(counts.values()), bytes=size)
 
 
 def _export_lora(options: argparse.Namespace) -> None:
     from peft_dowser.files.lora import export_lora
 
-    counts = export_lora(options.adapter, options.output)
+    counts = export_lora(**_arguments(options))
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
-    print(f"LoRA of rank {max(counts.values())} for {len(counts)} modules, {size} bytes: {options.output}")
+    text = "LoRA of rank {rank} for {modules:,} modules, {bytes}"
+    _tell(options, text, rank=max(counts.values()), modules=len(counts), bytes=size)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -154,7 +158,19 @@ def _merge(options: argparse.Namespace) -> None:
     from peft_dowser.files.merging import merge
 
     counts = merge(**_arguments(options))
-    print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
+    size = sum(path.stat().st_size for path in Path(options.output).glob("*.safetensors"))
+    _tell(options, _VALUES, modules=len(counts), values=sum(counts.values()), bytes=size)
+
+
+def _patch(options: argparse.Namespace) -> None:
+    from peft_dowser.files.patching import write_patch
+
+    for path in filter(None, (options.output, options.revert)):
+        _check_output(Path(path))
+    counts = write_patch(**_arguments(options))
+    size = Path(options.output).stat().st_size
+    text = "{tensors:,} tensors, {values:,} values, {bytes}"
+    _tell(options, text, tensors=len(counts), values=sum(counts.values()), bytes=size)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -193,21 +209,38 @@ def _check_output(path: Path) -> None:
     TemporaryFile(dir=path.absolute().parent).close()  # raises where nothing can be written
 
 
+def _load(options: argparse.Namespace) -> Any:
+    """Load a model with the class that its config names, as the options say."""
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    from peft_dowser.files.checkpoint import fetched, model_class
+
+    fetched(options.model, ["config.json"])  # says which of the two a name is not: a folder, a model on the Hub
+    known = model_class(AutoConfig.from_pretrained(options.model), options.model)
+    if options.device_map not in (None, "auto"):
+        _check_device(options.device_map)
+    quantized = {
+        "none": lambda: None,
+        "8bit": lambda: BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": lambda: BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16"
+        ),
+    }
+    return known.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        device_map=options.device_map,
+        quantization_config=quantized[options.quantization](),
+    )
+
+
 def _check_device(name: str) -> None:
     import torch
 
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built for CUDA
-        raise ValueError(f"--device {name} is not a device of this machine ({error}).") from error
-
-
-def _load(name: str) -> Any:
-    from transformers import AutoConfig
-
-    from peft_dowser.files.checkpoint import model_class
-
-    return model_class(AutoConfig.from_pretrained(name), name).from_pretrained(name, dtype="auto")
+        raise ValueError(f"--device-map {name} is neither 'auto' nor a device of this machine ({error}).") from error
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -218,16 +251,20 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.json:
         print(json.dumps(found, indent=2))
         return
-    for key, value in found.items():
-        if key != "modules" and value is not None:
+    measured = {f"{name} in training": value for name, value in found["measured"].items()}
+    own = {key: value for key, value in found.items() if key not in ("bytes", "measured", "groups", "modules")}
+    for key, value in (own | {"trained": f"{found['trained']:,}", "size": _size(found["bytes"])} | measured).items():
+        if value is not None:
             print(f"{key}: {value:.4g}" if isinstance(value, float) else f"{key}: {printable(str(value))}")
-    columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'bytes':>12} {'bits/index':>10} {'|delta|':>10}"
+    columns = f"{'trained':>12} {'ratio':>8} {'dtype':>8} {'size':>10} {'bits/weight':>11} {'|delta|':>10}"
     print(f"{columns} {'vanish':>7}  module")
-    for row in found["modules"]:
+    groups = found["groups"] if len(found["modules"]) > _LONG else []
+    for row in groups + found["modules"]:
         bits = row["index_bits"] / row["trained"]
         print(
-            f"{row['trained']:>12} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {row['bytes']:>12} {bits:>10.2f} "
-            f"{row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  {printable(row['module'])}"
+            f"{row['trained']:>12,} {_shown(row['ratio'], '.4f'):>8} {row['dtype']:>8} {_size(row['bytes']):>10} "
+            f"{bits:>11.2f} {row['delta_norm']:>10.4g} {_shown(row['vanished'], '.1%'):>7}  "
+            f"{printable(row['module' if 'module' in row else 'group'])}"
         )
 
 
@@ -235,6 +272,7 @@ def _diff(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
     from peft_dowser.files.inspection import diff
     from peft_dowser.files.inspection import total_overlap as total
+    from peft_dowser.files.places import groups
 
     found = diff(**_arguments(options))
     together = total(found.values())
@@ -243,8 +281,9 @@ def _diff(options: argparse.Namespace) -> None:
         print(json.dumps({"a": options.a, "b": options.b} | together.summary() | {"modules": modules}, indent=2))
         return
     print(f"{'shared':>12} {'only in A':>12} {'only in B':>12} {'conflicts':>12} {'cosine':>8}  module")
-    for name, one in (found | {"all": together}).items():
-        counts = f"{one.shared:>12} {one.only_a:>12} {one.only_b:>12} {one.conflicts:>12}"
+    summary = {name: total(found[one] for one in names) for name, names in groups(found).items()}
+    for name, one in ((summary if len(found) > _LONG else {}) | found | {"all": together}).items():
+        counts = f"{one.shared:>12,} {one.only_a:>12,} {one.only_b:>12,} {one.conflicts:>12,}"
         print(f"{counts} {_shown(one.cosine, '.4f'):>8}  {printable(name)}")
 
 
@@ -253,7 +292,26 @@ def _report(options: argparse.Namespace) -> None:
 
     _check_output(Path(options.output))
     report(**_arguments(options))
-    print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
+    _tell(options, "{bytes}", bytes=Path(options.output).stat().st_size)
+
+
+def _tell(options: argparse.Namespace, text: str, **counts: int) -> None:
+    """Say what was written: one line for people, `text` with the counts in it; with --json the exact counts."""
+    if options.json:
+        print(json.dumps({"output": options.output} | counts, indent=2))
+        return
+    shown = text.format_map(counts | {"bytes": _size(counts["bytes"])})
+    print(f"{shown}: {options.output}")
+
+
+def _size(count: int) -> str:
+    """A number of bytes with three or four digits."""
+    if count < 1000:
+        return f"{count} bytes"
+    power = 1
+    while count >= 1000 ** (power + 1) and power < 4:
+        power += 1
+    return f"{count / 1000**power:.1f} {'kMGT'[power - 1]}B"
 
 
 def _line(message: object) -> str:
@@ -267,6 +325,12 @@ def _shown(number: float | None, form: str) -> str:
     return "-" if number is None else format(number, form)
 
 
+# What most commands say that they have written.
+_VALUES = "{modules:,} modules, {values:,} values, {bytes}"
+
+# Modules in a list that needs a summary before it.
+_LONG = 20
+
 _COMMANDS = {
     "probe": _probe,
     "inspect": _inspect,
@@ -276,12 +340,15 @@ _COMMANDS = {
     "extract": _extract,
     "plan": _plan,
     "merge": _merge,
+    "patch": _patch,
     "verify": _verify,
 }
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="peft-dowser", description="Model-Dowser for Hugging Face PEFT.")
+    version = run_path(str(Path(__file__).with_name("_version.py")))["__version__"]
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
     probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
@@ -297,22 +364,48 @@ def _parser() -> argparse.ArgumentParser:
     probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")
     probe.add_argument("--probe-images", type=float, default=0.0, help="share of noise images (default: 0)")
+    probe.add_argument(
+        "--batch-size",
+        type=int,
+        dest="probe_batch_size",
+        metavar="B",
+        help="prompts per batch (default: what fits into the free memory)",
+    )
+    probe.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
+    )
+    probe.add_argument("--exclude-modules", nargs="+", metavar="NAME", help="modules to leave out")
     probe.add_argument("--last-layers", type=int, help="probe only the last L layers")
     probe.add_argument(
         "--target-parameters", nargs="+", metavar="NAME", help="fused weights of experts to probe as well"
     )
     probe.add_argument("--seed", type=int, default=0, help="seed of prompts and projections (default: 0)")
-    probe.add_argument("--device", help="device to probe on (default: where the model loads)")
+    probe.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        default="auto",
+        help="dtype to load the model in (default: auto, the dtype of its files)",
+    )
+    probe.add_argument(
+        "--device-map", help="a device such as cuda, or auto: all GPUs, and the CPU for the rest (default: the CPU)"
+    )
+    probe.add_argument(
+        "--quantization",
+        choices=["none", "8bit", "4bit"],
+        default="none",
+        help="load the model quantized by bitsandbytes (default: none)",
+    )
+    _add_json(probe)
 
     inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
     inspect.add_argument("adapter", help="folder or Hub id of the adapter")
     inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
-    inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_json(inspect)
 
     diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")
     diff.add_argument("a", metavar="A", help="folder or Hub id of an adapter")
     diff.add_argument("b", metavar="B", help="folder or Hub id of another adapter")
-    diff.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_json(diff)
 
     report = commands.add_parser("report", help="draw what a saved adapter trains: one page that needs no other file")
     report.add_argument("adapter", help="folder or Hub id of the adapter")
@@ -320,6 +413,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--statistics", metavar="FILE", help="file of `peft-dowser probe`: also draw what the probe found"
     )
+    _add_json(report)
 
     extract = commands.add_parser("extract", help="make an adapter of the changes from a base to a fine-tuned model")
     extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
@@ -337,10 +431,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
+    _add_json(extract)
 
     export = commands.add_parser("export-lora", help="write an adapter that trains input channels as a LoRA adapter")
     export.add_argument("adapter", help="folder or Hub id of an adapter with granularity='input_channel'")
     export.add_argument("-o", "--output", required=True, help="folder for the LoRA adapter, new or empty")
+    _add_json(export)
 
     plan = commands.add_parser("plan", help="what a fine-tuning takes, from the config of a model alone")
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
@@ -360,19 +456,27 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=512, help="tokens per example (default: 512)")
     plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
     plan.add_argument("--ddp", action="store_true", help="train with DDP, which copies the gradients")
-    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    _add_json(plan)
 
     merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
     merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
     merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     merge.add_argument("--max-shard-size", default="5GB", help="limit for each file and for the memory (default: 5GB)")
+    _add_json(merge)
+
+    patch = commands.add_parser("patch", help="write what an adapter changes in its base, for a server such as vLLM")
+    patch.add_argument("adapter", help="folder or Hub id of the adapter")
+    patch.add_argument("-o", "--output", required=True, help="file for the patch (safetensors)")
+    patch.add_argument("--revert", metavar="FILE", help="also write the patch that makes it the base again")
+    patch.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    _add_json(patch)
 
     verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
     verify.add_argument("adapter", help="folder or Hub id of the adapter")
     verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
-    verify.add_argument("--json", action="store_true", help="print JSON: ok, and a list of problems")
+    _add_json(verify)
 
     run = commands.add_parser("run", help="run another program in a process in which PEFT knows Dowser")
     run.add_argument(
@@ -382,3 +486,7 @@ def _parser() -> argparse.ArgumentParser:
         help="a console script, -m and a module, or a script file, with its arguments: run -- lm_eval --model hf",
     )
     return parser
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, with exact numbers")

@@ -15,7 +15,7 @@ from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ._peft import NAME, get_pattern_key
-from .card import complete_card
+from .card import MEASURED, complete_card
 from .delta.codec import DeltaFormatError
 from .delta.format import FORMAT, check_manifest, check_readable, few
 from .delta.layout import Granularity, Layout
@@ -297,7 +297,7 @@ class DowserConfig(PeftConfig):
             "probe": probe if self.score in PROBED_SCORES else "",
             "seed": str(made["seed"]),
             "format": str(FORMAT),
-            "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
+            MEASURED: ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
         complete_card(folder, self.task_type, facts)
 

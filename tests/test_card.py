@@ -27,12 +27,13 @@ def test_the_card_says_how_to_load_the_adapter_and_what_it_is(
     assert {"dowser", "sparse", "peft"} <= set(card.data["tags"])
     first = card.text.index("import peft_dowser")
     assert first < card.text.index("from peft import AutoPeftModel")
+    assert "`pip install ./peft-dowser`. Do not install it by its name\nalone" in card.text
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
     trained, _ = model.get_nb_trainable_parameters()
     for line in (
         "base model: someone/base",
         f"trained weights: {trained:,}",
-        "update ratio: 0.25",
+        "trains: 0.25 of the single weights",
         "chosen by: score dowser, the lowest by matrix",
         "probe: N = 4, R = 2, T = 12",
         "seed: 3",

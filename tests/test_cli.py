@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 import peft_dowser.cli
-from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, extract, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, export_lora, extract, probe
 from peft_dowser.cli import main
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -72,7 +74,11 @@ def expected_modules(model: PeftModel, dtype: str) -> list[dict]:
     ("options", "fields"),
     [
         ([], {}),
-        (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5}),
+        (["--last-layers", "1", "--seed", "5", "--device-map", "cpu"], {"last_layers": 1, "seed": 5}),
+        (
+            ["--target-modules", "q_proj", "up_proj", "--exclude-modules", "1.mlp.up_proj", "--batch-size", "1"],
+            {"target_modules": ["q_proj", "up_proj"], "exclude_modules": ["1.mlp.up_proj"], "probe_batch_size": 1},
+        ),
         (["--score", "shift"], {"score": "shift"}),
         (["--score", "activity"], {"score": "activity"}),
     ],
@@ -94,12 +100,26 @@ def test_probe_writes_what_the_function_returns(
             assert same is tensor is None or torch.equal(same, tensor)
     printed = capsys.readouterr().out
     probes = "3 probes" if expected.info.num_rademacher else "3 probes of forwards only"
-    assert printed == f"{len(found.modules)} modules, {probes}, {path.stat().st_size} bytes: {path}\n"
+    assert printed == f"{len(found.modules)} modules, {probes}, {path.stat().st_size / 1000:.1f} kB: {path}\n"
+    assert main(["probe", str(base), "-o", str(path), *QUICK, *options, "--json"]) == 0
+    counts = {"modules": len(found.modules), "probes": 3, "bytes": path.stat().st_size}
+    assert json.loads(capsys.readouterr().out) == {"output": str(path)} | counts
 
 
 def test_probe_refuses_an_unknown_score(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["probe", str(base), "-o", str(tmp_path / "probe.safetensors"), "--score", "hessian"]) == 2
     assert "score must be one of dowser, shift, activity, random, magnitude, wanda, gradient" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_probe_loads_the_model_in_the_dtype_that_is_asked_for(dtype: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    assert main(["probe", str(base), "-o", str(path), *QUICK, "--dtype", dtype]) == 0
+    given = DowserConfig(num_probes=3, num_rademacher=2, probe_length=10)
+    expected = probe(LlamaForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype)), given)
+    for name, module in ProbeStatistics.load(path).modules.items():
+        assert module.sensitivity is not None
+        assert torch.equal(module.sensitivity, expected.modules[name].sensitivity)
 
 
 def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> None:
@@ -108,6 +128,19 @@ def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> Non
     info, default = ProbeStatistics.load(path).info, DowserConfig()
     for field in ("num_probes", "num_rademacher", "probe_length", "probe_images", "seed"):
         assert getattr(info, field) == getattr(default, field)
+
+
+@pytest.mark.quantized
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_probe_loads_the_model_quantized(bits: str, base: Path, tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    assert main(["probe", str(base), "-o", str(path), *QUICK, "--quantization", bits]) == 0
+    found = ProbeStatistics.load(path)
+    given = DowserConfig(num_probes=3, num_rademacher=2, probe_length=10)
+    dense = probe(LlamaForCausalLM.from_pretrained(base, dtype=torch.bfloat16), given)
+    assert found.modules.keys() == dense.modules.keys()
+    assert any(not torch.equal(found.modules[name].sensitivity, one.sensitivity) for name, one in dense.modules.items())
 
 
 # inspect
@@ -123,10 +156,26 @@ def test_inspect_json_has_the_numbers_of_the_adapter(dtype: str, tmp_path: Path,
     assert [module.pop("delta_norm") for module in found["modules"]] == pytest.approx(norms, rel=1e-6)
     assert found.pop("delta_norm") == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-6)
     adapted = sum(math.prod(module["shape"]) for module in modules)
+    groups = found["groups"]
+    kinds = ["down_proj", "gate_proj", "up_proj", "k_proj", "o_proj", "q_proj", "v_proj"]
+    starts = ["mlp."] * 3 + ["self_attn."] * 4
+    assert [group["group"] for group in groups] == [
+        *(f"all {start}{kind}" for start, kind in zip(starts, kinds, strict=True)),
+        "all of layer 0",
+        "all of layer 1",
+    ]
+    for group in groups:
+        part = group["group"].removeprefix("all of ").replace("layer ", "layers.").removeprefix("all ")
+        members = [module for module in modules if f".{part}." in f"{module['module']}."]
+        for field in ("trained", "bytes", "index_bits"):
+            assert group[field] == sum(module[field] for module in members)
+        assert group["ratio"] == group["trained"] / sum(math.prod(module["shape"]) for module in members)
+        assert (group["modules"], group["dtype"]) == (len(members), dtype)
     assert found == {
         "base_model_name_or_path": None,
         "update_ratio": 0.05,
         "granularity": "weight",
+        "channels": None,
         "score": "random",
         "select": "low",
         "scope": "matrix",
@@ -135,6 +184,8 @@ def test_inspect_json_has_the_numbers_of_the_adapter(dtype: str, tmp_path: Path,
         "ratio": model.get_nb_trainable_parameters()[0] / adapted,
         "vanished": None,
         "bytes": (tmp_path / "adapter_model.safetensors").stat().st_size,
+        "measured": {},
+        "groups": groups,
         "modules": modules,
     }
 
@@ -144,15 +195,51 @@ def test_inspect_prints_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -
     assert main(["inspect", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
-    assert {"update_ratio: 0.1", f"trained: {model.get_nb_trainable_parameters()[0]}", f"bytes: {size}"} < set(lines)
+    trained = model.get_nb_trainable_parameters()[0]
+    assert {"update_ratio: 0.1", f"trained: {trained:,}", f"size: {size / 1000:.1f} kB"} < set(lines)
     modules = expected_modules(model, "float32")
     header, *rows = (line.split() for line in lines[-len(modules) - 1 :])
-    assert header == ["trained", "ratio", "dtype", "bytes", "bits/index", "|delta|", "vanish", "module"]
-    for (trained, ratio, dtype, size, bits, norm, vanished, name), module in zip(rows, modules, strict=True):
-        assert (int(trained), dtype, vanished, name) == (module["trained"], "float32", "-", module["module"])
-        assert (float(ratio), int(size)) == (pytest.approx(module["ratio"], abs=5e-5), module["bytes"])
+    assert header == ["trained", "ratio", "dtype", "size", "bits/weight", "|delta|", "vanish", "module"]
+    for (trained, ratio, dtype, size, unit, bits, norm, vanished, name), module in zip(rows, modules, strict=True):
+        assert (trained, dtype, vanished, name) == (f"{module['trained']:,}", "float32", "-", module["module"])
+        assert float(ratio) == pytest.approx(module["ratio"], abs=5e-5)
+        small = module["bytes"] < 1000
+        assert (size, unit) == (str(module["bytes"]), "bytes") if small else (f"{module['bytes'] / 1000:.1f}", "kB")
         assert float(bits) == pytest.approx(module["index_bits"] / module["trained"], abs=0.005)
         assert float(norm) == pytest.approx(module["delta_norm"], rel=1e-3)
+
+
+def test_a_long_list_is_in_the_order_of_the_layers_after_a_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    for folder in ("a", "b"):
+        model = get_peft_model(tiny_llama(layers=11), config(score="random", target_modules=["q_proj", "up_proj"]))
+        set_values(model)
+        model.save_pretrained(tmp_path / folder)
+    kinds = ["all mlp.up_proj", "all self_attn.q_proj"]
+    layers = [f"all of layer {layer}" for layer in range(11)]
+    modules = [f"model.layers.{n}.{kind}" for n in range(11) for kind in ("mlp.up_proj", "self_attn.q_proj")]
+    assert main(["inspect", str(tmp_path / "a")]) == 0
+    names = [line.rpartition("  ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert names[-len(kinds + layers + modules) :] == kinds + layers + modules
+    assert main(["diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    table = capsys.readouterr().out.splitlines()[1:]
+    assert [line.rpartition("  ")[2] for line in table] == [*kinds, *layers, *modules, "all"]
+    shared = [int(line.split()[0].replace(",", "")) for line in table]
+    for kind, count in zip(kinds, shared, strict=False):
+        rows = [line.endswith(f".{kind.removeprefix('all ')}") for line in table]
+        assert count == sum(number for number, belongs in zip(shared, rows, strict=True) if belongs)
+
+
+def test_inspect_tells_what_the_card_says_of_the_training(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model = adapter(tmp_path)
+    own = model.peft_config["default"]
+    own.record = replace(own.record, measured={"upstream_loss": 2.8623, "forgetting": -1.5e-05})
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["measured"] == {"upstream_loss": 2.862, "forgetting": -1.5e-05}
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "forgetting in training: -1.5e-05\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -238,7 +325,26 @@ def test_extract_writes_what_the_function_writes(
         assert (tmp_path / "command" / name).read_bytes() == (tmp_path / "function" / name).read_bytes()
     size = (tmp_path / "function/adapter_model.safetensors").stat().st_size
     printed = capsys.readouterr().out
-    assert printed == f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {tmp_path / 'command'}\n"
+    values = f"{sum(counts.values()):,} values"
+    assert printed == f"{len(counts)} modules, {values}, {size / 1000:.1f} kB: {tmp_path / 'command'}\n"
+
+
+# export-lora
+
+
+def test_export_lora_writes_what_the_function_writes(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    adapter(tmp_path / "adapter", granularity="input_channel", channels=3)
+    counts = export_lora(tmp_path / "adapter", tmp_path / "function")
+    assert main(["export-lora", str(tmp_path / "adapter"), "-o", str(tmp_path / "command")]) == 0
+    for path in (tmp_path / "function").iterdir():
+        assert (tmp_path / "command" / path.name).read_bytes() == path.read_bytes()
+    size = (tmp_path / "function/adapter_model.safetensors").stat().st_size
+    printed = f"LoRA of rank 3 for {len(counts)} modules, {size / 1000:.1f} kB: {tmp_path / 'command'}\n"
+    assert capsys.readouterr().out == printed
+    output = str(tmp_path / "json")
+    assert main(["export-lora", str(tmp_path / "adapter"), "-o", output, "--json"]) == 0
+    told = {"output": output, "rank": 3, "modules": len(counts), "bytes": size}
+    assert json.loads(capsys.readouterr().out) == told
 
 
 # Mistakes
@@ -261,12 +367,12 @@ def line_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
         ("base", ["--num-probes", "0"], "DowserConfig: num_probes must be an integer of at least 1, got 0."),
         ("base", ["--probe-images", "nan"], "DowserConfig: probe_images must be a number in [0, 1], got nan."),
         ("base", ["--last-layers", "9"], "last_layers=9, but 'model.layers' has only 2 layers."),
-        ("base", ["--device", "nowhere"], "nowhere"),
+        ("base", ["--device-map", "nowhere"], "--device-map nowhere is neither 'auto' nor a device of this machine ("),
         ("base", ["--output", "missing/probe.safetensors"], "missing"),
         ("base", ["--output", "/proc/probe.safetensors"], "/proc"),  # a folder in which nothing can be written
         ("base", ["--output", "odd"], "'odd' is a folder, but the output is a file. Name a file in it."),
-        ("no/such/folder", [], "no/such/folder"),
-        ("nobody/has-this-model", [], "couldn't connect to 'https://huggingface.co'"),
+        ("no/such/folder", [], "'no/such/folder' is neither a folder nor a model on the Hub that can be read ("),
+        ("nobody/has-this-model", [], "'nobody/has-this-model' is neither a folder nor a model on the Hub that can be"),
         ("odd", [], "NoSuchModel"),
     ],
 )
@@ -306,6 +412,7 @@ COMMANDS = {
     "extract": ["base", "base", "-o", "folder"],
     "plan": ["base"],
     "merge": ["adapter", "-o", "folder"],
+    "patch": ["adapter", "-o", "patch"],
     "verify": ["adapter"],
 }
 
@@ -421,7 +528,20 @@ def test_models_that_cannot_be_compared_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["probe"], ["inspect"], ["diff"], ["report"], ["extract"], ["merge"], ["verify"]]
+    "command",
+    [
+        [],
+        ["probe"],
+        ["inspect"],
+        ["diff"],
+        ["report"],
+        ["export-lora"],
+        ["extract"],
+        ["plan"],
+        ["merge"],
+        ["patch"],
+        ["verify"],
+    ],
 )
 def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -434,6 +554,9 @@ def test_help_is_no_mistake(command: list[str], capsys: pytest.CaptureFixture) -
     "arguments",
     [
         [],
+        ["probe", "folder", "-o", "s", "--quantization", "2bit"],
+        ["patch", "adapter"],
+        ["export-lora", "adapter"],
         ["diff", "adapter"],
         ["report", "adapter"],
         ["merge"],
@@ -452,7 +575,8 @@ def test_arguments_that_cannot_be_read_exit_with_2(arguments: list[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["probe", "--help"], 0), (["report", "adapter"], 2), (["nothing"], 2)]
+    ("arguments", "code"),
+    [(["--help"], 0), (["--version"], 0), (["probe", "--help"], 0), (["report", "adapter"], 2), (["nothing"], 2)],
 )
 def test_the_command_line_is_read_before_anything_heavy_is_imported(arguments: list[str], code: int) -> None:
     heavy = {"matplotlib", "numpy", "peft", "peft_dowser", "safetensors", "torch", "transformers"}
@@ -467,6 +591,34 @@ except SystemExit as exit:
 """
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.splitlines()[-1] == f"{code} []"
+
+
+def test_the_version(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"peft-dowser {peft_dowser.__version__}\n"
+
+
+@pytest.mark.parametrize("count", [0, 999, 1000, 999_949, 12_345_678, 5_000_000_000, 10**13, 10**16])
+def test_sizes_are_for_people(count: int) -> None:
+    number, unit = peft_dowser.cli._size(count).split()
+    power = ["bytes", "kB", "MB", "GB", "TB"].index(unit)
+    assert float(number) * 1000**power == pytest.approx(count, rel=0.05 if power else 0)
+    assert power == 4 or float(number) < 1000
+
+
+@pytest.mark.slow
+def test_a_reader_that_has_read_enough_is_no_mistake(tmp_path: Path) -> None:
+    adapter(tmp_path)
+    code = "import sys; from peft_dowser.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "inspect", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stdout is not None and running.stderr is not None
+        running.stdout.close()
+        told = running.stderr.read()
+    assert running.returncode == 0
+    assert "Broken pipe" not in told and "BrokenPipeError" not in told
 
 
 # run

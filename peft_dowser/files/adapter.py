@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..base.search import resolve_targets
 from ..base.target import Target, layouts_of
+from ..card import measured
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import DeltaFormatError, check_values
@@ -46,6 +47,7 @@ class SavedAdapter:
         counts: trained weights by module.
         others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
             modules that were trained as a whole.
+        measured: what its card says was measured in training, by name.
     """
 
     name: str
@@ -54,6 +56,7 @@ class SavedAdapter:
     file: Any
     counts: dict[str, int]
     others: dict[str, str]
+    measured: dict[str, float]
 
     def delta(self, module: str, layout: Layout) -> Delta:
         """The delta of a module as single weights; the rest as `stored`."""
@@ -215,7 +218,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
         OSError: there is no such adapter, or it is not in a safetensors file.
         ValueError: it is not a Dowser adapter, or a file is damaged.
     """
-    folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME])
+    folder = fetched(name, [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, "README.md"])
     path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
@@ -223,7 +226,7 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     file = open_tensors(path, files)
     counts = _counts(file) if config.nnz_pattern is None else config.nnz_pattern
     others = {base_name(key): key for key in file.keys() if not is_delta(key)}
-    return SavedAdapter(name, config, path.stat().st_size, file, counts, others)
+    return SavedAdapter(name, config, path.stat().st_size, file, counts, others, measured(folder))
 
 
 def _config(folder: Path, name: str) -> DowserConfig:

@@ -16,9 +16,10 @@ from ..delta.layout import Layout
 from ..delta.masks import shared
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
+from .places import groups, in_order
 
 # Fields of the configuration that say how the mask was chosen.
-_CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "score", "select", "scope", "seed")
+_CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "channels", "score", "select", "scope", "seed")
 
 
 def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
@@ -30,10 +31,12 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
 
     Returns:
-        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" a dict for
-        each, ordered by name: the "module", "shape" of its weight as stored, number of "trained" weights and their
-        "ratio" (shape and ratio are None without a manifest), "dtype" of the values in the file, "index_bits" of their
-        positions, "bytes" of both, L2 norm "delta_norm", and "vanished", a fraction (None without a base).
+        How the mask was chosen, what all modules are together, "bytes" of the file, under "measured" what the model
+        card says that `ForgettingCallback` measured, and under "modules" a dict for each, in the order of the layers:
+        the "module", "shape" of its weight as stored, number of "trained" weights and their "ratio" (shape and ratio
+        are None without a manifest), "dtype" of the values in the file, "index_bits" of their positions, "bytes" of
+        both, L2 norm "delta_norm", and "vanished", a fraction (None without a base). Under "groups" the same facts of
+        all modules of a kind, and of a layer, with the "group" and how many "modules" it has.
 
     Raises:
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
@@ -44,17 +47,12 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         saved.check_complete()
         layouts = {} if saved.config.manifest is None else saved.layouts()
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
-        modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in sorted(saved.counts)]
-    trained = sum(row["trained"] for row in modules)
-    numel = sum(math.prod(layout.shape) for layout in layouts.values())
-    return {field: getattr(saved.config, field) for field in _CHOICES} | {
-        "trained": trained,
-        "ratio": trained / numel if layouts else None,
-        "delta_norm": math.hypot(*(row["delta_norm"] for row in modules)),
-        "vanished": sum(vanished.values()) / trained if vanished else None,
-        "bytes": saved.size,
-        "modules": modules,
-    }
+        modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in in_order(saved.counts)]
+    chosen = {field: getattr(saved.config, field) for field in _CHOICES}
+    rows = {row["module"]: row for row in modules}
+    grouped = [_group(name, [rows[one] for one in members]) for name, members in groups(rows).items()]
+    together = _together(modules) | {"bytes": saved.size, "measured": saved.measured}
+    return chosen | together | {"groups": grouped, "modules": modules}
 
 
 def _facts(adapter: SavedAdapter, module: str, layout: Layout | None, vanished: int | None) -> dict[str, Any]:
@@ -70,6 +68,29 @@ def _facts(adapter: SavedAdapter, module: str, layout: Layout | None, vanished: 
         "bytes": values.nbytes + code.nbytes,
         "delta_norm": float(values.float().norm()),
         "vanished": None if vanished is None else vanished / values.numel(),
+    }
+
+
+def _together(modules: list[dict[str, Any]]) -> dict[str, Any]:
+    trained = sum(row["trained"] for row in modules)
+    sizes = [math.prod(row["shape"]) for row in modules if row["shape"] is not None]
+    vanished = [row["vanished"] * row["trained"] for row in modules if row["vanished"] is not None]
+    return {
+        "trained": trained,
+        "ratio": trained / sum(sizes) if sizes else None,
+        "delta_norm": math.hypot(*(row["delta_norm"] for row in modules)),
+        "vanished": sum(vanished) / trained if vanished else None,
+    }
+
+
+def _group(name: str, modules: list[dict[str, Any]]) -> dict[str, Any]:
+    """The facts of several modules as if they were one."""
+    return _together(modules) | {
+        "group": name,
+        "modules": len(modules),
+        "dtype": ", ".join(sorted({row["dtype"] for row in modules})),
+        "index_bits": sum(row["index_bits"] for row in modules),
+        "bytes": sum(row["bytes"] for row in modules),
     }
 
 
@@ -161,7 +182,7 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
         first, second = open_adapter(str(a), files), open_adapter(str(b), files)
         layouts_a, layouts_b = first.layouts(), second.layouts()
         _check_same(first.name, layouts_a, second.name, layouts_b)
-        names = sorted(layouts_a | layouts_b)
+        names = in_order(layouts_a | layouts_b)
         return {name: _compare(name, (first, layouts_a), (second, layouts_b)) for name in names}
 
 

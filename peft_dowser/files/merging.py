@@ -24,6 +24,9 @@ from ..delta.format import check_output, finished_together, quoted, write_tensor
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 
+# What to do where the adapter does not lead to its base.
+_GIVE_BASE = "give the base (base=, or --base on the command line)"
+
 
 def merge(
     adapter: str | Path, output: str | Path, base: str | Path | None = None, max_shard_size: int | str = "5GB"
@@ -52,20 +55,12 @@ def merge(
     check_output(folder)
     limit = convert_file_size_to_int(max_shard_size)
     with ExitStack() as files:
-        saved, checkpoint = _open(str(adapter), base, files)
-        targets = saved.targets_in(checkpoint.model)
-        for problem in saved.problems(checkpoint, targets):
-            raise DeltaFormatError(problem)
-        if other := saved.other_base(checkpoint, targets):
-            warnings.warn(other, UserWarning, stacklevel=2)
-        total = _Sum(saved, checkpoint, targets)
-        if cast := total.cast_on_load():
-            warnings.warn(cast, UserWarning, stacklevel=2)
+        total = open_sum(adapter, base, files)
         with finished_together(folder) as work:
             _write(work, total, limit)
-            _copy_companions(checkpoint, work)
+            _copy_companions(total.base, work)
     report_vanished([total.vanished])
-    return saved.counts
+    return total.adapter.counts
 
 
 def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Path | None = None) -> list[str]:
@@ -121,6 +116,10 @@ class _Sum:
         self._delta = lru_cache(maxsize=2)(adapter.delta)
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
 
+    def touched(self) -> list[str]:
+        """The tensors that the adapter changes, by their names in the base checkpoint."""
+        return [key for key in self.base.files if key in self._places or key in self._others]
+
     def read(self, key: str) -> Tensor:
         """A tensor of the sum, by its name in the base checkpoint; must not be written."""
         tensor = self.base.stored(key)
@@ -154,22 +153,51 @@ class _Sum:
         return weight
 
 
+def open_sum(adapter: str | Path, base: str | Path | None, files: ExitStack) -> _Sum:
+    """Open a base checkpoint plus an adapter, and check all that can be checked before a sum is formed.
+
+    Args:
+        adapter: folder or Hub id of a saved Dowser adapter.
+        base: folder or Hub id of the base model; None takes the one that the adapter names.
+        files: closes the files of both.
+
+    Raises:
+        ValueError: the adapter is damaged or does not fit the base, or the base is damaged.
+        OSError: a checkpoint cannot be found.
+    """
+    saved, checkpoint = _open(str(adapter), base, files)
+    targets = saved.targets_in(checkpoint.model)
+    for problem in saved.problems(checkpoint, targets):
+        raise DeltaFormatError(problem)
+    if other := saved.other_base(checkpoint, targets):
+        warnings.warn(other, UserWarning, stacklevel=3)
+    total = _Sum(saved, checkpoint, targets)
+    if cast := total.cast_on_load():
+        warnings.warn(cast, UserWarning, stacklevel=3)
+    return total
+
+
 def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
     saved = open_adapter(adapter, files)
-    if base is None:
-        base = saved.config.base_model_name_or_path
-        if not base:
-            raise ValueError(f"Adapter '{adapter}' does not name its base model; give the base.")
-        if not str(base).isprintable():
-            raise ValueError(
-                f"Adapter '{adapter}' names its base model {quoted(base)}, which cannot be; give the base."
-            )
-        if saved.config.revision:
-            raise ValueError(
-                f"Adapter '{adapter}' was made for revision {quoted(saved.config.revision)} of '{base}'; download that "
-                "revision and give its folder as the base."
-            )
-    return saved, open_checkpoint(str(base), files)
+    if base is not None:
+        return saved, open_checkpoint(str(base), files)
+    named = saved.config.base_model_name_or_path
+    if not named:
+        raise ValueError(f"Adapter '{adapter}' does not name its base model; {_GIVE_BASE}.")
+    if not str(named).isprintable():
+        raise ValueError(f"Adapter '{adapter}' names its base model {quoted(named)}, which cannot be; {_GIVE_BASE}.")
+    if saved.config.revision:
+        raise ValueError(
+            f"Adapter '{adapter}' was made for revision {quoted(saved.config.revision)} of '{named}'; download that "
+            f"revision and {_GIVE_BASE}: its folder."
+        )
+    try:
+        return saved, open_checkpoint(named, files)
+    except OSError as error:
+        raise OSError(
+            f"Adapter '{adapter}' names its base model '{named}', which cannot be read: {error} If the base has moved, "
+            f"{_GIVE_BASE}."
+        ) from error
 
 
 def _write(work: Path, total: _Sum, limit: int) -> None:

@@ -24,7 +24,7 @@ from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_o
 from ..delta.codec import code_length, position_dtype
 from ..delta.layout import Layout
 from ..delta.masks import trained_count
-from .checkpoint import model_class
+from .checkpoint import fetched, model_class
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
@@ -141,7 +141,7 @@ def plan(
     if isinstance(model, PreTrainedConfig):
         known, name = copy.deepcopy(model), model.name_or_path or type(model).__name__
     else:
-        known, name = AutoConfig.from_pretrained(model), str(model)
+        known, name = AutoConfig.from_pretrained(fetched(str(model), ["config.json"])), str(model)
     known.use_cache = False
     with FakeTensorMode():
         skeleton = _skeleton(known, name, getattr(torch, dtype))

@@ -1,10 +1,12 @@
 """`report`: one page about a saved adapter, with its pictures inside. Needs matplotlib, as `plot` does."""
 
 import base64
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from io import BytesIO
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +21,35 @@ if TYPE_CHECKING:  # if it is missing, `plot` says what to install
 
 _STYLE = """\
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; }
-h1, td { overflow-wrap: anywhere; } thead + tbody td + td, th { white-space: nowrap; } section { overflow-x: auto; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.5rem; } p { max-width: 44rem; }
+h1, td { overflow-wrap: anywhere; } thead + tbody td + td, th { white-space: nowrap; }
+thead + tbody td:first-child { min-width: 14rem; }
+tbody:first-child td:first-child { min-width: 9rem; overflow-wrap: normal; }
+section, figure { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid #ddd; }
 td.number, th.number { text-align: right; }
-th { font-weight: 600; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
-figcaption { color: #555; }"""
+th { font-weight: 600; } figure { margin: 1rem 0; }
+img { width: 100%; min-width: 34rem; max-width: 44rem; height: auto; }
+p.note { color: #555; }"""
+
+# Where weights are ranked against each other, by the scope of the config.
+_SCOPES = {
+    "matrix": "inside each matrix",
+    "row": "inside each row of a matrix",
+    "layer": "inside each layer",
+    "model": "in the whole model",
+}
+
+# What a mask should look like, by the granularity of the config.
+_GOOD_MASK = {
+    "weight": "Good: trained weights in all parts of the matrix. Stripes are the work of a measured score: rows and "
+    "columns on which the output depends little train, and the others stay as they are. A random mask is even.",
+    "input_channel": "Good: stripes in all parts of the matrix. Each is an input channel, which trains as a whole.",
+}
+
+# How many times the median of all modules a module has to move to be named.
+_FAR = 3
 
 # The page may load nothing, whatever a name in the adapter contains.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -48,11 +72,13 @@ def report(adapter: str | Path, output: str | Path, statistics: str | Path | Non
     """
     facts = inspect(adapter)
     modules = facts.pop("modules")
-    moved = list(_deltas(adapter, modules))  # refuses an adapter without a manifest, and so without ratios
-    sections = [_facts(facts, modules), *moved]
+    # Refuses an adapter without a manifest, and so without ratios.
+    moved = list(_deltas(adapter, facts["granularity"], modules))
+    sections = [_section("The adapter", _facts(facts, modules)), *moved]
     if statistics is not None:
         sections.append(_probe(ProbeStatistics.load(statistics), statistics, modules))
-    sections.append(_modules(modules))
+    sections.append(_section("By kind and by layer", _rows(facts["groups"], "group")))
+    sections.append(_section("Module by module", _rows(modules, "module")))
     page = _page(f"Adapter {adapter}", sections)
     with TemporaryDirectory(prefix=".report-", dir=Path(output).absolute().parent) as work:
         (Path(work) / "page").write_text(page, encoding="utf-8")
@@ -62,24 +88,68 @@ def report(adapter: str | Path, output: str | Path, statistics: str | Path | Non
 def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
     rows = [
         ("base model", facts["base_model_name_or_path"] or "not named"),
-        ("update ratio asked for", f"{facts['update_ratio']:g}"),
-        ("granularity", facts["granularity"]),
-        ("chosen by", f"score {facts['score']}, the {facts['select']}est by {facts['scope']}"),
-        ("seed", facts["seed"]),
-        ("adapted modules", f"{len(modules):,}"),
         ("trained weights", f"{facts['trained']:,} ({facts['ratio']:.2%} of the adapted ones)"),
+        ("granularity", facts["granularity"]),
+        ("asked for", _asked(facts)),
+        ("chosen as", f"the {facts['select']}est by the score {facts['score']!r}, ranked {_SCOPES[facts['scope']]}"),
+        ("adapted modules", f"{len(modules):,}"),
+        ("seed", facts["seed"]),
         ("norm of the delta", f"{facts['delta_norm']:.4g}"),
         ("size of the file", f"{facts['bytes']:,} bytes, values in {', '.join(sorted({m['dtype'] for m in modules}))}"),
     ]
-    return _table(("", ""), rows)
+    return _table(("", ""), [*rows, *_measured(facts["measured"])])
 
 
-def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]:
+def _asked(facts: dict[str, Any]) -> str:
+    if facts["channels"] is not None:
+        return f"{facts['channels']:,} input channels of each module"
+    return f"{facts['update_ratio']:.2%}"
+
+
+def _measured(measured: dict[str, float]) -> Iterable[tuple[str, str]]:
+    """What the model card says of the training, as rows of a table."""
+    loss, change = measured.get("upstream_loss"), measured.get("forgetting")
+    if loss is not None and change is not None:
+        yield (
+            "forgetting",
+            f"{change:.4f} nats per token: the loss on the texts that were watched was {loss - change:.3f} before the "
+            f"training and is {loss:.3f} after it. Good: near 0; 0.01 is little (perplexity 1 % higher), 0.1 is "
+            "clearly visible (11 %).",
+        )
+    for name, value in measured.items():
+        if name not in ("upstream_loss", "forgetting"):
+            yield name.replace("_", " "), f"{value:.4g}"
+
+
+def _deltas(adapter: str | Path, granularity: str, modules: list[dict[str, Any]]) -> Iterable[str]:
     most = max(modules, key=lambda row: row["delta_norm"])["module"]
-    caption = "Norm and root mean square of the values of every module; log scale where they vary widely."
-    yield _section("Where training moved the weights", _picture(delta_map(adapter), caption))
-    caption = f"The module that moved most: {most}."
-    yield _section("Which rows and columns train", _picture(mask_density(adapter, most), caption))
+    yield _section(
+        "Where training moved the weights",
+        _picture(
+            delta_map(adapter),
+            "Norm and root mean square of the values of every module; log scale where they vary widely.",
+            "Good: the root mean square changes little from layer to layer, and no cell is grey, for a grey module did "
+            "not move." + _far(modules),
+        ),
+    )
+    yield _section(
+        "Which rows and columns train",
+        _picture(mask_density(adapter, most), f"The module that moved most: {most}.", _GOOD_MASK[granularity]),
+    )
+
+
+def _far(modules: list[dict[str, Any]]) -> str:
+    """A sentence about modules that moved much farther than most."""
+    sizes = {row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules}
+    usual = median(sizes.values())
+    far = [name for name, size in sizes.items() if size > _FAR * usual > 0]
+    if not far:
+        return ""
+    named = ", ".join(f"{quoted(name)} ({sizes[name] / usual:.1f} times)" for name in far[:3])
+    return (
+        f" More than {_FAR} times as far as most per weight: {len(far)} of {len(modules)} modules, such as {named}. A "
+        "lower learning rate, or leaving them out, is worth a try."
+    )
 
 
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
@@ -95,11 +165,16 @@ def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str
         )
     info = statistics.info
     passes = f"{info.num_rademacher} projections each" if info.num_rademacher else "forwards only"
+    high = " Where the score is high, the output depends much on the weights." if info.num_rademacher else ""
     caption = (
         f"Means over {info.num_probes} prompts of {info.probe_length} tokens, {passes}, seed {info.seed}; base model: "
         f"{info.base_model or 'not named'}."
     )
-    return _section("What the probe found", _picture(importance_map(statistics), caption))
+    good = (
+        "Good: no cell is grey, for a grey module was not reached, and colours change smoothly from layer to layer."
+        + high
+    )
+    return _section("What the probe found", _picture(importance_map(statistics), caption, good))
 
 
 def _fits(found: ModuleStatistics | None, shape: Sequence[int]) -> bool:
@@ -111,11 +186,12 @@ def _fits(found: ModuleStatistics | None, shape: Sequence[int]) -> bool:
     return sorted((found.sensitivity.shape[1], found.activity.shape[1])) == sorted(shape)
 
 
-def _modules(modules: list[dict[str, Any]]) -> str:
+def _rows(modules: list[dict[str, Any]], title: str) -> str:
+    """A table of modules, or of groups of them."""
     rows = [
         (
-            row["module"],
-            " x ".join(map(str, row["shape"])),
+            row[title],
+            " x ".join(map(str, row["shape"])) if title == "module" else f"{row['modules']:,}",
             f"{row['trained']:,}",
             f"{row['ratio']:.2%}",
             row["dtype"],
@@ -125,8 +201,9 @@ def _modules(modules: list[dict[str, Any]]) -> str:
         )
         for row in modules
     ]
-    header = ("module", "shape", "trained", "ratio", "values", "bytes", "bits/position", "norm")
-    return _section("Module by module", _table(header, rows, numbers=(2, 3, 5, 6, 7)))
+    second = "shape" if title == "module" else "modules"
+    header = (title, second, "trained", "ratio", "values", "bytes", "bits/weight", "norm")
+    return _table(header, rows, numbers=(2, 3, 5, 6, 7))
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
@@ -166,11 +243,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[object]], numbers: Seq
     return f"<table>\n{top}<tbody>\n{body}\n</tbody>\n</table>"
 
 
-def _picture(figure: "Figure", caption: str) -> str:
+def _picture(figure: "Figure", caption: str, good: str) -> str:
+    """A picture, what it shows, and what it should look like."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=144)
+    figure.savefig(buffer, format="png", dpi=200)
     data = base64.b64encode(buffer.getvalue()).decode()
     text = escape(caption)
     return (
-        f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption>\n</figure>'
+        f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n</figure>\n'
+        f'<p>{text}</p>\n<p class="note">{escape(good)}</p>'
     )

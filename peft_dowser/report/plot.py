@@ -5,7 +5,6 @@ it, and neither pyplot nor a window is touched.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +17,7 @@ from ..delta.format import printable, quoted
 from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
 from ..files.inspection import inspect
+from ..files.places import OUTSIDE, places
 from ..probing import scores
 from ..probing.statistics import ProbeStatistics
 
@@ -36,6 +36,9 @@ _STRETCHES = 4096
 
 _COLOURS = "viridis"
 
+# Inches. With the letters of matplotlib, 10 points high, it can be read at the width of a page of text.
+_WIDTH = 7
+
 _LEVELS = (0.2, 0.4, 0.6, 0.8)
 
 
@@ -48,8 +51,8 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
             the score of Eq. 5, without them the factor that the probe adds to |W|: the mean of |J_i| |h_j|.
 
     Returns:
-        Three maps, modules by layers; only that of the activity where the probe ran forwards only. Experts of one
-        parameter are averaged. Grey where nothing was probed, or where the mean is 0.
+        Maps of modules by layers, one below the other: three, or only that of the activity where the probe ran forwards
+        only. Experts of one parameter are averaged. Grey where nothing was probed, or where the mean is 0.
 
     Raises:
         ValueError: there are no statistics, or `weights` lacks a module or has another shape, or comes with statistics
@@ -153,16 +156,16 @@ def _without_weight(sensitivity: Tensor, activity: Tensor) -> float:
 
 
 def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
-    """Maps of numbers by module, side by side: a row for each kind of module, a column for each layer."""
-    places = _places(next(iter(maps.values())))
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    layers = sorted({layer for _, layer in places.values()})
-    size = (2.2 + len(maps) * max(2.4, 0.16 * len(layers) + 0.9), 1.3 + 0.26 * len(kinds))
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    """Maps of numbers by module, one below the other: a row for each kind of module, a column for each layer."""
+    found = places(next(iter(maps.values())))
+    kinds = list(dict.fromkeys(kind for kind, _ in found.values()))
+    layers = sorted({layer for _, layer in found.values()})
+    # The width stays: a page shrinks what is wider, and its letters with it.
+    figure = Figure(figsize=(_WIDTH, len(maps) * (1.1 + 0.26 * len(kinds))), layout="constrained")
+    panels = figure.subplots(len(maps), 1, squeeze=False)[:, 0]
     for axes, (title, numbers) in zip(panels, maps.items(), strict=True):
         sums, counts = torch.zeros(2, len(kinds), len(layers), dtype=torch.float64, device="cpu")
-        for name, (kind, layer) in places.items():
+        for name, (kind, layer) in found.items():
             at = kinds.index(kind), layers.index(layer)
             sums[at] += numbers[name]
             counts[at] += 1
@@ -174,33 +177,16 @@ def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
         norm = LogNorm() if wide else None
         image = axes.imshow(means.numpy(), aspect="auto", cmap=_COLOURS, norm=norm, interpolation="nearest")
         axes.set_title(title, fontsize="medium")
+        axes.set_yticks(range(len(kinds)), [printable(kind[:100]) for kind in kinds], parse_math=False)
         axes.set_xlabel("layer")
         step = -(-len(layers) // 12)
-        axes.set_xticks(range(0, len(layers), step), ["-" if n < 0 else str(n) for n in layers[::step]])
+        axes.set_xticks(range(0, len(layers), step), ["-" if n == OUTSIDE else str(n) for n in layers[::step]])
         figure.colorbar(image, ax=axes)
-    panels[0].set_yticks(range(len(kinds)), [printable(kind[:100]) for kind in kinds], parse_math=False)
     return figure
 
 
-def _places(names: Mapping[str, float]) -> dict[str, tuple[str, int]]:
-    """For each module, its name in its layer and the number of the layer; -1 for a module outside the layers.
-
-    'model.layers.3.mlp.up_proj' is the 'mlp.up_proj' of layer 3. Where there are several stacks of layers, such as an
-    encoder and a decoder, the name of the stack stays in front.
-    """
-    found = {name: re.fullmatch(r"(.*?)\.?\b(\d+)\.(.+?)(\[\d+\])?", name) for name in names}
-    stacks = {match[1] for match in found.values() if match}
-    places = {}
-    for name, match in found.items():
-        if match is None:
-            places[name] = (name, -1)
-        else:
-            places[name] = (match[3] if len(stacks) == 1 else f"{match[1]}: {match[3]}", int(match[2]))
-    return places
-
-
 def _density(title: str, rows: Tensor, columns: Tensor, height: int, width: int) -> Figure:
-    figure = Figure(figsize=(7, 6), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 6), layout="constrained")
     grid = figure.add_gridspec(2, 2, width_ratios=(3, 1), height_ratios=(1, 3))
     middle = figure.add_subplot(grid[1, 0])
     above, beside = figure.add_subplot(grid[0, 0], sharex=middle), figure.add_subplot(grid[1, 1], sharey=middle)

@@ -416,8 +416,8 @@ def test_bfloat16_values_stay_bfloat16(tmp_path: Path) -> None:
 def test_the_command_exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "adapter", **CHANNELS)
     assert main(["export-lora", str(tmp_path / "adapter"), "-o", str(tmp_path / "lora")]) == 0
-    size = (tmp_path / "lora" / FILE).stat().st_size
-    assert capsys.readouterr().out == f"LoRA of rank 4 for 14 modules, {size} bytes: {tmp_path / 'lora'}\n"
+    size = f"{(tmp_path / 'lora' / FILE).stat().st_size / 1000:.1f} kB"
+    assert capsys.readouterr().out == f"LoRA of rank 4 for 14 modules, {size}: {tmp_path / 'lora'}\n"
 
 
 def test_an_export_that_cannot_be_is_refused_and_writes_nothing(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_command_prints_json_and_a_table(tmp_path: Path, capsys: pytest.Capt
     shown = [f"{one.cosine:.4f}" if one.cosine is not None else "-" for one in found.values()]
     assert [row.split()[-2] for row in rows] == shown
     assert "-" in shown
-    assert last.split()[:4] == [str(number) for number in numbers(total(found.values()))[:4]]
+    assert last.split()[:4] == [f"{number:,}" for number in numbers(total(found.values()))[:4]]
     assert last.split()[-1] == "all"
 
 

@@ -94,7 +94,7 @@ def test_the_command_writes_the_bits_of_a_merge_in_memory(
     base, adapter = pair(tmp_path, make, dtype)
     output = tmp_path / "merged"
     assert main(["merge", adapter, "-o", str(output), "--max-shard-size", SHARDS]) == 0
-    assert re.fullmatch(rf"\d+ modules, \d+ values merged: {output}\n", printed(capsys))
+    assert re.fullmatch(rf"\d+ modules, [\d,]+ values, [\d.]+ kB: {output}\n", printed(capsys))
     expected = merged_in_memory(base, adapter, tmp_path / "memory", make)
     assert_same_bits(stored(output), expected)
     assert expected.keys() == stored(base).keys()
@@ -136,8 +136,11 @@ def test_one_file_and_many_have_the_same_tensors(tmp_path: Path) -> None:
 def test_the_base_may_be_elsewhere(tmp_path: Path) -> None:
     base, adapter = pair(tmp_path)
     moved = Path(base).rename(tmp_path / "moved")
-    with pytest.raises(OSError, match=re.escape(f"'{base}' is neither a folder nor a model on the Hub")):
+    with pytest.raises(OSError, match=re.escape(f"'{base}' is neither a folder nor a model on the Hub")) as caught:
         merge(adapter, tmp_path / "merged")
+    assert str(caught.value).startswith(f"Adapter '{adapter}' names its base model '{base}', which cannot be read: ")
+    hint = " If the base has moved, give the base (base=, or --base on the command line)."
+    assert str(caught.value).endswith(hint)
     merge(adapter, tmp_path / "merged", base=moved)
     assert verify(adapter, base=moved, merged=tmp_path / "merged") == []
 
@@ -438,7 +441,11 @@ def test_an_adapter_that_names_no_base_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(saved | {"revision": "v2"}))
     refuse(f"was made for revision 'v2' of '{base}'; download that", adapter, tmp_path / "merged")
     path.write_text(json.dumps(saved | {"base_model_name_or_path": None}))
-    refuse("does not name its base model; give the base.", adapter, tmp_path / "merged")
+    refuse(
+        "does not name its base model; give the base (base=, or --base on the command line).",
+        adapter,
+        tmp_path / "merged",
+    )
     assert verify(adapter, base=base) == []
 
 

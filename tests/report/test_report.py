@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 VOID = {"meta", "img", "br"}
 HOSTILE = '</style><script>document.title="taken"</script><img src="http://example.com/x.png">&amp;'
-HEADINGS = ["Where training moved the weights", "Which rows and columns train", "Module by module"]
+PICTURES = ["Where training moved the weights", "Which rows and columns train"]
+TABLES = ["By kind and by layer", "Module by module"]
 
 
 @pytest.fixture(scope="module")
@@ -90,15 +92,19 @@ def test_the_page_says_what_inspect_says(tmp_path: Path, capsys: pytest.CaptureF
     saved(tmp_path, save_dtype="bfloat16", ratio_pattern={"q_proj": 0.5})
     output = tmp_path / "page.html"
     assert main(["report", str(tmp_path), "-o", str(output)]) == 0
-    assert capsys.readouterr().out == f"{output.stat().st_size} bytes: {output}\n"
+    assert capsys.readouterr().out == f"{output.stat().st_size / 1000:.1f} kB: {output}\n"
     page = check_page(output)
     facts = inspect(tmp_path)
     assert page.texts["h1"] == page.texts["title"] == [f"Adapter {tmp_path}"]
-    assert page.texts["h2"] == HEADINGS
+    assert page.texts["h2"] == ["The adapter", *PICTURES, *TABLES]
     assert len(page.links) == 2
     cells = page.texts["td"]
     assert f"{facts['trained']:,} ({facts['ratio']:.2%} of the adapted ones)" in cells
     assert f"{facts['bytes']:,} bytes, values in bfloat16" in cells
+    at = cells.index(facts["groups"][0]["group"])
+    rows = [cells[start : start + 8] for start in range(at, at + 8 * len(facts["groups"]), 8)]
+    for row, expected in zip(rows, facts["groups"], strict=True):
+        assert row[:3] == [expected["group"], f"{expected['modules']}", f"{expected['trained']:,}"]
     at = cells.index(facts["modules"][0]["module"])
     rows = [cells[start : start + 8] for start in range(at, len(cells), 8)]
     assert [row[0] for row in rows] == [row["module"] for row in facts["modules"]]
@@ -119,7 +125,31 @@ def test_the_mask_is_that_of_the_module_that_moved_most(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     report(tmp_path, tmp_path / "page.html")
     caption = "The module that moved most: model.layers.1.self_attn.k_proj."
-    assert caption in check_page(tmp_path / "page.html").texts["figcaption"]
+    texts = check_page(tmp_path / "page.html").texts["p"]
+    assert caption in texts
+    far = "such as 'model.layers.1.self_attn.k_proj' ("
+    assert [
+        text for text in texts if "More than 3 times as far as most per weight: 1 of 14 modules" in text and far in text
+    ]
+
+
+def test_the_page_says_what_was_forgotten_and_what_is_good(tmp_path: Path) -> None:
+    model = saved(tmp_path)
+    report(tmp_path, tmp_path / "without.html")
+    assert not [cell for cell in check_page(tmp_path / "without.html").texts["td"] if "forgetting" in cell]
+    own = model.peft_config["default"]
+    measured = {"upstream_loss": 2.862, "forgetting": 0.06, "upstream_kl": 0.0123}
+    own.record = replace(own.record, measured=measured)
+    model.save_pretrained(tmp_path)
+    report(tmp_path, tmp_path / "page.html")
+    page = check_page(tmp_path / "page.html")
+    cells = page.texts["td"]
+    told = cells[cells.index("forgetting") + 1]
+    assert told.startswith(
+        "0.0600 nats per token: the loss on the texts that were watched was 2.802 before the training"
+    )
+    assert cells[cells.index("upstream kl") + 1] == "0.0123"
+    assert len([text for text in page.texts["p"] if text.startswith("Good: ")]) == len(page.links)
 
 
 def test_with_statistics_the_page_shows_the_probe(
@@ -130,9 +160,13 @@ def test_with_statistics_the_page_shows_the_probe(
     options = ["-o", str(tmp_path / "page.html"), "--statistics", str(tmp_path / "probe.safetensors")]
     assert main(["report", str(tmp_path), *options]) == 0
     page = check_page(tmp_path / "page.html")
-    assert page.texts["h2"] == [*HEADINGS[:2], "What the probe found", HEADINGS[2]]
+    assert page.texts["h2"] == ["The adapter", *PICTURES, "What the probe found", *TABLES]
     assert len(page.links) == 3
-    assert page.texts["figcaption"][2].startswith("Means over 4 prompts of 12 tokens, 2 projections each, seed 0;")
+    assert [
+        text
+        for text in page.texts["p"]
+        if text.startswith("Means over 4 prompts of 12 tokens, 2 projections each, seed 0;")
+    ]
 
 
 def test_statistics_of_forwards_only_show_the_activity(
@@ -142,11 +176,31 @@ def test_statistics_of_forwards_only_show_the_activity(
     path = tmp_path / "probe.safetensors"
     statistics.of_forwards().save(path)
     report(tmp_path, tmp_path / "page.html", statistics=path)
-    caption = check_page(tmp_path / "page.html").texts["figcaption"][2]
-    assert caption.startswith("Means over 4 prompts of 12 tokens, forwards only, seed 0;")
+    texts = check_page(tmp_path / "page.html").texts["p"]
+    assert [text for text in texts if text.startswith("Means over 4 prompts of 12 tokens, forwards only, seed 0;")]
+    assert not [text for text in texts if "Where the score is high" in text]
     probe(tiny_llama(hidden=16), config(score="activity")).save(path)
     with pytest.raises(ValueError, match="has no statistics that fit 12 of the 14 modules"):
         report(tmp_path, tmp_path / "page.html", statistics=path)
+
+
+@pytest.mark.parametrize(
+    ("fields", "granularity", "asked"),
+    [
+        ({}, "weight", "10.00%"),
+        ({"granularity": "input_channel"}, "input_channel", "10.00%"),
+        ({"granularity": "input_channel", "channels": 4}, "input_channel", "4 input channels of each module"),
+    ],
+)
+def test_the_page_says_what_trains(fields: dict, granularity: str, asked: str, tmp_path: Path) -> None:
+    saved(tmp_path, **fields)
+    report(tmp_path, tmp_path / "page.html")
+    page = check_page(tmp_path / "page.html")
+    cells = page.texts["td"]
+    assert cells[cells.index("granularity") + 1] == granularity
+    assert cells[cells.index("asked for") + 1] == asked
+    stripes = "Good: stripes in all parts of the matrix. Each is an input channel, which trains as a whole."
+    assert (stripes in page.texts["p"]) == (granularity == "input_channel")
 
 
 def test_one_adapter_gives_one_page(tmp_path: Path) -> None:
@@ -250,18 +304,20 @@ class Listener(QWebEngineUrlRequestInterceptor):
 
 FACTS = '''JSON.stringify({
     title: document.title,
-    images: [...document.images].map(image => image.complete && image.naturalWidth > 100 && image.width <= innerWidth),
+    images: [...document.images].map(image => image.complete && image.naturalWidth > 100),
     heading: document.querySelector("h1").getBoundingClientRect().height,
     overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    letters: Math.min(...[...document.images].map(image => 10 / 72 * 200 * image.width / image.naturalWidth)),
 })'''
 application = QApplication([""])
 view, listener = QWebEngineView(), Listener()
 view.page().profile().setUrlRequestInterceptor(listener)
-view.resize(1000, 800)
+width = int(sys.argv[2])
+view.resize(width, 800)
 
 def finish(facts):
     colours = view.grab().toImage()
-    seen = {colours.pixel(x, y) for x in range(0, 1000, 5) for y in range(0, 800, 5)}
+    seen = {colours.pixel(x, y) for x in range(0, width, 5) for y in range(0, 800, 5)}
     print("FACTS" + json.dumps(json.loads(facts) | {"asked": listener.asked, "colours": len(seen)}))
     application.quit()
 
@@ -278,14 +334,15 @@ def has_browser() -> bool:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_browser(), reason="needs PyQt6-WebEngine, the Chromium that pip can install")
-def test_a_browser_shows_the_page_and_asks_for_nothing(statistics: ProbeStatistics, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width", [1300, 390])  # a laptop and a phone
+def test_a_browser_shows_the_page_and_asks_for_nothing(width: int, statistics: ProbeStatistics, tmp_path: Path) -> None:
     saved(tmp_path)
     edit_config(tmp_path, lambda found: found | {"base_model_name_or_path": HOSTILE})
     statistics.save(tmp_path / "probe")
     path = tmp_path / "page.html"
     report(tmp_path, path, statistics=tmp_path / "probe")
     headless = {"QT_QPA_PLATFORM": "offscreen", "QTWEBENGINE_CHROMIUM_FLAGS": "--no-sandbox --disable-gpu"}
-    command = [sys.executable, "-c", BROWSER, str(path)]
+    command = [sys.executable, "-c", BROWSER, str(path), str(width)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | headless)
     found = re.search("^FACTS(.*)$", run.stdout, re.MULTILINE)
     assert found, run.stderr
@@ -294,6 +351,7 @@ def test_a_browser_shows_the_page_and_asks_for_nothing(statistics: ProbeStatisti
     assert facts["images"] == [True] * 3
     assert facts["heading"] > 10
     assert facts["overflow"] <= 0
+    assert facts["letters"] >= 10  # pixels: letters of 10 points in pictures of 200 dots per inch
     assert {url.partition(":")[0] for url in facts["asked"]} <= {"file", "data"}
     assert sum(url.startswith("file:") for url in facts["asked"]) == 1
     assert facts["colours"] > 50

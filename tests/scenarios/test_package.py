@@ -31,12 +31,12 @@ ARROWS = {
     "layers": {"delta", "base"},
     "baselines": {"delta", "base"},
     "evaluation": {"delta", "base", "probing", "config"},
-    "files": {"delta", "base", "config", "baselines"},
+    "files": {"delta", "base", "config", "card", "baselines"},
     "tuner": {"delta", "base", "probing", "layers", "files", "config"},
     "report": {"delta", "probing", "evaluation", "files"},
 }
 # What everything may import: facts about others, which import nothing of the package.
-GROUND = {"_version", "_peft", "_transformers"}
+GROUND = {"_version", "_tested", "_peft", "_transformers"}
 # At the top: the public names and the command.
 TOP = {"__init__", "cli", "launcher"}
 # Rooms and modules that work on tensors alone.
