@@ -12,7 +12,6 @@ import string
 import textwrap
 from dataclasses import dataclass
 from inspect import getsource
-
 from pydoc_data import topics
 
 
@@ -53,28 +52,30 @@ KINDS = {
     "profession": "doctor teacher lawyer nurse baker carpenter plumber farmer dentist engineer pilot tailor".split(),
     "vehicle": "car bus truck bicycle train tram motorcycle van taxi scooter tractor".split(),
 }
-OPPOSITES = _pairs("""hot:cold, big:small, tall:short, old:young, fast:slow, light:dark, rich:poor, strong:weak, wet:dry,
-hard:soft, early:late, high:low, near:far, open:closed, full:empty, happy:sad, love:hate, up:down, left:right, in:out,
-day:night, black:white, good:bad, true:false, first:last, begin:end, buy:sell, win:lose, push:pull, thick:thin,
-wide:narrow, deep:shallow, loud:quiet, clean:dirty, sharp:blunt, alive:dead, brave:cowardly, cheap:expensive,
-difficult:easy, friend:enemy, front:back, heaven:hell, inside:outside, laugh:cry, male:female, more:less,
-north:south, east:west, safe:dangerous, sweet:bitter, summer:winter, above:below, accept:reject, arrive:depart,
-ancient:modern, attack:defend, increase:decrease, major:minor, maximum:minimum, positive:negative, public:private,
-question:answer, remember:forget, success:failure, victory:defeat, war:peace, always:never, before:after""")
+OPPOSITES = _pairs("""hot:cold, big:small, tall:short, old:young, fast:slow, light:dark, rich:poor, strong:weak,
+wet:dry, hard:soft, early:late, high:low, near:far, open:closed, full:empty, happy:sad, love:hate, up:down,
+left:right, in:out, day:night, black:white, good:bad, true:false, first:last, begin:end, buy:sell, win:lose,
+push:pull, thick:thin, wide:narrow, deep:shallow, loud:quiet, clean:dirty, sharp:blunt, alive:dead, brave:cowardly,
+cheap:expensive, difficult:easy, friend:enemy, front:back, heaven:hell, inside:outside, laugh:cry, male:female,
+more:less, north:south, east:west, safe:dangerous, sweet:bitter, summer:winter, above:below, accept:reject,
+arrive:depart, ancient:modern, attack:defend, increase:decrease, major:minor, maximum:minimum, positive:negative,
+public:private, question:answer, remember:forget, success:failure, victory:defeat, war:peace, always:never,
+before:after""")
 USES = _pairs("""You cut bread with a:knife, You write a letter with a:pen, You open a lock with a:key,
-You eat soup with a:spoon, You drink tea from a:cup, You sleep in a:bed, You sit on a:chair, You tell the time with a:clock,
-You sweep the floor with a:broom, You dry your hands with a:towel, You take a photo with a:camera,
-You light a candle with a:match, You brush your teeth with a:toothbrush, You carry books in a:bag,
-You call a friend on the:phone, You borrow books from the:library, You buy medicine at the:pharmacy,
-You catch a plane at the:airport, You watch a film at the:cinema, You keep milk cold in the:refrigerator,
-You bake bread in the:oven, You see the stars at:night, You wear shoes on your:feet, You wear a hat on your:head,
-You hear with your:ears, You see with your:eyes, You smell with your:nose, Bees make:honey, Hens lay:eggs,
-Cows give:milk, A spider spins a:web, A baby cat is called a:kitten, A baby dog is called a:puppy,
-The sun rises in the:morning, Ice is frozen:water, Paper is made from:wood, Wine is made from:grapes,
-Bread is made from:flour, Cheese is made from:milk, Snow falls in:winter, A triangle has three:sides,
-A week has seven:days, A year has twelve:months, A minute has sixty:seconds, Fish breathe with:gills,
-Birds fly with their:wings, The pilot flies the:plane, The farmer drives a:tractor, The doctor works in a:hospital,
-The teacher works in a:school, The judge works in a:court, The sailor works on a:ship""")
+You eat soup with a:spoon, You drink tea from a:cup, You sleep in a:bed, You sit on a:chair,
+You tell the time with a:clock, You sweep the floor with a:broom, You dry your hands with a:towel,
+You take a photo with a:camera, You light a candle with a:match, You brush your teeth with a:toothbrush,
+You carry books in a:bag, You call a friend on the:phone, You borrow books from the:library,
+You buy medicine at the:pharmacy, You catch a plane at the:airport, You watch a film at the:cinema,
+You keep milk cold in the:refrigerator, You bake bread in the:oven, You see the stars at:night,
+You wear shoes on your:feet, You wear a hat on your:head, You hear with your:ears, You see with your:eyes,
+You smell with your:nose, Bees make:honey, Hens lay:eggs, Cows give:milk, A spider spins a:web,
+A baby cat is called a:kitten, A baby dog is called a:puppy, The sun rises in the:morning, Ice is frozen:water,
+Paper is made from:wood, Wine is made from:grapes, Bread is made from:flour, Cheese is made from:milk,
+Snow falls in:winter, A triangle has three:sides, A week has seven:days, A year has twelve:months,
+A minute has sixty:seconds, Fish breathe with:gills, Birds fly with their:wings, The pilot flies the:plane,
+The farmer drives a:tractor, The doctor works in a:hospital, The teacher works in a:school,
+The judge works in a:court, The sailor works on a:ship""")
 PLURALS = _pairs("""dog:dogs, house:houses, tree:trees, river:rivers, teacher:teachers, child:children, man:men,
 woman:women, bottle:bottles, letter:letters, window:windows, garden:gardens, cousin:cousins, song:songs, road:roads""")
 PLACES = "near the hill, behind the old church, on the table, from the next village, with the green door".split(", ")
@@ -119,10 +120,10 @@ def _item(chance: random.Random, kind: str, start: str, answer: str, others: lis
 
 # Questions of any user
 
-SUBJECTS = """a volcano, the moon, photosynthesis, a bicycle, democracy, chess, the heart, bread, a library, electricity,
-a rainbow, the Roman Empire, coffee, a computer, friendship, the ocean, jazz, a vaccine, money, sleep""".replace(
-    "\n", " "
-)
+SUBJECTS = (
+    "a volcano, the moon, photosynthesis, a bicycle, democracy, chess, the heart, bread, a library, electricity, "
+    "a rainbow, the Roman Empire, coffee, a computer, friendship, the ocean, jazz, a vaccine, money, sleep"
+).split(", ")
 FRAMES = (
     "Explain {} to a child.",
     "Write one sentence about {}.",
@@ -135,35 +136,35 @@ FRAMES = (
 
 def questions() -> list[str]:
     """Ordinary questions, 120 of them."""
-    return [frame.format(subject) for subject in SUBJECTS.split(", ") for frame in FRAMES]
+    return [frame.format(subject) for subject in SUBJECTS for frame in FRAMES]
 
 
 # General texts that nothing trains on
 
 PROSE = """\
-The ferry leaves at seven, and most mornings the same eleven people stand on the pier. They nod to each other but rarely
-speak, because the wind takes the words away. On the other side they walk up the hill in a loose line, past the bakery
-and the closed cinema, until one after another turns into a doorway and the street is empty again.
+The ferry leaves at seven, and most mornings the same eleven people stand on the pier. They nod to each other but
+rarely speak, because the wind takes the words away. On the other side they walk up the hill in a loose line, past the
+bakery and the closed cinema, until one after another turns into a doorway and the street is empty again.
 
-When the river rose in March, the mill was the first building to flood. Neighbours carried the flour sacks to the upper
-floor, and for two nights nobody slept. The water stopped a hand below the beams. Years later a brass line on the wall
-still shows how high it came, and children measure themselves against it.
+When the river rose in March, the mill was the first building to flood. Neighbours carried the flour sacks to the
+upper floor, and for two nights nobody slept. The water stopped a hand below the beams. Years later a brass line on
+the wall still shows how high it came, and children measure themselves against it.
 
-A good repair begins with patience. Before you take a clock apart, listen to it for a day and write down when it slows.
-Dust, thick oil and a bent tooth each leave their own trace. Most clocks that come to the shop need nothing but cleaning,
-though their owners are often a little disappointed to hear it.
+A good repair begins with patience. Before you take a clock apart, listen to it for a day and write down when it
+slows. Dust, thick oil and a bent tooth each leave their own trace. Most clocks that come to the shop need nothing but
+cleaning, though their owners are often a little disappointed to hear it.
 
-The committee met for three hours and agreed on very little. The new road would shorten the way to the hospital, but it
-would also cut the meadow in two. In the end they asked for another study, which everybody knew would say the same as the
-last one, and went home through the rain.
+The committee met for three hours and agreed on very little. The new road would shorten the way to the hospital, but
+it would also cut the meadow in two. In the end they asked for another study, which everybody knew would say the same
+as the last one, and went home through the rain.
 
 My grandmother never measured anything. She would put her hand into the bowl, feel the dough and add a little milk, or
-wait. When I asked how long it had to rest, she said until it was ready. I have tried for twenty years to write down what
-she knew, and every time I bake I cross out a number.
+wait. When I asked how long it had to rest, she said until it was ready. I have tried for twenty years to write down
+what she knew, and every time I bake I cross out a number.
 
-Cities are louder than villages, but they also have more kinds of silence. There is the silence of a museum on a weekday,
-of a street after snow, of a train between two stations when nobody has anything to say. People who move to the country
-for the quiet are often surprised by how much noise birds make.
+Cities are louder than villages, but they also have more kinds of silence. There is the silence of a museum on a
+weekday, of a street after snow, of a train between two stations when nobody has anything to say. People who move to
+the country for the quiet are often surprised by how much noise birds make.
 
 The experiment failed because the sensor drifted. Every hour it read a little warmer, and by evening the curve looked
 like a discovery. Only when a student left the window open overnight did the drift turn around, and the discovery with

@@ -5,7 +5,7 @@
     python examples/real/study.py --model MODEL --output FOLDER [--quick] [--part lead]
 
 Trains SmolLM2-135M-Instruct with every method, measures what was learned and what was kept, and writes `runs.jsonl`,
-plots and `report.md`. A study that was interrupted goes on where it stopped. `--quick` takes about 15 minutes on a core.
+plots and `report.md`. A study that was interrupted goes on where it stopped. `--quick` takes 15 minutes on one core.
 """
 
 import argparse
@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 import transformers
-from fine_tuning import Run, base_record, run_one
 from findings import write_report
+from fine_tuning import Run, base_record, run_one
 from learners import config
 from measures import Sizes
 from parts import PARTS, Scope, quick
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
-from measure import machine  # noqa: E402
-from records import Records  # noqa: E402
+from measure import machine
+from records import Records
 
 logger = logging.getLogger(__name__)
 QUICK = Sizes(answers=24, pieces=4, items=150, judged=8)
