@@ -97,7 +97,7 @@ def run_one(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
     points = []
 
     def look(model: Any, step: int, scale: float = 1.0) -> None:
-        complete = step == run.steps and scale in (1.0, SCALES[0])
+        complete = step == run.steps and scale == 1
         found = measure(model, tokenizer, lesson, reference, sizes, complete)
         points.append({"step": step, "scale": scale, **found})
 

@@ -28,7 +28,7 @@ GENERATED = 40  # tokens, at most, of an answer whose format is judged
 JUDGED = 24  # answers whose format is judged
 PIECES = 12  # of general texts of each kind, and
 HELD_OUT = 24  # of the new task
-BATCH = 16
+TOKENS = 1536  # of a batch, with padding
 SYSTEM = {"role": "system", "content": "Answer in one short sentence."}
 
 
@@ -101,12 +101,25 @@ def _general(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str, list[R
 # What a model says
 
 
+def batches(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
+    """Rows in their order, as many at a time as `TOKENS` allows."""
+    start = 0
+    while start < len(rows):
+        count = 1
+        while (
+            start + count < len(rows)
+            and (count + 1) * max(len(row.ids) for row in rows[start : start + count + 1]) <= TOKENS
+        ):
+            count += 1
+        yield rows[start : start + count]
+        start += count
+
+
 @torch.no_grad()
 def predictions(model: Any, rows: Sequence[Row]) -> Iterator[tuple[Row, Tensor]]:
     """The rows with the logits at the positions that are predicted, `(count, vocabulary)`."""
     plain = base_of(model)
-    for start in range(0, len(rows), BATCH):
-        chosen = rows[start : start + BATCH]
+    for chosen in batches(rows):
         width = max(len(row.ids) for row in chosen)
         ids = torch.zeros(len(chosen), width, dtype=torch.long, device=plain.device)
         real = torch.zeros_like(ids)
@@ -198,7 +211,7 @@ def make_reference(path: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
     """Let the base answer ordinary questions, and keep what it says about its answers and general texts."""
     with measuring(model):
         torch.manual_seed(0)
-        own = answers(model, tokenizer, questions()[: sizes.answers], ANSWER, do_sample=True, temperature=1.0, top_k=0)
+        own = answers(model, tokenizer, questions()[: sizes.answers], ANSWER, do_sample=True, temperature=0.7, top_k=0)
         rows = {"own": own, **_general(tokenizer, sizes.pieces)}
         tensors = {}
         for kind, texts_of_kind in rows.items():
@@ -247,8 +260,9 @@ def check_start(model: Any, reference: Reference) -> None:
     Raises:
         RuntimeError: the divergence from the base is not 0.
     """
+    first = next(batches(reference.rows["own"]))  # the same batch as that of the reference, or roundings differ
     with measuring(model):
-        _, found = losses(model, reference.rows["own"][:BATCH], reference.logits["own"])
+        _, found = losses(model, first, reference.logits["own"])
     if max(found) > 1e-5:
         raise RuntimeError(
             f"Before the first step KL(base || model) is {max(found):.2g} on the base's own answers, and should be 0: "

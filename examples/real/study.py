@@ -11,9 +11,11 @@ plots and `report.md`. A study that was interrupted goes on where it stopped. `-
 import argparse
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ def able(runs: Sequence[Run]) -> list[Run]:
 
 def work(folder: Path, sizes: Sizes, run: Run) -> list[dict[str, Any]]:
     """Carry out a run, silently."""
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # the Trainer prints
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
