@@ -17,7 +17,8 @@ OTHERS = 4
 WIDENED = 3  # times, at most
 LEVEL = 0.8  # of what the best run learned: where the rates of a method are compared
 
-LEAD = ("lora r=16", "random", "dowser", "columns, activity", "full", "shift")
+LEAD = ("lora r=16", "random", "dowser", "columns, activity", "full")
+SCORES = ("shift", "wanda", "magnitude", "magnitude, high", "dowser, model", "shift, model")
 ENDS = ("magnitude", "magnitude, high", "dowser", "dowser, high", "shift", "shift, high", "random")
 CHANNELS = ("columns, activity", "columns, shift", "columns, dowser", "columns, random")
 RATIOS = (0.01, 0.03, 0.5)
@@ -143,6 +144,10 @@ def ends(scope: Scope, records: Sequence[Record]) -> Batches:
             yield from tuned(scope, records, ENDS, ratio=ratio, dtype=dtype)
 
 
+def scores(scope: Scope, records: Sequence[Record]) -> Batches:
+    yield from tuned(scope, records, SCORES)
+
+
 def channels(scope: Scope, records: Sequence[Record]) -> Batches:
     yield from tuned(scope, records, CHANNELS)
 
@@ -168,6 +173,7 @@ PARTS: dict[str, Callable[[Scope, Sequence[Record]], Batches]] = {
     "lead": lead,
     "hard": hard,
     "answers": answers,
+    "scores": scores,
     "channels": channels,
     "rehearsal": rehearsal,
     "ratios": ratios,

