@@ -11,7 +11,7 @@ from ._peft import ensure_peft_type
 ensure_peft_type()  # before config.py, whose class refers to PeftType.DOWSER
 
 from . import baselines, delta, evaluation  # noqa: E402
-from ._peft import keep_cards, register  # noqa: E402
+from ._peft import convert_exactly, keep_cards, register  # noqa: E402
 from ._version import __version__  # noqa: E402, F401
 from .config import DowserConfig  # noqa: E402
 from .delta.codec import DeltaFormatError  # noqa: E402
@@ -19,9 +19,10 @@ from .evaluation.forgetting import ForgettingCallback  # noqa: E402
 from .evaluation.rehearsal import RehearsalCallback  # noqa: E402
 from .files.extraction import extract  # noqa: E402
 from .files.inspection import diff, inspect  # noqa: E402
+from .files.lora import export_lora  # noqa: E402
 from .files.merging import merge, verify  # noqa: E402
 from .files.planning import plan  # noqa: E402
-from .layers.layer import DowserLayer  # noqa: E402
+from .layers.layer import DowserLayer, exact_factors  # noqa: E402
 from .probing.run import probe  # noqa: E402
 from .probing.statistics import ProbeStatistics  # noqa: E402
 from .tuner.loading import watch_loads  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "delta",
     "diff",
     "evaluation",
+    "export_lora",
     "extract",
     "hotswap",
     "inspect",
@@ -51,6 +53,7 @@ __all__ = [
 ]
 
 register(DowserConfig, DowserModel)
+convert_exactly(exact_factors)
 keep_cards(DowserConfig)
 watch_loads()
 

@@ -6,12 +6,14 @@ Each name has its reason next to it; `tests/scenarios/test_private_names.py` rep
 """
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, mapping
+from peft.tuners.lora import conversion  # how one layer becomes a LoRA layer, see `convert_exactly`
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _maybe_include_all_linear_layers,  # what "all-linear" means
@@ -30,6 +32,7 @@ from peft.utils.quantization_utils import (
     get_quantization_kwargs,  # how torchao quantizes a weight again
     resolve_quantization_backend,  # which library has quantized a layer
 )
+from torch import Tensor
 from transformers.utils.hub import PushToHubMixin  # whose upload follows the card, see `keep_cards`
 
 NAME = "DOWSER"
@@ -97,6 +100,23 @@ def adapters_of(wrapper: AuxiliaryTrainingWrapper) -> Collection[str]:
 def saved_names_in(wrapper: AuxiliaryTrainingWrapper, adapter_name: str) -> dict[str, str]:
     """The names of an adapter's tensors in the wrapper, by their names in the adapter's file."""
     return wrapper.adapter_state_dict_load_map(adapter_name)
+
+
+def convert_exactly(factors: Callable[[BaseTunerLayer, float, str], tuple[Tensor, Tensor, int] | None]) -> None:
+    """Let `convert_to_lora` and `save_as_lora` take exact factors of a layer, where `factors` gives some.
+
+    PEFT approximates every delta by its largest singular values, also one that is a product of two factors already.
+    """
+    original: Any = conversion._convert_module_to_lora
+    original = getattr(original, "_approximate", original)  # a reload of the package replaces ours
+
+    @wraps(original)
+    def convert(module: BaseTunerLayer, rank: float, adapter_name: str = "default") -> tuple[Tensor, Tensor, int]:
+        exact = factors(module, rank, adapter_name)
+        return original(module, rank=rank, adapter_name=adapter_name) if exact is None else exact
+
+    convert._approximate = original  # type: ignore[attr-defined]
+    conversion._convert_module_to_lora = convert
 
 
 @contextmanager

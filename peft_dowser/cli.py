@@ -127,6 +127,14 @@ def _extract(options: argparse.Namespace) -> None:
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
 
 
+def _export_lora(options: argparse.Namespace) -> None:
+    from peft_dowser.files.lora import export_lora
+
+    counts = export_lora(options.adapter, options.output)
+    size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
+    print(f"LoRA of rank {max(counts.values())} for {len(counts)} modules, {size} bytes: {options.output}")
+
+
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
     from peft_dowser.files.planning import OPTIMIZERS, bytes_per_weight, plan
@@ -135,6 +143,8 @@ def _plan(options: argparse.Namespace) -> None:
         options.model,
         DowserConfig(
             update_ratio=options.update_ratio,
+            granularity=options.granularity,
+            channels=options.channels,
             target_modules=_targets(options),
             target_parameters=options.target_parameters,
             last_layers=options.last_layers,
@@ -285,6 +295,7 @@ _COMMANDS = {
     "inspect": _inspect,
     "diff": _diff,
     "report": _report,
+    "export-lora": _export_lora,
     "extract": _extract,
     "plan": _plan,
     "merge": _merge,
@@ -344,9 +355,15 @@ def _parser() -> argparse.ArgumentParser:
     extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
 
+    export = commands.add_parser("export-lora", help="write an adapter that trains input channels as a LoRA adapter")
+    export.add_argument("adapter", help="folder or Hub id of an adapter with granularity='input_channel'")
+    export.add_argument("-o", "--output", required=True, help="folder for the LoRA adapter, new or empty")
+
     plan = commands.add_parser("plan", help="what a fine-tuning takes, from the config of a model alone")
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
     plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
+    plan.add_argument("--granularity", default="weight", help="weight or input_channel (default: weight)")
+    plan.add_argument("--channels", type=int, help="input channels per module, with --granularity input_channel")
     plan.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="module names, or all-linear (default: as in DowserConfig)"
     )

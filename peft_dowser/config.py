@@ -18,6 +18,7 @@ from ._peft import NAME, get_pattern_key
 from .card import complete_card
 from .delta.codec import DeltaFormatError
 from .delta.format import FORMAT, check_manifest, check_readable, few
+from .delta.layout import Granularity, Layout
 
 Score = Literal["dowser", "random", "magnitude", "wanda", "gradient"]
 Select = Literal["low", "high"]
@@ -80,6 +81,16 @@ class DowserConfig(PeftConfig):
             "help": "Another ratio in [0, 1] for some modules. Keys are module names, their ends or regular "
             "expressions, as in LoRA's rank_pattern. A ratio of 0 freezes the module."
         },
+    )
+    granularity: Granularity = _option(
+        "weight",
+        "What is chosen: 'weight', single weights as in the paper, or 'input_channel', all weights that an input "
+        "feature of a linear layer is multiplied with: a LoRA adapter whose A is fixed.",
+    )
+    channels: int | None = _option(
+        None,
+        "Number of input channels to train in each module, as LoRA's rank r; with granularity='input_channel' in the "
+        "place of update_ratio.",
     )
     target_modules: list[str] | set[str] | str | None = _option(
         None,
@@ -274,7 +285,7 @@ class DowserConfig(PeftConfig):
         facts = {
             "base model": self.base_model_name_or_path or "",
             "trained weights": f"{sum(self.saved_nnz.values()):,}" if self.saved_nnz else "",
-            "update ratio": f"{self.update_ratio:g}",
+            "trains": self._trains(),
             "chosen by": f"score {self.score}, the {'lowest' if self.select == 'low' else 'highest'} by {self.scope}",
             "probe": probe if self.score in PROBED_SCORES else "",
             "seed": str(made["seed"]),
@@ -282,6 +293,13 @@ class DowserConfig(PeftConfig):
             "measured in training": ", ".join(f"{name} {value:.4g}" for name, value in measured.items()),
         }
         complete_card(folder, self.task_type, facts)
+
+    def _trains(self) -> str:
+        """What trains in a module, in a few words."""
+        if self.channels is not None:
+            return f"{self.channels} input channels of each module"
+        what = "single weights" if self.granularity == "weight" else "input channels"
+        return f"{self.update_ratio:g} of the {what}"
 
     def _problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, one clause each."""
@@ -295,7 +313,14 @@ class DowserConfig(PeftConfig):
         if self.nnz_pattern is not None and not _is_map(self.nnz_pattern):
             yield f"nnz_pattern must map module names to counts, got {self.nnz_pattern!r}"
         yield from _outside("probe_images", self.probe_images, 0, 1)
-        for name, choices in (("score", Score), ("select", Select), ("scope", Scope), ("bias", Bias)):
+        choosing = (
+            ("granularity", Granularity),
+            ("score", Score),
+            ("select", Select),
+            ("scope", Scope),
+            ("bias", Bias),
+        )
+        for name, choices in choosing:
             yield from _not_one_of(name, getattr(self, name), get_args(choices))
         if self.save_dtype is not None:
             yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
@@ -312,7 +337,23 @@ class DowserConfig(PeftConfig):
                 yield f"{name} must be True or False, got {getattr(self, name)!r}"
         if self.statistics is not None and not isinstance(self.statistics, str):
             yield f"statistics must be the path of a file, got {self.statistics!r}"
+        yield from self._channel_problems()
         yield from self._target_problems()
+
+    def _channel_problems(self) -> Iterator[str]:
+        if self.granularity == "input_channel" and self.scope == "row":
+            yield (
+                "scope='row' ranks the weights of each row, and granularity='input_channel' has none to rank: take "
+                "'matrix'"
+            )
+        if self.channels is not None:
+            wrong = list(_not_an_integer("channels", self.channels, at_least=1))
+            yield from wrong
+            if not wrong and self.granularity != "input_channel":
+                yield (
+                    f"channels={self.channels} needs granularity='input_channel'; for single weights there is "
+                    "update_ratio"
+                )
 
     def _target_problems(self) -> Iterator[str]:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):
@@ -380,5 +421,25 @@ def _not_an_integer(name: str, value: Any, at_least: int) -> Iterator[str]:
 
 def ratio_of(name: str, config: DowserConfig) -> float:
     """The update ratio of a target."""
-    key = get_pattern_key(list(config.ratio_pattern), name)
-    return config.ratio_pattern.get(key, config.update_ratio)
+    return config.ratio_pattern.get(_pattern_of(name, config), config.update_ratio)
+
+
+def share_of(name: str, layout: Layout, config: DowserConfig) -> float:
+    """How many positions of a target are to train, before it is rounded.
+
+    Raises:
+        ValueError: it has fewer input channels than are to train.
+    """
+    if config.channels is None or _pattern_of(name, config) in config.ratio_pattern:
+        return ratio_of(name, config) * layout.size
+    if config.channels > layout.size:
+        raise ValueError(
+            f"channels={config.channels}, but module '{name}' has only {layout.size} input channels. Use fewer, or "
+            "give the module a ratio of its own in ratio_pattern."
+        )
+    return config.channels
+
+
+def _pattern_of(name: str, config: DowserConfig) -> str:
+    """The key of `ratio_pattern` that matches a target; its name, where none does."""
+    return get_pattern_key(list(config.ratio_pattern), name)

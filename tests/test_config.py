@@ -19,6 +19,8 @@ IDS = torch.arange(1, 13).view(1, 12)
 
 DEFAULTS = {
     "update_ratio": 0.1,
+    "granularity": "weight",
+    "channels": None,
     "ratio_pattern": {},
     "target_modules": None,
     "exclude_modules": None,
@@ -55,6 +57,8 @@ WRONG = {
     "seed": ("an integer of at least 0", [-1, 4.0, "4", False, NAN, None]),
     "probe_batch_size": ("an integer of at least 1", [0, 4.0, "4", True, NAN]),
     "last_layers": ("an integer of at least 1", [0, 4.0, "4", True, NAN]),
+    "channels": ("an integer of at least 1", [0, -3, 4.0, "4", True, NAN]),
+    "granularity": ("one of weight, input_channel", ["row", 1, None]),
     "score": ("one of dowser, random, magnitude, wanda, gradient", ["hessian", ["dowser"], None]),
     "select": ("one of low, high", ["lowest", True, None]),
     "scope": ("one of matrix, row, layer, model", ["rows", 1, None]),
@@ -77,6 +81,14 @@ WRONG_TYPES = {
 }
 LAYERS = {"target_modules": ["q_proj"], "layers_to_transform": [0]}
 WRONG_TOGETHER = [
+    (
+        {"channels": 4},
+        "channels=4 needs granularity='input_channel'; for single weights there is update_ratio.",
+    ),
+    (
+        {"granularity": "input_channel", "scope": "row"},
+        "scope='row' ranks the weights of each row, and granularity='input_channel' has none to rank: take 'matrix'.",
+    ),
     ({"ratio_pattern": {"q_proj": NAN}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got nan"),
     ({"ratio_pattern": {"q_proj": True}}, "ratio_pattern['q_proj'] must be a number in [0, 1], got True"),
     ({"target_parameters": "w"}, "target_parameters must be a list of parameter names, got 'w'"),

@@ -92,7 +92,7 @@ def measure_files(
                     with peft_alone():
                         times.timed("peft_save", model.save_pretrained, f"{folder}/peft")
             times.timed("safetensors_read", load_file, file)
-            times.timed("decode", lambda: [decode(index.code, index.numel, index.nnz) for index in indices])
+            times.timed("decode", lambda: [decode(index.code, index.layout.size, index.count) for index in indices])
         base = model.unload()
         for _ in range(repetitions):
             base = times.timed("load", PeftModel.from_pretrained, base, kept).unload()

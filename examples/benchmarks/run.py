@@ -4,7 +4,7 @@
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
 GPU where torch has one. On two CPU cores: step 15 minutes, ratios (steps at rho = 0.01 and 0.5) 30, variants (steps
-with checkpointing, compiled) 20, generation 60, probing 5, files 6, switching 5, billion 3.
+with checkpointing, compiled) 20, generation 60, probing 5, files 6, switching 5, channels 20, billion 3.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import channels
 import files
 import generation
 import one_billion
@@ -25,6 +26,7 @@ PARTS: dict[str, Callable[[int], Any]] = {
     "step": partial(training_step.measure, settings=training_step.USUAL),
     "ratios": partial(training_step.measure, settings=training_step.RATIOS),
     "variants": partial(training_step.measure, settings=training_step.VARIANTS),
+    "channels": channels.measure,
     "generation": generation.measure,
     "probing": probing.measure,
     "files": files.measure,

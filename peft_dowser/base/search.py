@@ -56,8 +56,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 
     Raises:
         ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its
-            module, a target parameter is not fused, a weight is shared with another module or not contiguous, or
-            `last_layers` cannot be met.
+            module, a target parameter is not fused, a weight is shared with another module or not contiguous,
+            `last_layers` cannot be met, or input channels are to train of a weight that has none.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     model = uncompiled(model)
@@ -93,6 +93,8 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
         targets = with_ties(model, targets, find)
     check_untied(model, targets)
     _check_contiguous(targets)
+    if config.granularity == "input_channel":
+        _check_channels(targets)
     return targets
 
 
@@ -232,6 +234,19 @@ def _check_contiguous(targets: Mapping[str, Target]) -> None:
                 f"The weight of target module '{name}' is not contiguous in memory, as a transposed tensor is not. "
                 f"Give the module a contiguous one first: module.{target.parameter}.data = "
                 f"module.{target.parameter}.data.contiguous()."
+            )
+
+
+def _check_channels(targets: Mapping[str, Target]) -> None:
+    """Refuse weights that have no input channels, or others in each module that shares them."""
+    for name, target in targets.items():
+        if any(use.channel_dim is None or use.channel_dim != target.channel_dim for use in target.uses):
+            what = {"fused": "holds the matrices of experts", "embedding": "is an embedding, whose inputs are tokens"}
+            why = what.get(target.kind, "is shared with an embedding, whose inputs are tokens")
+            raise ValueError(
+                f"granularity='input_channel': target '{name}' {why}, so it has no input channels to choose. Take it "
+                "out of target_modules and target_parameters, or train single weights of it with granularity='weight'; "
+                "for whole tokens there is trainable_token_indices."
             )
 
 

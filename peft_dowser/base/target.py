@@ -1,6 +1,7 @@
 """A target: one weight of the base model of which an adapter trains a part, however the base stores it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, cast
 
@@ -11,6 +12,7 @@ from transformers import Conv1D
 from .._peft import QuantizationBackend
 from .._transformers import is_falcons, is_scaled_embedding, stores_transposed
 from ..delta.format import base_sample
+from ..delta.layout import Granularity, Layout
 from .distributed import gathered, shape_of
 from .storage import backend_of, device_of, onloaded
 
@@ -94,6 +96,15 @@ class Target:
         return (columns, rows) if self.transposed else (rows, columns)
 
     @property
+    def channel_dim(self) -> int | None:
+        """The dimension of its input channels; None where it has none: the inputs of an embedding are tokens."""
+        return int(not self.transposed) if self.kind in LINEAR else None
+
+    def layout(self, granularity: Granularity) -> Layout:
+        """What the positions of an adapter of this granularity mean in it."""
+        return Layout(self.shape, self.channel_dim if granularity == "input_channel" else None)
+
+    @property
     def device(self) -> torch.device:
         """Where the base layer computes."""
         return device_of(self.module)
@@ -172,3 +183,8 @@ def fused_target(name: str, module: nn.Module, parameter: str) -> Target:
     """A fused parameter of an experts module, by its name in the base model and in the module."""
     shape = shape_of(getattr(module, parameter))
     return Target(name, module, "fused", shape, stores_transposed(module), parameter)
+
+
+def layouts_of(targets: Mapping[str, Target], granularity: Granularity) -> dict[str, Layout]:
+    """What the positions of an adapter of this granularity mean in each of its targets."""
+    return {name: target.layout(granularity) for name, target in targets.items()}

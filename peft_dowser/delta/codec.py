@@ -12,6 +12,7 @@ CPU, reading is left to numpy: it lets go of the interpreter, and starts no thre
 read side by side.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -137,21 +138,22 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
     return positions
 
 
-def check_values(values: Tensor, nnz: int, dtype: torch.dtype = torch.float32) -> None:
-    """Refuse values of another number or kind than `nnz` finite floating-point ones.
+def check_values(values: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
+    """Refuse values of another shape or kind than finite floating-point ones of `shape`.
 
     Args:
         values: the values as they are in the file.
-        nnz: how many there have to be.
+        shape: the shape that they have to have.
         dtype: what they are about to become, and have to be finite in.
 
     Raises:
         DeltaFormatError: they are not.
     """
-    if values.dtype not in VALUE_DTYPES or tuple(values.shape) != (nnz,):
+    if values.dtype not in VALUE_DTYPES or tuple(values.shape) != shape:
         raise DeltaFormatError(
-            f"expected {nnz} floating-point values, the file has {values.dtype} of shape {tuple(values.shape)}; the "
-            "adapter in the file was made with another update_ratio or base model"
+            f"expected {math.prod(shape)} floating-point values of shape {shape}, the file has {values.dtype} of shape "
+            f"{tuple(values.shape)}; the adapter in the file was made with another update_ratio, granularity or base "
+            "model"
         )
     if not is_finite(values, dtype):
         raise DeltaFormatError("the file has values that are not finite")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._version import __version__
 from .codec import DeltaFormatError, decode
+from .layout import Layout
 
 # The format that this release writes; it reads this one and all older ones.
 FORMAT = 1
@@ -72,17 +73,19 @@ def check_readable(path: Path) -> None:
         raise DeltaFormatError(str(error)) from error
 
 
-def entry(code: Tensor, values: Tensor, shape: tuple[int, ...], sample: str | None) -> dict[str, Any]:
+def entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
     """What a manifest says of one module.
 
     Args:
         code: its index code, as in the file.
         values: its values, as in the file.
-        shape: shape of the base weight as it is stored.
+        layout: what they mean in the base weight.
         sample: `base_sample` of the unmodified base weight.
     """
+    channels = {} if layout.channel_dim is None else {"channel_dim": layout.channel_dim}
     return {
-        "shape": list(shape),
+        "shape": list(layout.shape),
+        **channels,
         "nnz": values.numel(),
         "code_sha256": digest(code),
         "values_sha256": digest(values),
@@ -101,19 +104,19 @@ def digest(tensor: Tensor) -> str:
     return hashlib.sha256(flat.view(torch.uint8).numpy().data).hexdigest()
 
 
-def read_positions(code: Tensor, numel: int, nnz: int, code_digest: str | None) -> Tensor:
+def read_positions(code: Tensor, layout: Layout, count: int, code_digest: str | None) -> Tensor:
     """The positions in an index code.
 
     Args:
         code: the index code.
-        numel: number of entries of the weight.
-        nnz: number of positions.
+        layout: what the positions mean in the weight.
+        count: number of positions.
         code_digest: SHA-256 of the code by the manifest, if there is one.
 
     Raises:
         DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
     """
-    positions = decode(code, numel, nnz)
+    positions = decode(code, layout.size, count)
     if code_digest is not None:
         _check_digest(code, code_digest)
     return positions

@@ -12,11 +12,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from torch import Tensor, nn
 
 from ..base.search import resolve_targets
-from ..base.target import Target
+from ..base.target import Target, layouts_of
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import DeltaFormatError, check_values
 from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, open_tensors, quoted
+from ..delta.layout import Layout, Stored
 from .checkpoint import FLOAT_DTYPES, Checkpoint, fetched
 from .checks import (
     check_counts,
@@ -25,7 +26,7 @@ from .checks import (
     check_keys,
     check_missing,
     check_whole_tensor,
-    described_shapes,
+    described_layouts,
     foreign_to,
     in_modules_to_save,
     naming,
@@ -55,12 +56,16 @@ class SavedAdapter:
     counts: dict[str, int]
     others: dict[str, str]
 
-    def delta(self, module: str, numel: int, code: Tensor | None = None) -> Delta:
+    def delta(self, module: str, layout: Layout) -> Delta:
+        """The delta of a module as single weights; the rest as `stored`."""
+        return layout.delta(self.stored(module, layout))
+
+    def stored(self, module: str, layout: Layout, code: Tensor | None = None) -> Stored:
         """The delta of a module, checked; its values are float32, as PEFT loads them.
 
         Args:
             module: its name in the base model.
-            numel: number of entries of its weight.
+            layout: what its positions mean in its weight.
             code: its index code, where that was read already.
 
         Raises:
@@ -69,17 +74,18 @@ class SavedAdapter:
         values, code = self._read(f"{PREFIX}{module}{VALUES}"), self.code(module) if code is None else code
         manifest = self.config.manifest
         code_digest = None if manifest is None else manifest["modules"][module]["code_sha256"]
-        return read_delta(values, code, numel, self.counts[module], code_digest, self._place(module))
+        return read_delta(values, code, layout, self.counts[module], code_digest, self._place(module))
 
     def values(self, module: str) -> Tensor:
-        """The values of a module as they are in the file, shape `(nnz,)`.
+        """The values of a module as they are in the file, shape `(nnz,)`, or `(out, k)` for input channels.
 
         Raises:
             DeltaFormatError: they are not as many finite floating-point numbers as its count says.
         """
-        values = self._read(f"{PREFIX}{module}{VALUES}")
+        values, nnz = self._read(f"{PREFIX}{module}{VALUES}"), self.counts[module]
+        has_channels = self.config.granularity == "input_channel" and values.dim() == 2 and values.numel() == nnz
         with naming(self._place(module)):
-            check_values(values, self.counts[module])
+            check_values(values, tuple(values.shape) if has_channels else (nnz,))
         return values
 
     def code(self, module: str) -> Tensor:
@@ -100,8 +106,8 @@ class SavedAdapter:
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the base weights by module, as stored, where no base is at hand: those of the manifest.
+    def layouts(self) -> dict[str, Layout]:
+        """What its positions mean by module, where no base is at hand: as its manifest describes it.
 
         Raises:
             DeltaFormatError: there is no manifest, it does not describe this file, or the file is not complete.
@@ -112,7 +118,7 @@ class SavedAdapter:
                 "and save it again with this release."
             )
         self.check_complete()
-        return described_shapes(self.config.manifest, self.counts, self._where)
+        return described_layouts(self.config.manifest, self.counts, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
         """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
@@ -123,7 +129,7 @@ class SavedAdapter:
         Raises:
             DeltaFormatError: it does not fit.
         """
-        check_fits(self.counts, targets, self.config.manifest, self._where)
+        check_fits(self.counts, layouts_of(targets, self.config.granularity), self.config.manifest, self._where)
         self.check_complete()
 
     def targets_in(self, model: nn.Module) -> dict[str, Target]:
@@ -150,7 +156,7 @@ class SavedAdapter:
             weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
             if problem := weight_problem(base, target.tensor_name, target.shape):
                 yield problem
-            yield from _problem(self.delta, module, target.numel)
+            yield from _problem(self.stored, module, target.layout(self.config.granularity))
         names = [target.tensor_name for target in targets.values()]
         stored = [base.key(name) for name in names if name in base]
         if shared := len(stored) - len(set(stored)):

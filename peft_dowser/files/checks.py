@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..base.parts import embedding_tensors
-from ..base.target import Target
 from ..config import DowserConfig
-from ..delta.apply import Delta
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
 from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples
+from ..delta.layout import Layout, Stored
 
 # More than any weight has: thousands of times a position in such a one still fits 64 bits.
 _MOST_ENTRIES = 2**50
@@ -29,18 +28,18 @@ _MOST_ENTRIES = 2**50
 def read_delta(
     values: Tensor,
     code: Tensor,
-    numel: int,
+    layout: Layout,
     nnz: int,
     code_digest: str | None,
     where: str,
     dtype: torch.dtype = torch.float32,
-) -> Delta:
+) -> Stored:
     """The delta of one module, from its two tensors in a file.
 
     Args:
         values: its values.
         code: its index code.
-        numel: number of entries of the weight.
+        layout: what they mean in the weight.
         nnz: how many values there have to be.
         code_digest: SHA-256 of the index code by the manifest, if there is one.
         where: adapter and module, for the message.
@@ -51,8 +50,9 @@ def read_delta(
             many positions in such a weight, or not the one that the manifest describes.
     """
     with naming(where):
-        check_values(values, nnz, dtype)
-        return Delta(read_positions(code, numel, nnz, code_digest), values.to(dtype))
+        count = layout.count(nnz)
+        check_values(values, layout.values_shape(count), dtype)
+        return Stored(read_positions(code, layout, count, code_digest), values.to(dtype))
 
 
 @contextmanager
@@ -65,13 +65,13 @@ def naming(where: str) -> Iterator[None]:
 
 
 def check_fits(
-    counts: Mapping[str, int], targets: Mapping[str, Target], saved: Mapping[str, Any] | None, where: str
+    counts: Mapping[str, int], layouts: Mapping[str, Layout], saved: Mapping[str, Any] | None, where: str
 ) -> None:
     """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
 
     Args:
         counts: its trained weights by module.
-        targets: the targets of its config in the model, by name.
+        layouts: what its positions mean in the targets of its config in the model, by name.
         saved: its manifest, if it has one.
         where: the adapter, for the message.
 
@@ -79,27 +79,34 @@ def check_fits(
         DeltaFormatError: it does not fit.
     """
     check_counts(counts, where)
-    if unknown := [name for name in counts if name not in targets]:
+    if unknown := [name for name in counts if name not in layouts]:
         raise DeltaFormatError(
             f"{where} has values for {len(unknown)} modules that are not targets in this model: {few(unknown)}. It was "
             "made for another base model, or its config was edited."
         )
     for name, nnz in counts.items():
-        if nnz > targets[name].numel:
+        try:
+            layouts[name].count(nnz)
+        except DeltaFormatError as error:
             raise DeltaFormatError(
-                f"{where}: the config gives {nnz} trained weights for module {quoted(name)}, whose weight has "
-                f"{targets[name].numel} entries {targets[name].shape}. It was made for another base model, or its "
-                "config was edited."
-            )
+                f"{where}, module {quoted(name)}, whose weight has shape {layouts[name].shape}: {error}. It was made "
+                "for another base model, or its config was edited."
+            ) from error
     if saved is None:
         return
     _check_modules(saved, counts, where)
     for name in counts:
-        shape, expected = targets[name].shape, saved["modules"][name].get("shape")
-        if expected != list(shape):
+        shape, entry = layouts[name].shape, saved["modules"][name]
+        if entry.get("shape") != list(shape):
             raise DeltaFormatError(
                 f"{where}: module {quoted(name)} has a weight of shape {shape} here, the adapter was made for "
-                f"{str(expected)[:100]}. It belongs to another base model."
+                f"{str(entry.get('shape'))[:100]}. It belongs to another base model."
+            )
+        if entry.get("channel_dim") != layouts[name].channel_dim:
+            raise DeltaFormatError(
+                f"{where}: module {quoted(name)} trains {_granularity(layouts[name].channel_dim)} by its config, and "
+                f"{_granularity(entry.get('channel_dim'))} by its manifest. adapter_config.json was edited, or it "
+                "belongs to another base model."
             )
 
 
@@ -154,12 +161,12 @@ def check_names_in_file(names: Collection[str], expected: Collection[str], where
         raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
 
 
-def described_shapes(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of the base weights by module, where no base is at hand: the shapes in the manifest.
+def described_layouts(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> dict[str, Layout]:
+    """What positions mean by module, where no base is at hand: as the manifest describes it.
 
     Raises:
         DeltaFormatError: the manifest does not describe the adapter with these counts, or gives a shape that no weight
-            has.
+            has, or one that has no such input channels.
     """
     _check_modules(saved, counts, where)
     shapes = {module: saved["modules"][module].get("shape") for module in counts}
@@ -169,7 +176,18 @@ def described_shapes(saved: Mapping[str, Any], counts: Mapping[str, int], where:
                 f"{where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no weight "
                 "has. adapter_config.json was edited."
             )
-    return {module: tuple(shape) for module, shape in shapes.items()}
+    dims = {module: saved["modules"][module].get("channel_dim") for module in counts}
+    for module, dim in dims.items():
+        if dim is not None and not (type(dim) is int and dim in (0, 1) and len(shapes[module]) == 2):
+            raise DeltaFormatError(
+                f"{where}: the manifest gives module {quoted(module)} the input channels {str(dim)[:100]}, which a "
+                f"weight of shape {shapes[module]} does not have. adapter_config.json was edited."
+            )
+    return {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
+
+
+def _granularity(channel_dim: Any) -> str:
+    return "single weights" if channel_dim is None else f"input channels along dimension {str(channel_dim)[:20]}"
 
 
 def _check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:

@@ -36,6 +36,7 @@ from ..delta.format import (
     quoted,
     write_tensors,
 )
+from ..delta.layout import Layout
 from ..delta.seeds import derived_seed
 from .checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
@@ -107,7 +108,7 @@ def extract(
                 tensors[f"{PREFIX}{name}{VALUES}"] = values
                 tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, pair.numel(name))
                 weight = pair.base.read(_weight(name))
-                entries[name] = entry(code, values, tuple(weight.shape), base_sample(weight))
+                entries[name] = entry(code, values, Layout(tuple(weight.shape)), base_sample(weight))
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts

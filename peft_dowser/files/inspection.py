@@ -13,12 +13,13 @@ from torch import Tensor
 from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
 from ..delta.format import quoted
+from ..delta.layout import Layout
 from ..delta.masks import shared
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 
 # Fields of the configuration that say how the mask was chosen.
-_CHOICES = ("base_model_name_or_path", "update_ratio", "score", "select", "scope", "seed")
+_CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "score", "select", "scope", "seed")
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,16 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         saved.check_complete()
-        shapes = {} if saved.config.manifest is None else saved.shapes()
+        layouts = {} if saved.config.manifest is None else saved.layouts()
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
-        modules = [_facts(saved, name, shapes.get(name), vanished.get(name)) for name in sorted(saved.counts)]
+        modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in sorted(saved.counts)]
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
     return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
 
 
-def _facts(adapter: SavedAdapter, module: str, shape: tuple[int, ...] | None, vanished: int | None) -> ModuleFacts:
+def _facts(adapter: SavedAdapter, module: str, layout: Layout | None, vanished: int | None) -> ModuleFacts:
     values, code = adapter.values(module), adapter.code(module)
+    shape = None if layout is None else layout.shape
     return ModuleFacts(
         module=module,
         shape=shape,
@@ -108,7 +110,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
         raise DeltaFormatError(problem)
     found = {}
     for module, target in targets.items():
-        delta = adapter.delta(module, target.numel)
+        delta = adapter.delta(module, target.layout(adapter.config.granularity))
         entries = _entries(base, target.tensor_name, delta.positions).to(torch.bfloat16)
         there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
         found[module] = merged_entries(entries, there).vanished()
@@ -204,33 +206,35 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
     """
     with ExitStack() as files:
         first, second = open_adapter(str(a), files), open_adapter(str(b), files)
-        shapes_a, shapes_b = first.shapes(), second.shapes()
-        _check_same(first.name, shapes_a, second.name, shapes_b)
-        shapes = shapes_a | shapes_b
-        return {name: _compare(name, math.prod(shapes[name]), first, second) for name in sorted(shapes)}
+        layouts_a, layouts_b = first.layouts(), second.layouts()
+        _check_same(first.name, layouts_a, second.name, layouts_b)
+        names = sorted(layouts_a | layouts_b)
+        return {name: _compare(name, (first, layouts_a), (second, layouts_b)) for name in names}
 
 
-def _compare(module: str, numel: int, a: SavedAdapter, b: SavedAdapter) -> Overlap:
-    if module not in a.counts:
-        return Overlap(only_b=b.counts[module])
-    if module not in b.counts:
-        return Overlap(only_a=a.counts[module])
-    return overlap(a.delta(module, numel), b.delta(module, numel))
+def _compare(
+    module: str, a: tuple[SavedAdapter, dict[str, Layout]], b: tuple[SavedAdapter, dict[str, Layout]]
+) -> Overlap:
+    (first, layouts_a), (second, layouts_b) = a, b
+    if module not in layouts_a:
+        return Overlap(only_b=second.counts[module])
+    if module not in layouts_b:
+        return Overlap(only_a=first.counts[module])
+    return overlap(first.delta(module, layouts_a[module]), second.delta(module, layouts_b[module]))
 
 
-def _check_same(
-    name_a: str, shapes_a: dict[str, tuple[int, ...]], name_b: str, shapes_b: dict[str, tuple[int, ...]]
-) -> None:
-    common = [module for module in shapes_a if module in shapes_b]
+def _check_same(name_a: str, layouts_a: dict[str, Layout], name_b: str, layouts_b: dict[str, Layout]) -> None:
+    common = [module for module in layouts_a if module in layouts_b]
     if not common:
-        first, second = quoted(next(iter(shapes_a))), quoted(next(iter(shapes_b)))
+        first, second = quoted(next(iter(layouts_a))), quoted(next(iter(layouts_b)))
         raise ValueError(
             f"'{name_a}' and '{name_b}' have no module in common: the first adapts {first}, the second {second}. They "
             "are for different base models, or for different parts of one."
         )
-    if other := [module for module in common if shapes_a[module] != shapes_b[module]]:
+    if other := [module for module in common if layouts_a[module].shape != layouts_b[module].shape]:
+        first, second = (layouts[other[0]].shape for layouts in (layouts_a, layouts_b))
         raise ValueError(
             f"'{name_a}' and '{name_b}' are for weights of other shapes in {len(other)} of {len(common)} modules that "
-            f"both adapt: {quoted(other[0])} is {shapes_a[other[0]]} in the first and {shapes_b[other[0]]} in the "
-            "second. Only adapters of one base model can be compared."
+            f"both adapt: {quoted(other[0])} is {first} in the first and {second} in the second. Only adapters of one "
+            "base model can be compared."
         )

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .._transformers import convert_file_size_to_int
-from ..base.target import Target
+from ..base.target import Target, layouts_of
 from ..delta.apply import Delta, merged_entries, report_vanished
 from ..delta.codec import DeltaFormatError
 from ..delta.format import check_output, finished_together, quoted, write_tensors
@@ -121,6 +121,7 @@ class _Sum:
             self._places |= _places(base, module)
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
         self._delta = lru_cache(maxsize=2)(adapter.delta)
+        self._layouts = layouts_of(targets, adapter.config.granularity)
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
 
     def read(self, key: str) -> Tensor:
@@ -144,9 +145,7 @@ class _Sum:
         )
 
     def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
-        pieces = self.base.pieces.get(module)
-        numel = sum(_numel(self.base, key) for key in pieces) if pieces else weight.numel()
-        delta = self._delta(module, numel)
+        delta = self._delta(module, self._layouts[module])
         ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
         own = slice(*torch.searchsorted(delta.positions, ends.to(delta.positions.dtype)).tolist())
         entries = merged_entries(weight, Delta(delta.positions[own] - start, delta.values[own]))

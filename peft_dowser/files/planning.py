@@ -18,7 +18,8 @@ from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 from .._transformers import uninitialized
 from ..base.parts import layer_of
 from ..base.search import fused_parameters, resolve_targets
-from ..config import DowserConfig, ratio_of
+from ..base.target import layouts_of
+from ..config import DowserConfig, share_of
 from ..delta.codec import code_length, position_dtype
 from ..delta.masks import trained_count
 from .checkpoint import model_class
@@ -139,12 +140,15 @@ def plan(
             activations = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=True)
             recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
     numels = {key: target.numel for key, target in targets.items()}
-    counts = dict.fromkeys(targets, 0)
+    layouts = layouts_of(targets, config.granularity)
+    numbers = dict.fromkeys(targets, 0)  # positions by target
     for matrix in matrices:
-        counts[matrix.whole_name] += trained_count(ratio_of(matrix.whole_name, config), matrix.numel)
+        layout = matrix.layout(config.granularity)
+        numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
+    counts = {key: number * layouts[key].group for key, number in numbers.items()}
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
-    codes = sum(code_length(numels[key], count) for key, count in counts.items())
-    positions = sum(count * position_dtype(numels[key]).itemsize for key, count in counts.items())
+    codes = sum(layouts[key].code_length(number) for key, number in numbers.items())
+    positions = sum(number * position_dtype(layouts[key].size).itemsize for key, number in numbers.items())
     prompts = config.num_probes * config.probe_length
     largest = max(numels.values())
     return Plan(

@@ -14,7 +14,10 @@ from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
 from ..delta.apply import Delta, MergedEntries, Written, add_delta_, merged_entries
-from ..delta.codec import code_length, encode, position_dtype
+from ..delta.codec import encode, position_dtype
+from ..delta.layout import Granularity, Stored
+from ..delta.lora import lora_factors
+from .channels import add_channels
 from .linear_op import Weight, in_autocast, refuse_tangents, sparse_linear
 from .state import Index, Values
 
@@ -63,7 +66,7 @@ class DowserLayer(BaseTunerLayer):
         return offload_hook(self.get_base_layer()) is None
 
     def values(self, adapter_name: str) -> nn.Parameter:
-        """The trained values of an adapter, shape `(nnz,)`."""
+        """The trained values of an adapter, shape `(nnz,)`, or `(out, k)` for k input channels."""
         return cast(Values, self.dowser_values[adapter_name]).weight
 
     def scaled_values(self, adapter_name: str) -> Tensor:
@@ -109,60 +112,59 @@ class DowserLayer(BaseTunerLayer):
     def delta(self, adapter_name: str) -> Delta:
         """The delta of an adapter, times its scale; empty where it has no values here. Must not be written."""
         if adapter_name in self.dowser_values:
-            return Delta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
+            index, values = self.index(adapter_name), self.scaled_values(adapter_name).detach()
+            return index.layout.delta(Stored(index.decoded(), values))
         empty = torch.empty(0, dtype=torch.float32, device=self._device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
-    def add_positions(self, adapter_name: str, positions: Tensor, init_weights: bool) -> None:
+    def add_positions(self, adapter_name: str, positions: Tensor, granularity: Granularity, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
 
         Args:
             adapter_name: its name.
-            positions: flat positions in the stored weight, strictly increasing, shape `(nnz,)`.
+            positions: flat positions in the stored weight, or numbers of input channels, strictly increasing.
+            granularity: which of these they are.
             init_weights: True starts from a delta of zero, False from random values of the size of the weights.
         """
-        values = torch.zeros(positions.numel(), device=self._device, dtype=torch.float32)
+        layout = self.target.layout(granularity)
+        values = torch.zeros(layout.values_shape(positions.numel()), device=self._device, dtype=torch.float32)
         if not init_weights:
             values.normal_(std=float(self.target.read().float().std()))
-        self._add(adapter_name, values, encode(positions, self.target.numel), positions)
+        self._add(adapter_name, values, Index(encode(positions, layout.size), positions, positions.numel(), layout))
 
-    def add_placeholder(self, adapter_name: str, nnz: int, code_digest: str | None = None) -> None:
+    def add_placeholder(
+        self, adapter_name: str, nnz: int, granularity: Granularity, code_digest: str | None = None
+    ) -> None:
         """Add an adapter whose positions and values a file will fill in.
 
         Args:
             adapter_name: its name.
             nnz: number of its values.
+            granularity: of the adapter.
             code_digest: SHA-256 of the index code in the file, where it is known.
         """
-        numel, device = self.target.numel, self._device
-        code = torch.zeros(code_length(numel, nnz), dtype=torch.uint8, device=device)
-        values = torch.zeros(nnz, device=device, dtype=torch.float32)
-        self._add(adapter_name, values, code, None, code_digest)
+        layout, device = self.target.layout(granularity), self._device
+        count = layout.count(nnz)
+        code = torch.zeros(layout.code_length(count), dtype=torch.uint8, device=device)
+        values = torch.zeros(layout.values_shape(count), device=device, dtype=torch.float32)
+        self._add(adapter_name, values, Index(code, None, count, layout, code_digest))
 
-    def fill(self, adapter_name: str, delta: Delta, code: Tensor) -> None:
+    def fill(self, adapter_name: str, stored: Stored, code: Tensor) -> None:
         """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
 
         Args:
             adapter_name: its name; it may be a placeholder, and must not be merged.
-            delta: the positions and values.
+            stored: the positions and values, in the layout of the adapter.
             code: the index code of the positions.
         """
-        cast(Values, self.dowser_values[adapter_name]).fill(delta.values)
-        self.index(adapter_name).fill(code, delta.positions)
+        cast(Values, self.dowser_values[adapter_name]).fill(stored.values)
+        self.index(adapter_name).fill(code, stored.positions)
         self.scaling[adapter_name] = 1.0
 
-    def _add(
-        self,
-        adapter_name: str,
-        values: Tensor,
-        code: Tensor,
-        positions: Tensor | None,
-        code_digest: str | None = None,
-    ) -> None:
-        numel = self.target.numel
+    def _add(self, adapter_name: str, values: Tensor, index: Index) -> None:
         self.scaling[adapter_name] = 1.0
-        self.dowser_values[adapter_name] = Values(values, awaited=positions is None)
-        self.dowser_index[adapter_name] = Index(code, positions, values.numel(), numel, code_digest)
+        self.dowser_values[adapter_name] = Values(values, awaited=index.positions is None)
+        self.dowser_index[adapter_name] = index
 
     @property
     def _device(self) -> torch.device:
@@ -307,7 +309,12 @@ class Linear(nn.Module, DowserLayer):
 
     def _output(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in adapters if name in self.dowser_values]
-        return self._adapted(x, active, *args, **kwargs) if active else self.base_layer(x, *args, **kwargs)
+        columns = [name for name in active if self.index(name).layout.channel_dim is not None]
+        single = [name for name in active if name not in columns]
+        output = self._adapted(x, single, *args, **kwargs) if single else self.base_layer(x, *args, **kwargs)
+        for name in columns:
+            output = add_channels(output, x, self.index(name).decoded(), self.scaled_values(name))
+        return output
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """y = x (W + D)^T + b for the adapters' D; y = base_layer(x) + x D^T where the layer `is_additive`."""
@@ -360,6 +367,25 @@ def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], T
     chosen = {name: torch.tensor(at, device=x.device) for name, at in rows.items()}
     parts = [apply(x.index_select(0, at), name) for name, at in chosen.items()]
     return torch.cat(parts).index_select(0, torch.cat(list(chosen.values())).argsort())
+
+
+@torch.no_grad()
+def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tuple[Tensor, Tensor, int] | None:
+    """The LoRA factors A and B of a layer and their rank; None where a LoRA of this rank cannot be exact.
+
+    Args:
+        layer: an adapted layer, of any PEFT method.
+        rank: as in `peft.convert_to_lora`: a rank, or as a float the share of the delta's squares that is wanted.
+        adapter_name: name of the adapter.
+    """
+    if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
+        return None
+    index = layer.index(adapter_name)
+    wanted = index.count if rank == 1 and isinstance(rank, float) else rank
+    if index.layout.channel_dim is None or wanted < index.count:
+        return None
+    stored = Stored(index.decoded(), layer.scaled_values(adapter_name).detach())
+    return *lora_factors(stored, index.layout.size, index.count), index.count
 
 
 def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:

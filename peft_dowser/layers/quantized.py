@@ -76,7 +76,7 @@ class QuantizedLinear(Linear):
         total = before.clone()
         merged = [name for name in self.merged_adapters if name in self.dowser_values]
         for name in (*merged, *names):
-            add_delta_(total, self.index(name).decoded(), self.scaled_values(name).detach())
+            add_delta_(total, *self.delta(name))
         if safe_merge and not bool(torch.isfinite(total).all()):
             raise ValueError(
                 f"Adapters {names}: merging would write values that are not finite into module '{self.module_name}'. "
@@ -98,7 +98,7 @@ class QuantizedLinear(Linear):
             raise
         self._original = (original,)
         for name in names:
-            at, values = self.index(name).decoded(), self.scaled_values(name).detach()
+            at, values = self.delta(name)
             unchanged = before.view(-1).index_select(0, at) == after.view(-1).index_select(0, at)
             self.vanished[name] = (int((unchanged & (values != 0)).sum()), values.numel())
             self.not_finite[name] = int((~torch.isfinite(total.view(-1).index_select(0, at))).sum())

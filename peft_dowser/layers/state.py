@@ -11,6 +11,7 @@ from .._transformers import is_fsdp_enabled
 from ..delta.apply import Written
 from ..delta.codec import DeltaFormatError, check_values, decode
 from ..delta.format import read_positions
+from ..delta.layout import Layout
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ class Values(nn.Module):
     """The trained values of one adapter.
 
     Attributes:
-        weight: the values, shape `(nnz,)`, float32 unless the user says otherwise.
+        weight: the values, shape `(nnz,)`, or `(out, k)` for k input channels; float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
         may_be_narrow: whether the user was already told that the values train in less than float32.
     """
@@ -43,7 +44,7 @@ class Values(nn.Module):
         if name == "weight" and self.awaited:  # how transformers loads a parameter
             if not value.is_meta:
                 value = nn.Parameter(_owned(value), value.requires_grad)
-                check_values(value, self.weight.numel())
+                check_values(value, tuple(self.weight.shape))
             self.awaited = False
         super().__setattr__(name, value)
 
@@ -56,7 +57,7 @@ class Values(nn.Module):
                 self.weight.data = _owned(loaded)
 
     def fill(self, values: Tensor) -> None:
-        """Take other values, shape `(nnz,)`; the same parameter stays, and its memory where the number does."""
+        """Take other values; the same parameter stays, and its memory where the number does."""
         self.awaited = False
         if values.shape == self.weight.shape:
             self.weight.data.copy_(values)
@@ -100,8 +101,9 @@ class Index(nn.Module):
 
     Attributes:
         code: index code, uint8, saved with the model.
-        positions: flat positions decoded from it, strictly increasing, shape `(nnz,)`; None until a file fills in the
-            code of a placeholder.
+        positions: decoded from it, strictly increasing; None until a file fills in the code of a placeholder.
+        layout: what the positions mean in the weight.
+        count: how many positions there are.
         originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
         checksum: `delta.apply.checksum` of what that merge wrote; None while unmerged, or merged briefly.
         writes: how often code and positions had been written in place when they last agreed.
@@ -116,13 +118,13 @@ class Index(nn.Module):
         self,
         code: Tensor,
         positions: Tensor | None,
-        nnz: int,
-        numel: int,
+        count: int,
+        layout: Layout,
         code_digest: str | None = None,
     ) -> None:
         super().__init__()
-        self.nnz = nnz
-        self.numel = numel
+        self.count = count
+        self.layout = layout
         self.checksum: tuple[torch.dtype, int] | None = None
         self.writes = (0, 0)
         # Where accelerate spreads the weights that rank 0 alone has loaded, it takes everything in the state dict for a
@@ -161,7 +163,7 @@ class Index(nn.Module):
         if self.code.is_meta:
             self.positions = None
             return
-        positions = self.positions if is_known else read_positions(self.code, self.numel, self.nnz, self.digest)
+        positions = self.positions if is_known else read_positions(self.code, self.layout, self.count, self.digest)
         self.positions = cast(Tensor, positions).to(self.code.device)
         self._note_agreement()
 
@@ -172,7 +174,7 @@ class Index(nn.Module):
             self.positions.copy_(positions)
         else:
             device = code.device if self.code.is_meta else self.code.device
-            self.nnz = positions.numel()
+            self.count = positions.numel()
             self._buffers["code"] = _owned(code).to(device)
             self.positions = positions.to(device)
         self._note_agreement()
@@ -181,6 +183,11 @@ class Index(nn.Module):
         """Note that code and positions agree, whatever file follows."""
         self.digest = None
         self.writes = self._count_writes()
+
+    @property
+    def nnz(self) -> int:
+        """How many weights train."""
+        return self.count * self.layout.group
 
     def decoded(self) -> Tensor:
         """The positions.
@@ -201,7 +208,7 @@ class Index(nn.Module):
 
     def written(self) -> Written:
         """What the merge of the adapter has written."""
-        return Written(self.decoded(), cast(Tensor, self.originals), self.checksum)
+        return Written(self.layout.flat(self.decoded()), cast(Tensor, self.originals), self.checksum)
 
     def check_untouched(self) -> None:
         """Refuse a code and positions that something has written into, so that they no longer agree.
@@ -213,7 +220,9 @@ class Index(nn.Module):
         if writes == self.writes or not any(writes):  # a copy on another device starts from zero
             return
         try:
-            agree = self.positions is None or torch.equal(decode(self.code, self.numel, self.nnz), self.positions)
+            agree = self.positions is None or torch.equal(
+                decode(self.code, self.layout.size, self.count), self.positions
+            )
         except DeltaFormatError:
             agree = False
         if not agree:

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..base.distributed import is_distributed, on_every_rank, rank, sent_from
 from ..base.parts import layer_of
 from ..base.target import Target
-from ..config import DowserConfig, ratio_of
+from ..config import DowserConfig, ratio_of, share_of
 from ..delta.codec import decode, encode, position_dtype
+from ..delta.layout import Granularity, Layout
 from ..delta.masks import frozen_reason, select_jointly, select_rows, trained_count, transpose_positions
 from ..delta.seeds import derived_seed
 from . import scores
@@ -23,19 +24,21 @@ from .statistics import ProbeStatistics
 def choose_masks(
     targets: Mapping[str, Target], config: DowserConfig, statistics: ProbeStatistics | None
 ) -> dict[str, Tensor]:
-    """Choose which weights of every target train; the matrices of experts are ranked one by one.
+    """Choose which weights, or input channels, of every target train; the matrices of experts are ranked one by one.
 
     Args:
         targets: targets by name.
-        config: gives score, scope, ratios and seed.
+        config: gives granularity, score, scope, ratios and seed.
         statistics: the probe's result; None for the scores that need none.
 
     Returns:
-        Flat positions in the stored weight, strictly increasing, by target. Frozen targets are left out: those with a
-        ratio of 0, and, with one warning, those whose ratio is too small for one weight or that have no usable score.
+        Flat positions in the stored weight, or numbers of its input channels, strictly increasing, by target. Frozen
+        targets are left out: those with a
+        ratio of 0, and, with one warning, those whose ratio is too small for one of them or that have no usable score.
 
     Raises:
-        ValueError: the statistics do not fit the model, or no weight at all would train.
+        ValueError: the statistics do not fit the model, a module has fewer input channels than are to train, or no
+            weight at all would train.
     """
     frozen: dict[str, str] = {}
     masks: dict[str, Tensor] = {}
@@ -45,14 +48,14 @@ def choose_masks(
         masks.update(ranking.masks())
         frozen.update(ranking.frozen)
     _report(frozen, masks, matrices)
-    joined = {name: _joined(target, masks) for name, target in targets.items()}
+    joined = {name: _joined(target, target.layout(config.granularity), masks) for name, target in targets.items()}
     return {name: positions for name, positions in joined.items() if positions is not None}
 
 
-def _joined(target: Target, masks: Mapping[str, Tensor]) -> Tensor | None:
+def _joined(target: Target, layout: Layout, masks: Mapping[str, Tensor]) -> Tensor | None:
     """The positions of a target, joined from its matrices; None where all are frozen."""
     parts = [
-        masks[matrix.name].to(position_dtype(target.numel)) + (matrix.expert or 0) * matrix.numel
+        masks[matrix.name].to(position_dtype(layout.size)) + (matrix.expert or 0) * matrix.numel
         for matrix in target.matrices()
         if matrix.name in masks
     ]
@@ -123,6 +126,7 @@ class _Ranking:
     def masks(self) -> dict[str, Tensor]:
         largest = self.config.select == "high"
         ratios = {name: ratio_of(self.matrices[name].whole_name, self.config) for name in self.names}
+        layouts = {name: self.matrices[name].layout(self.config.granularity) for name in self.names}
         if not self.names:
             return {}
         if self.config.scope == "row":
@@ -130,18 +134,20 @@ class _Ranking:
             score = self._score(name)
             selected = [select_rows(score, trained_count(ratios[name], score.shape[1]), largest)]
         else:
-            numels = {name: self.matrices[name].numel for name in self.names}
-            count = round(sum(ratios[name] * numels[name] for name in self.names))
+            shares = [share_of(self.matrices[name].whole_name, layout, self.config) for name, layout in layouts.items()]
+            count = round(sum(shares))
             selected = select_jointly([partial(self._score, name) for name in self.names], count, largest)
         found = dict(zip(self.names, selected, strict=True))
         for name in [name for name in found if not found[name].numel()]:
             del found[name]
             alone = len(self.names) == 1
             self.frozen[name] = (
-                f"update ratio {ratios[name]} selects none of its weights"
+                f"update ratio {ratios[name]} selects none of its {self._what}"
                 if alone
-                else f"none of its weights is among those selected in its {self.config.scope}"
+                else f"none of its {self._what} is among those selected in its {self.config.scope}"
             )
+        if self.config.granularity == "input_channel":
+            return found
         return {name: _as_stored(at, self.matrices[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:
@@ -162,7 +168,25 @@ class _Ranking:
     def _score(self, name: str) -> Tensor:
         if self._only is not None:
             return self._only
-        return score_matrix(self.matrices[name], self.config, self.statistics)
+        score = score_matrix(self.matrices[name], self.config, self.statistics)
+        return channel_scores(score) if self.config.granularity == "input_channel" else score
+
+    @property
+    def _what(self) -> str:
+        return "weights" if self.config.granularity == "weight" else "input channels"
+
+
+def channel_scores(score: Tensor) -> Tensor:
+    """Scores of the input channels of a matrix: the mean over the weights of each.
+
+    Args:
+        score: scores of its weights, shape `(out, in)`, float32.
+
+    Returns:
+        Shape `(in,)`, float32.
+    """
+    wide = torch.float32 if score.device.type == "mps" else torch.float64  # MPS has no float64
+    return score.mean(0, dtype=wide).float()
 
 
 def _as_stored(positions: Tensor, matrix: Target) -> Tensor:
@@ -181,7 +205,7 @@ def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Ma
         more = [f"and {len(listed) - 5} more"] if len(listed) > 5 else []
         raise ValueError(
             f"No weight would train: {'; '.join(listed[:5] + more) or 'all ratios are 0'}. Choose a larger "
-            "update_ratio, other target_modules, or another score."
+            "update_ratio or number of channels, other target_modules, or another score."
         )
     if frozen:
         of_experts = any(matrices[name].expert is not None for name in frozen)
@@ -192,7 +216,9 @@ def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Ma
         )
 
 
-def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[str, Target]) -> dict[str, Tensor]:
+def same_on_all_ranks(
+    choose: Callable[[], dict[str, Tensor]], targets: Mapping[str, Target], granularity: Granularity
+) -> dict[str, Tensor]:
     """Choose the masks on rank 0 and hand them to the others.
 
     Raises:
@@ -203,8 +229,11 @@ def same_on_all_ranks(choose: Callable[[], dict[str, Tensor]], targets: Mapping[
     masks = on_every_rank(lambda: choose() if rank() == 0 else {})
     shapes = sent_from({name: targets[name].shape for name in masks}, 0)
     on_every_rank(lambda: _check_shapes(shapes, targets))
-    codes = {name: sent_from(_packed(masks[name], targets[name]) if masks else None, 0) for name in shapes}
-    return on_every_rank(lambda: masks or {name: _unpacked(code, targets[name]) for name, code in codes.items()})
+    sizes = {name: targets[name].layout(granularity).size for name in shapes}
+    codes = {name: sent_from(_packed(masks[name], sizes[name]) if masks else None, 0) for name in shapes}
+    return on_every_rank(
+        lambda: masks or {name: _unpacked(code, sizes[name], targets[name].device) for name, code in codes.items()}
+    )
 
 
 def _check_shapes(shapes: Mapping[str, tuple[int, ...]], targets: Mapping[str, Target]) -> None:
@@ -217,15 +246,14 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], targets: Mapping[str, T
             )
 
 
-def _packed(mask: Tensor, target: Target) -> tuple[Tensor, int]:
-    return encode(mask, target.numel).cpu(), mask.numel()
+def _packed(mask: Tensor, size: int) -> tuple[Tensor, int]:
+    return encode(mask, size).cpu(), mask.numel()
 
 
-def _unpacked(packed: tuple[Tensor, int] | None, target: Target) -> Tensor:
-    code, nnz = cast(tuple[Tensor, int], packed)
-    device = target.device
+def _unpacked(packed: tuple[Tensor, int] | None, size: int, device: torch.device) -> Tensor:
+    code, count = cast(tuple[Tensor, int], packed)
     # A rank that rank 0 will send its weights has them on the meta device until then.
-    return decode(code, target.numel, nnz).to("cpu" if device.type == "meta" else device)
+    return decode(code, size, count).to("cpu" if device.type == "meta" else device)
 
 
 def digest_of(masks: Mapping[str, Tensor]) -> str:

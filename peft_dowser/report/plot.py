@@ -117,15 +117,15 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
     """
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
-        shapes = saved.shapes()
-        if module not in shapes:
+        layouts = saved.layouts()
+        if module not in layouts:
             raise ValueError(
                 f"Adapter '{adapter}' has no values for {quoted(module)}. It adapts, for example, "
-                f"{quoted(next(iter(shapes)))}."
+                f"{quoted(next(iter(layouts)))}."
             )
-        *above, width = shapes[module]
+        *above, width = layouts[module].shape
         height = math.prod(above)
-        positions = saved.delta(module, height * width).positions.long()
+        positions = saved.delta(module, layouts[module]).positions.long()
     return _density(module, positions // width, positions % width, height, width)
 
 

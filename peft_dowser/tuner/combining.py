@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 
+from ..base.target import layouts_of
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.arithmetic import CombinationType, SignMethod, combine
+from ..delta.layout import Granularity
 from ..delta.seeds import derived_seed
 from ..layers.layer import DowserLayer
 
@@ -78,14 +80,21 @@ def combined_config(
 ) -> DowserConfig:
     """The config of a combined adapter: the config of the first one, with the targets and counts of the result.
 
+    It trains input channels where all of them do, and single weights otherwise.
+
     With its `nnz_pattern` it counts as the config of a saved adapter, so the mask is never probed for.
     """
-    counts = {name: delta.values.numel() for name, delta in deltas.items()}
-    targets = [layer.target for layer in layers if layer.module_name in counts]
+    targets = [layer.target for layer in layers if layer.module_name in deltas]
+    whole = all(config.granularity == "input_channel" for config in configs)
+    granularity: Granularity = "input_channel" if whole else "weight"
+    layouts = layouts_of({target.name: target for target in targets}, granularity)
+    counts = {name: layouts[name].stored(delta).values.numel() for name, delta in deltas.items()}
     fused = [target.name for target in targets if target.kind == "fused"]
     return dataclasses.replace(
         configs[0],
         update_ratio=sum(counts.values()) / sum(target.numel for target in targets),
+        granularity=granularity,
+        channels=None,
         ratio_pattern={},
         target_modules=set(counts) - set(fused),
         target_parameters=fused or None,

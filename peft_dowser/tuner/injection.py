@@ -15,7 +15,7 @@ from .._peft import bare_base
 from ..base.distributed import check_whole, on_every_rank, rank
 from ..base.search import fused_parameters, resolve_targets
 from ..base.storage import check_materialized
-from ..base.target import Target
+from ..base.target import Target, layouts_of
 from ..config import PROBED_SCORES, AdapterRecord, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
@@ -50,7 +50,8 @@ class Injection(ABC):
         config: its config: the caller's object, which PEFT goes on to change.
         snapshot: what the model was before.
         targets: the weights that its config targets, by name, once they are found.
-        masks: flat positions by module, once they are known; not of a saved adapter, whose file is read later.
+        masks: flat positions, or numbers of input channels, by module, once they are known; not of a saved adapter,
+            whose file is read later.
         samples: `base_sample` by module, where they had to be read.
     """
 
@@ -135,7 +136,8 @@ class Injection(ABC):
         layer.set_adapter(active, inference_mode=self.config.inference_mode)
 
     def _add_values(self, layer: DowserLayer) -> None:
-        layer.add_positions(self.adapter_name, self.masks[layer.module_name], self.config.init_weights)
+        mask, config = self.masks[layer.module_name], self.config
+        layer.add_positions(self.adapter_name, mask, config.granularity, config.init_weights)
 
     def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
         """Samples of base weights by name. A layer that has an adapter may be merged, so it keeps the sample."""
@@ -163,7 +165,7 @@ class Saved(Injection):
     def _decide(self, model: nn.Module, by_default: bool) -> None:
         """Refuse an adapter that is not for this model, and warn where it was made for other weights."""
         where, manifest = f"Adapter '{self.adapter_name}'", self.config.manifest
-        check_fits(self.counts, self.targets, manifest, where)
+        check_fits(self.counts, layouts_of(self.targets, self.config.granularity), manifest, where)
         report_read(model, self.counts, self.adapter_name)
         if manifest is not None:
             self.samples = self._read_samples(model, self.counts)
@@ -175,7 +177,7 @@ class Saved(Injection):
     def _add_values(self, layer: DowserLayer) -> None:
         module, manifest = layer.module_name, self.config.manifest
         known = manifest["modules"][module]["code_sha256"] if manifest else None
-        layer.add_placeholder(self.adapter_name, self.counts[module], known)
+        layer.add_placeholder(self.adapter_name, self.counts[module], self.config.granularity, known)
 
 
 class New(Injection):
@@ -185,14 +187,16 @@ class New(Injection):
         started = time.perf_counter()
         with bare_base(model):
             statistics = self._statistics(model)
-            self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets)
-        counts = {name: mask.numel() for name, mask in self.masks.items()}
+            granularity = self.config.granularity
+            self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets, granularity)
+        layouts = layouts_of(self.targets, granularity)
+        counts = {name: mask.numel() * layouts[name].group for name, mask in self.masks.items()}
         probe = None if statistics is None else statistics.info.settings()
         self.config.record = replace(self.config.record, counts=counts, probe=probe)
         report_unmatched_ratios(self.config, self.targets)
         if by_default and not self.fused:
             report_bare_experts(fused_parameters(model))
-        report_selection(self.masks, self.targets, time.perf_counter() - started)
+        report_selection(self.masks, counts, self.targets, time.perf_counter() - started)
 
     def _statistics(self, model: nn.Module) -> ProbeStatistics | None:
         if self.config.score not in PROBED_SCORES:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from .._peft import NAME
 from .._transformers import PeftAdapterMixin
 from ..config import DowserConfig
-from ..delta.apply import Delta
 from ..delta.codec import DeltaFormatError, side_by_side
 from ..delta.format import CODE, VALUES, named, quoted
+from ..delta.layout import Stored
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
 from ..layers.state import Index, Values
@@ -213,7 +213,7 @@ def read_file(
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
-) -> list[Delta]:
+) -> list[Stored]:
     """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into.
 
     Args:
@@ -236,12 +236,12 @@ def read_file(
     check_keys(expected, state_dict, where)
     check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> Delta:
+    def read(named_layer: tuple[str, DowserLayer]) -> Stored:
         name, layer = named_layer
         index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
         place = f"{where}, module {quoted(layer.module_name)}"
         tensors = state_dict[name + values], state_dict[name + code]
-        return read_delta(*tensors, index.numel, index.nnz, index.digest, place, dtype)
+        return read_delta(*tensors, index.layout, index.nnz, index.digest, place, dtype)
 
     # On a GPU all threads would share it, and each would take memory of its own there.
     on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
@@ -252,7 +252,7 @@ def fill(
     layers: Sequence[tuple[str, DowserLayer]],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
-    deltas: Sequence[Delta],
+    deltas: Sequence[Stored],
 ) -> dict[str, Tensor]:
     """Give the layers the positions of a file that was judged as a whole, so that nothing decodes them again.
 

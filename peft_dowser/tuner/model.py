@@ -249,8 +249,9 @@ class DowserModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for layer in layers:
             if layer.module_name in deltas:
-                delta = deltas[layer.module_name]
-                layer.fill(adapter_name, delta, encode(delta.positions, layer.target.numel))
+                layout = layer.index(adapter_name).layout
+                stored = layout.stored(deltas[layer.module_name])
+                layer.fill(adapter_name, stored, encode(stored.positions, layout.size))
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the delta of an adapter by a factor, see `DowserLayer.set_scale`; a saved file does not hold it.

@@ -129,11 +129,13 @@ def _warn_of_untrained(untrained: list[str], total: int, adapter_name: str) -> N
     )
 
 
-def report_selection(masks: Mapping[str, Tensor], targets: Mapping[str, Target], seconds: float) -> None:
+def report_selection(
+    masks: Mapping[str, Tensor], counts: Mapping[str, int], targets: Mapping[str, Target], seconds: float
+) -> None:
     """One line on the choice; the digest is the same wherever the same weights train."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    nnz = sum(mask.numel() for mask in masks.values())
+    nnz = sum(counts.values())
     numel = sum(targets[name].numel for name in masks)
     logger.info(
         "Dowser trains %d of %d weights (%.2f %%) in %d modules; chosen in %.1f s, digest %s.",

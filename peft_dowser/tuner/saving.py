@@ -109,7 +109,8 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
     def entry_of(layer: DowserLayer) -> dict[str, Any]:
         name = layer.module_name
         start = name if name + values in tensors else PREFIX + name
-        return entry(tensors[start + code], tensors[start + values], layer.target.shape, layer.base_sample)
+        layout = layer.index(adapter_name).layout
+        return entry(tensors[start + code], tensors[start + values], layout, layer.base_sample)
 
     return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ..base.search import check_is_model
 from ..base.storage import offload_hook
-from ..base.target import Target
+from ..base.target import Target, layouts_of
 from ..config import AdapterRecord, DowserConfig
 from ..delta.apply import Delta, Written, merged_entries
 from ..delta.format import few
+from ..delta.layout import Layout
 from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
 from ..layers.layer import DowserLayer, adapted, dowser_layers
@@ -43,10 +44,10 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         _check(model, layers, saved, adapter_name)
-        targets = {name: layer.target for name, layer in layers.items()}
-        saved.check_fits(targets)
+        saved.check_fits({name: layer.target for name, layer in layers.items()})
         codes = {name: saved.code(name) for name in layers}
-        deltas = {name: saved.delta(name, target.numel, codes[name]) for name, target in targets.items()}
+        layouts = {name: layer.index(adapter_name).layout for name, layer in layers.items()}
+        deltas = {name: saved.stored(name, layout, codes[name]) for name, layout in layouts.items()}
     if saved.config.manifest is not None:
         samples = {name: layer.base_sample for name, layer in layers.items()}
         warn_of_other_base(saved.config.manifest, samples, f"Adapter '{saved.name}'")
@@ -69,6 +70,11 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
         raise ValueError(f"The model has no Dowser adapter '{adapter_name}' to replace. Load one with load_adapter().")
     check_unmerged(layers.values(), adapter_name)
     known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
+    if known.granularity != saved.config.granularity:
+        raise ValueError(
+            f"Adapter '{saved.name}' has granularity='{saved.config.granularity}', adapter '{adapter_name}' "
+            f"'{known.granularity}', so their tensors differ. Use load_adapter() and delete_adapter()."
+        )
     for name, config in ((adapter_name, known), (saved.name, saved.config)):
         if also := config.also_trains:
             raise ValueError(
@@ -127,7 +133,8 @@ class Patch:
                 )
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
-            self._deltas = {name: _delta(saved, target) for name, target in self._targets.items()}
+            layouts = layouts_of(self._targets, saved.config.granularity)
+            self._deltas = {name: _delta(saved, target, layouts[name]) for name, target in self._targets.items()}
         # What is to be put back, by module, and whether `apply` has written all of it and was not interrupted.
         self._written: dict[str, Written] = {}
         self._is_complete = False
@@ -205,8 +212,8 @@ def _weight(target: Target) -> Tensor:
     return cast(Tensor, target.weight).data
 
 
-def _delta(saved: SavedAdapter, target: Target) -> Delta:
-    return Delta(*(part.to(target.device) for part in saved.delta(target.name, target.numel)))
+def _delta(saved: SavedAdapter, target: Target, layout: Layout) -> Delta:
+    return Delta(*(part.to(target.device) for part in saved.delta(target.name, layout)))
 
 
 def _check_writable(targets: Mapping[str, Target]) -> None:

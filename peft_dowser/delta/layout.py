@@ -1,0 +1,100 @@
+"""What the numbers of an adapter mean in a weight: single entries of it, or whole input channels."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .apply import Delta
+from .codec import DeltaFormatError, code_length, position_dtype
+
+# What is chosen to train: the paper's single weights, or all weights of an input channel.
+Granularity: TypeAlias = Literal["weight", "input_channel"]
+
+
+class Stored(NamedTuple):
+    """A delta as a layer and a file hold it.
+
+    Attributes:
+        positions: flat positions of single weights, or numbers of input channels; strictly increasing, int32 (int64
+            where a `Layout` has more than 2**31 - 1 of them).
+        values: what is added, shape `(nnz,)`, or `(out, k)` for k input channels.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What positions and values mean in one weight.
+
+    Attributes:
+        shape: shape of the weight as it is stored.
+        channel_dim: dimension of the weight along which its input channels are numbered; None where the positions are
+            flat positions of single weights.
+    """
+
+    shape: tuple[int, ...]
+    channel_dim: int | None = None
+
+    @property
+    def size(self) -> int:
+        """How many positions there are to choose from."""
+        return math.prod(self.shape) if self.channel_dim is None else self.shape[self.channel_dim]
+
+    @property
+    def group(self) -> int:
+        """How many weights train at each position."""
+        return math.prod(self.shape) // self.size
+
+    def count(self, nnz: int) -> int:
+        """How many positions `nnz` trained weights have.
+
+        Raises:
+            DeltaFormatError: these would not be whole input channels, or more than the weight has.
+        """
+        if nnz % self.group:
+            raise DeltaFormatError(
+                f"there are {nnz} values, which are not whole input channels of {self.group} weights each"
+            )
+        if nnz > self.size * self.group:
+            raise DeltaFormatError(f"there are {nnz} values, but the weight has only {self.size * self.group} entries")
+        return nnz // self.group
+
+    def values_shape(self, count: int) -> tuple[int, ...]:
+        """The shape of the values at `count` positions."""
+        return (count,) if self.channel_dim is None else (self.group, count)
+
+    def code_length(self, count: int) -> int:
+        """Length in bytes of the index code of `count` positions."""
+        return code_length(self.size, count)
+
+    def flat(self, positions: Tensor) -> Tensor:
+        """The flat positions of all weights that train, strictly increasing, from the positions."""
+        if self.channel_dim is None:
+            return positions
+        positions = positions.to(position_dtype(math.prod(self.shape)))
+        others = torch.arange(self.group, dtype=positions.dtype, device=positions.device)
+        if self.channel_dim == 0:
+            return (positions[:, None] * self.group + others).view(-1)
+        return (others[:, None] * self.size + positions).view(-1)
+
+    def delta(self, stored: Stored) -> Delta:
+        """The delta of single weights."""
+        values = stored.values.T if self.channel_dim == 0 else stored.values
+        return Delta(self.flat(stored.positions), values.reshape(-1))
+
+    def stored(self, delta: Delta) -> Stored:
+        """A delta of single weights as it is stored: with zeros where an input channel has weights outside it."""
+        if self.channel_dim is None:
+            return Stored(delta.positions, delta.values)
+        width = self.shape[1]
+        row, column = delta.positions // width, delta.positions % width
+        channel, other = (row, column) if self.channel_dim == 0 else (column, row)
+        channels, place = channel.unique(return_inverse=True)
+        values = delta.values.new_zeros(self.values_shape(len(channels)))
+        values[other.long(), place] = delta.values
+        return Stored(channels.to(position_dtype(self.size)), values)
