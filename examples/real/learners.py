@@ -27,6 +27,7 @@ SPARSE: dict[str, dict[str, Any]] = {
     "shift, high": {"score": "shift", "select": "high"},
     "shift, model": {"score": "shift", "scope": "model"},
     "columns, activity": {"score": "activity", "granularity": "input_channel"},
+    "columns, activity, 16": {"score": "activity", "granularity": "input_channel", "channels": 16},
     "columns, shift": {"score": "shift", "granularity": "input_channel"},
     "columns, dowser": {"score": "dowser", "granularity": "input_channel"},
     "columns, random": {"score": "random", "granularity": "input_channel"},
@@ -40,7 +41,7 @@ PEERS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
 METHODS = (*SPARSE, *PEERS)
 UNSCALED = ("oft",)  # a rotation has no scale
 # These have a size of their own; the others train a share rho of the weights.
-FIXED_SIZE = ("full", *PEERS)
+FIXED_SIZE = ("full", "columns, activity, 16", *PEERS)
 
 
 def is_probed(method: str) -> bool:

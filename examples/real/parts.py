@@ -13,6 +13,7 @@ RATIO = 0.1
 # The middle of the first three rates of a method at rho = 0.1, in steps of a factor of 2 from 1e-4.
 MIDDLE = {"full": 0, "lora r=64": 1, "lora r=16": 2, "oft": 3, "dowser, high": 2, "shift, high": 2}
 MIDDLE |= {"random": 3, "magnitude": 3, "magnitude, high": 3, "columns, random": 3, "shift": 5, "shift, model": 5}
+MIDDLE |= {"columns, activity, 16": 5}
 OTHERS = 4
 WIDENED = 3  # times, at most
 LEVEL = 0.8  # of what the best run learned: where the rates of a method are compared
@@ -20,7 +21,7 @@ LEVEL = 0.8  # of what the best run learned: where the rates of a method are com
 LEAD = ("lora r=16", "random", "dowser", "columns, activity", "full")
 SCORES = ("shift", "wanda", "magnitude", "magnitude, high", "dowser, model", "shift, model")
 ENDS = ("magnitude", "magnitude, high", "dowser", "dowser, high", "shift", "shift, high", "random")
-CHANNELS = ("columns, activity", "columns, shift", "columns, dowser", "columns, random")
+CHANNELS = ("columns, activity", "columns, activity, 16", "columns, shift", "columns, dowser", "columns, random")
 RATIOS = (0.01, 0.03, 0.5)
 
 
