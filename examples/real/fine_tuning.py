@@ -1,6 +1,5 @@
 """One training: put an adapter on the base, train it with the Hugging Face Trainer, and measure on the way."""
 
-import os
 import statistics
 import tempfile
 import time
@@ -73,7 +72,7 @@ def run_one(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
     """Carry out a run.
 
     Args:
-        run: what to do.
+        run: what to do, and has been prepared for.
         folder: of the study, where the reference and the probes are kept.
         sizes: how much is measured.
 
@@ -86,7 +85,7 @@ def run_one(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
         RuntimeError: the base is not that of the reference.
     """
     base, tokenizer = load(run.model, run.dtype)
-    reference = read_reference(_reference(folder, run, sizes))
+    reference = read_reference(_reference(folder, run))
     check_base(base, reference)
     statistics_file = _statistics(folder, run) if is_probed(run.method) else None
     adapter = config(run.method, run.update_ratio, run.seed, statistics_file)
@@ -114,9 +113,9 @@ def run_one(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
 
 
 def base_record(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
-    """The measures of the base itself, as the record of a run of no steps."""
+    """The measures of the base itself, as the record of a run of no steps that has been prepared for."""
     base, tokenizer = load(run.model, run.dtype)
-    reference = read_reference(_reference(folder, run, sizes))
+    reference = read_reference(_reference(folder, run))
     found = measure(base, tokenizer, LESSONS[run.lesson], reference, sizes, complete=True)
     return {**asdict(run), "points": [{"step": 0, "scale": 1.0, **found}], "trained": 0, "seconds": 0.0}
 
@@ -164,23 +163,24 @@ def _batch(rows: Sequence[Row]) -> dict[str, Tensor]:
     }
 
 
-def _reference(folder: Path, run: Run, sizes: Sizes) -> Path:
-    path = folder / f"reference-{run.dtype}.safetensors"
-    if not path.exists():
+def prepare(run: Run, folder: Path, sizes: Sizes) -> None:
+    """Make what a run needs and shares with others, if it is not there: the reference, and the probe of its seed."""
+    if not (path := _reference(folder, run)).exists():
         make_reference(path, *load(run.model, run.dtype), sizes)
-    return path
+    if is_probed(run.method) and not (path := _statistics(folder, run)).exists():
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_suffix(".part")
+        base, _ = load(run.model, run.dtype)
+        probe(base, DowserConfig(seed=run.seed)).save(part)
+        part.rename(path)
+
+
+def _reference(folder: Path, run: Run) -> Path:
+    return folder / f"reference-{run.dtype}.safetensors"
 
 
 def _statistics(folder: Path, run: Run) -> Path:
-    """The probe of a seed, which all methods of the seed share."""
-    path = folder / "probes" / f"{run.dtype}-seed{run.seed}.safetensors"
-    if not path.exists():
-        base, _ = load(run.model, run.dtype)
-        path.parent.mkdir(exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}")  # another process may do the same
-        probe(base, DowserConfig(seed=run.seed)).save(part)
-        part.rename(path)
-    return path
+    return folder / "probes" / f"{run.dtype}-seed{run.seed}.safetensors"
 
 
 def _own_texts(run: Run) -> DowserConfig:

@@ -5,7 +5,6 @@ It is made once, kept in a file, and every training asserts that the model it be
 """
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,7 +221,7 @@ def make_reference(path: Path, model: PreTrainedModel, tokenizer: PreTrainedToke
         f"{kind}.{number}": str(row.first) for kind, of_kind in rows.items() for number, row in enumerate(of_kind)
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}")  # another process may do the same
+    part = path.with_suffix(".part")
     save_file(tensors, part, {"base": digest(model), **firsts})
     part.rename(path)
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import transformers
 from findings import write_report
-from fine_tuning import Run, base_record, run_one
+from fine_tuning import Run, base_record, prepare, run_one
 from learners import config
 from measures import Sizes
 from parts import PARTS, Scope, quick
@@ -93,7 +93,10 @@ def do(options: argparse.Namespace, records: Records) -> None:
             for lesson, dtype in dict.fromkeys((run.lesson, run.dtype) for run in runs):
                 base = Run(scope.model, lesson, "base", 0.0, 0.0, 0, 0, dtype=dtype)
                 if records.missing([base]):
+                    prepare(base, options.output, sizes)
                     records.add([base_record(base, options.output, sizes)])
+            for run in records.missing(runs):
+                prepare(run, options.output, sizes)  # here, so that no two workers make the same
             records.do(name, runs, partial(work, options.output, sizes), options.workers, options.threads)
 
 

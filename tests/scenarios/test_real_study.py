@@ -230,6 +230,7 @@ def test_every_method_trains_and_is_measured(model: str, folder: Path, method: s
     run = a_run(model, method)
     if not study.able([run]):
         pytest.skip("not in this version")
+    fine_tuning.prepare(run, folder, FEW)
     found = fine_tuning.run_one(run, folder, FEW)
     ends = [(point["step"], point["scale"]) for point in found["points"]]
     scales = [] if method in learners.UNSCALED else [(4, 0.5), (4, 0.75)]
