@@ -21,6 +21,7 @@ from peft_dowser import DowserConfig, RehearsalCallback, probe
 
 BATCH = 4
 STOPS = (0.25, 0.5, 0.75, 1.0)  # of a training, where it is measured
+PROBE_SEED = 100
 SCALES = (0.5, 0.75)  # of the trained delta, measured after the training
 
 
@@ -34,7 +35,7 @@ class Run:
         method: name of a method, see `learners`.
         update_ratio: rho; 1 for methods with a size of their own.
         learning_rate: of AdamW; it rises over 5 % of the steps and falls in a line to 0.
-        seed: of examples, probes and masks. One seed gives all methods the same batches.
+        seed: of examples and random masks. One seed gives all methods the same batches.
         steps: optimizer steps.
         rehearsal: weight of the KL of `RehearsalCallback`; 0 trains without.
         every: steps from one rehearsal to the next.
@@ -73,7 +74,7 @@ def run_one(run: Run, folder: Path, sizes: Sizes) -> dict[str, Any]:
 
     Args:
         run: what to do, and has been prepared for.
-        folder: of the study, where the reference and the probes are kept.
+        folder: of the study, where the reference and the probe are kept.
         sizes: how much is measured.
 
     Returns:
@@ -164,14 +165,13 @@ def _batch(rows: Sequence[Row]) -> dict[str, Tensor]:
 
 
 def prepare(run: Run, folder: Path, sizes: Sizes) -> None:
-    """Make what a run needs and shares with others, if it is not there: the reference, and the probe of its seed."""
+    """Make what a run needs and shares with all others on its base, if it is not there: the reference and the probe."""
     if not (path := _reference(folder, run)).exists():
         make_reference(path, *load(run.model, run.dtype), sizes)
     if is_probed(run.method) and not (path := _statistics(folder, run)).exists():
-        path.parent.mkdir(exist_ok=True)
         part = path.with_suffix(".part")
         base, _ = load(run.model, run.dtype)
-        probe(base, DowserConfig(seed=run.seed)).save(part)
+        probe(base, DowserConfig(seed=PROBE_SEED)).save(part)
         part.rename(path)
 
 
@@ -180,7 +180,7 @@ def _reference(folder: Path, run: Run) -> Path:
 
 
 def _statistics(folder: Path, run: Run) -> Path:
-    return folder / "probes" / f"{run.dtype}-seed{run.seed}.safetensors"
+    return folder / f"probe-{run.dtype}.safetensors"
 
 
 def _own_texts(run: Run) -> DowserConfig:
