@@ -15,7 +15,6 @@ FIRST = {"full": 0, "lora r=64": 1, "lora r=16": 2, "oft": 3, "dowser, high": 2,
 FIRST |= {"random": 3, "magnitude": 3, "magnitude, high": 3, "columns, random": 3, "shift": 5, "shift, model": 5}
 FIRST |= {"columns, activity, 16": 5}
 OTHERS = 4
-WIDENED = 3  # times, at most
 LEVEL = 0.8  # of what the best run learned: where the rates of a method are compared
 
 LEAD = ("lora r=16", "random", "dowser", "columns, activity", "full")
@@ -33,11 +32,13 @@ class Scope:
         model: folder of the base.
         seeds: of the runs that are judged.
         steps: of a training.
+        widened: how often a sweep of rates is widened, at most.
     """
 
     model: str
     seeds: Sequence[int]
     steps: int
+    widened: int = 3
 
     def run(self, lesson: str, method: str, rate: float, seed: int, ratio: float = RATIO, **others: object) -> Run:
         ratio = 1.0 if method in FIXED_SIZE else ratio
@@ -68,7 +69,7 @@ def tuned(
     """Every method at the rate that a sweep chose, seed by seed, so that a study that is cut short has pairs."""
     cells = [scope.run(lesson, method, first_rate(method, ratio), SWEEP_SEED, ratio, dtype=dtype) for method in methods]
     yield [replace(cell, learning_rate=cell.learning_rate * factor) for cell in cells for factor in (1, 2)]
-    for _ in range(WIDENED):
+    for _ in range(scope.widened):
         yield [run for cell in cells for run in _wider(cell, records)]
     chosen = [(cell, best_rate(cell, records)) for cell in cells]
     for seed in scope.seeds:
@@ -120,7 +121,8 @@ def quick(scope: Scope, records: Sequence[Record]) -> Batches:
 
 
 def lead(scope: Scope, records: Sequence[Record]) -> Batches:
-    yield from tuned(scope, records, LEAD)
+    yield from tuned(scope, records, LEAD[:-1])
+    yield from tuned(scope, records, LEAD[-1:])  # the dearest one
 
 
 def hard(scope: Scope, records: Sequence[Record]) -> Batches:

@@ -66,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, nargs="+", default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, help="optimizer steps of a training (default 200, quick 40)")
+    parser.add_argument("--widened", type=int, default=3, help="how often a sweep of rates is widened, at most")
     parser.add_argument("--workers", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=1, help="threads of a training")
     parser.add_argument("--report", action="store_true", help="only write the report anew")
@@ -86,7 +87,7 @@ def do(options: argparse.Namespace, records: Records) -> None:
     torch.set_num_threads(options.threads)
     (options.output / "machine.json").write_text(json.dumps(machine(), indent=2) + "\n")
     sizes = QUICK if options.quick else Sizes()
-    scope = Scope(str(options.model), options.seeds, options.steps or (40 if options.quick else 200))
+    scope = Scope(str(options.model), options.seeds, options.steps or (40 if options.quick else 200), options.widened)
     for name in ["quick"] if options.quick else options.part:
         for runs in (quick if options.quick else PARTS[name])(scope, records):
             runs = able(runs)

@@ -233,13 +233,13 @@ def test_every_method_trains_and_is_measured(model: str, folder: Path, method: s
     fine_tuning.prepare(run, folder, FEW)
     found = fine_tuning.run_one(run, folder, FEW)
     ends = [(point["step"], point["scale"]) for point in found["points"]]
-    scales = [] if method in learners.UNSCALED else [(4, 0.5), (4, 0.75)]
-    assert ends == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 1.0), *scales]
+    scales = [] if method in learners.UNSCALED else [(4, 0.5)]
+    assert ends == [(1, 1.0), (2, 1.0), (4, 1.0), *scales]
     linears = 2 * (4 * 64 * 64 + 3 * 64 * 64)
     if method not in learners.PEERS:
         share = {"full": 1.0, "columns, activity, 16": 0.25}.get(method, 0.1)
         assert found["trained"] == pytest.approx(share * linears, rel=0.07)
-    first, last = found["points"][0], found["points"][3]
+    first, last = found["points"][0], found["points"][2]
     assert statistics.fmean(last["new"]) < statistics.fmean(first["new"])
     assert all(value > 0 for value in last["kl"]["own"])
     assert json.loads(json.dumps(found)) == found
@@ -249,7 +249,7 @@ def test_every_method_trains_and_is_measured(model: str, folder: Path, method: s
 def test_a_smaller_scale_is_nearer_to_the_base(model: str, folder: Path) -> None:
     found = fine_tuning.run_one(a_run(model), folder, FEW)
     by_scale = {p["scale"]: statistics.fmean(p["kl"]["own"]) for p in found["points"] if p["step"] == 4}
-    assert 0 < by_scale[0.5] < by_scale[0.75] < by_scale[1.0]
+    assert 0 < by_scale[0.5] < by_scale[1.0]
 
 
 @pytest.mark.slow
@@ -257,7 +257,7 @@ def test_rehearsal_holds_a_training_to_its_base(model: str, folder: Path, few_pr
     kl = {}
     for weight in (0.0, 30.0):
         found = fine_tuning.run_one(a_run(model, "lora r=16", rehearsal=weight, steps=8), folder, FEW)
-        kl[weight] = statistics.fmean(found["points"][-3]["kl"]["own"])
+        kl[weight] = statistics.fmean(found["points"][2]["kl"]["own"])
     assert kl[30.0] < kl[0.0]
 
 
