@@ -8,8 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from curves import MEASURES, Curve, Record, accuracy, interval, scaled, trajectory
-from fine_tuning import SCALES
-from parts import SWEEP_SEED
+from fine_tuning import SCALES, SWEEP_SEED
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

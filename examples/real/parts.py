@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from curves import Record, base_of, trajectory
-from fine_tuning import Run
+from fine_tuning import SWEEP_SEED, Run
 from learners import FIXED_SIZE, METHODS
 
-SWEEP_SEED = 100
 RATIO = 0.1
 # The first rate of a method at rho = 0.1, in steps of a factor of 2 from 1e-4. The second one is twice as large.
 FIRST = {"full": 0, "lora r=64": 1, "lora r=16": 2, "oft": 3, "dowser, high": 2, "shift, high": 2}
