@@ -181,17 +181,21 @@ def test_a_question_itself_does_not_count(model: str) -> None:
 
 def test_the_right_option_is_the_likeliest(model: str) -> None:
     base, tokenizer = measures.load(model, "float32")
-    item = known.Item("kind", "One two", ("three", "of the river", "x"), 1)
-    scores = []
-    for option in item.options:
-        start, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (item.start, " " + option))
-        ids = torch.tensor([start + end])
-        with torch.no_grad():
-            found = base(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        scores.append(found.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum().item())
-    right = scores.index(max(scores))
-    asked = [replace(item, right=number) for number in range(3)]
-    assert measures.choices(base, asked, tokenizer)["kind"] == "".join(str(int(n == right)) for n in range(3))
+    asked = [known.Item("kind", "One two", ("three", "of the river", "x"), 0)]
+    asked += [known.Item("kind", "When the river rose in March, the mill was", ("the first building", "not"), 0)]
+    likeliest = []
+    for item in asked:
+        scores = []
+        for option in item.options:
+            start, end = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (item.start, " " + option))
+            ids = torch.tensor([start + end])
+            with torch.no_grad():
+                found = base(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            scores.append(found.gather(1, ids[0, 1:, None])[len(start) - 1 :].sum().item())
+        likeliest.append(scores.index(max(scores)))
+    every = [replace(item, right=number) for item in asked for number in range(len(item.options))]
+    right = [item.right == likeliest[asked.index(replace(item, right=0))] for item in every]
+    assert measures.choices(base, every, tokenizer)["kind"] == "".join(str(int(one)) for one in right)
 
 
 def test_a_reference_is_read_as_it_was_made(model: str, folder: Path) -> None:
