@@ -14,7 +14,7 @@ FIRST = {"full": 0, "lora r=64": 1, "lora r=16": 2, "oft": 3, "dowser, high": 2,
 FIRST |= {"random": 3, "magnitude": 3, "magnitude, high": 3, "columns, random": 3, "shift": 5, "shift, model": 5}
 FIRST |= {"columns, activity, 16": 5}
 OTHERS = 4
-LEVEL = 0.8  # of what the best run learned: where the rates of a method are compared
+LEVEL = 0.6  # of what the best run learned: where the rates of a method are compared
 
 LEAD = ("lora r=16", "random", "dowser", "columns, activity", "full")
 SCORES = ("shift", "wanda", "magnitude", "magnitude, high", "dowser, model", "shift, model")
