@@ -176,8 +176,8 @@ def _difference(curves: dict[str, dict[int, Curve]], first: str, second: str, le
     return _with_interval(*interval(pair[0] - pair[1]), sign="+")
 
 
-def _with_interval(mean: float, half: float, sign: str = "") -> str:
-    return f"{mean:{sign}.3f}" + (f" ± {half:.3f}" if half < float("inf") else "")
+def _with_interval(mean: float, half: float, digits: int = 3, sign: str = "") -> str:
+    return f"{mean:{sign}.{digits}f}" + (f" ± {half:.{digits}f}" if half < float("inf") else "")
 
 
 def _pairs(cells: Cells, base: Record) -> str:
@@ -226,7 +226,7 @@ def _at_the_end(cells: Cells, base: Record) -> str:
                 str(len(records)),
                 f"{statistics.fmean(found.learned[-1] for found in curves):.2f}",
                 *(f"{statistics.fmean(found.kept[m][-1].mean() for found in curves):.3f}" for m in MEASURES),
-                "{:+.1f} ± {:.1f}".format(*interval(right)),
+                _with_interval(*interval(right), digits=1, sign="+"),
                 f"{statistics.fmean(point['ended'] for point in ends):.0%}",
                 f"{statistics.fmean(point['odd'] for point in ends):.0%}",
                 f"{records[0]['trained']:,}",

@@ -232,8 +232,6 @@ def test_the_reference_is_asserted_to_be_the_base(model: str, folder: Path) -> N
 @pytest.mark.parametrize("method", learners.METHODS)
 def test_every_method_trains_and_is_measured(model: str, folder: Path, method: str, few_probes: None) -> None:
     run = a_run(model, method)
-    if not study.able([run]):
-        pytest.skip("not in this version")
     fine_tuning.prepare(run, folder, FEW)
     found = fine_tuning.run_one(run, folder, FEW)
     ends = [(point["step"], point["scale"]) for point in found["points"]]
