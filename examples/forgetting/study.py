@@ -19,11 +19,9 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import grids
@@ -35,16 +33,16 @@ from grids import Scope, post_merges
 from methods import AFTERWARDS, DENSE, PEERS, SPARSE
 from report import write_report
 from sources import TINY_LLAVA, Source, hub, tiny
-from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 from measure import machine
+from records import Records
 
 SECOND_SEED = 2  # of the second pretrained model; the one that is shipped has seed 1
 
 
 class Study:
-    """The records of a study so far, in a file that grows by a line per record.
+    """The records of a study so far, and how its runs are carried out.
 
     Attributes:
         records: what was measured.
@@ -52,44 +50,11 @@ class Study:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.path = options.output / "runs.jsonl"
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        self.records: list[Record] = [json.loads(line) for line in lines]
+        self.records = Records(options.output / "runs.jsonl", Run)
 
     def do(self, title: str, runs: Iterable[Run]) -> None:
         """Carry out the runs that have no record yet."""
-        known = {json.dumps(_named(record), sort_keys=True) for record in self.records}
-        missing = [run for run in dict.fromkeys(runs) if json.dumps(_named(asdict(run)), sort_keys=True) not in known]
-        for found in tqdm(self._results(missing), total=len(missing), desc=title, disable=not missing):
-            self.add(found)
-
-    def _results(self, runs: Sequence[Run]) -> Iterator[list[Record]]:
-        """The records of every run, as they come."""
-        if self.options.workers == 1:
-            yield from (_work(self.options, run) for run in runs)
-            return
-        with ProcessPoolExecutor(
-            self.options.workers, get_context("spawn"), torch.set_num_threads, (self.options.threads,)
-        ) as pool:
-            futures = [pool.submit(_work, self.options, run) for run in runs]
-            yield from (future.result() for future in as_completed(futures))
-
-    def add(self, records: Iterable[Record]) -> None:
-        with self.path.open("a") as file:
-            for record in records:
-                record = record | {"model": _short(record["model"])}
-                self.records.append(record)
-                file.write(json.dumps(record) + "\n")
-
-
-def _short(model: str) -> str:
-    """Folders by their name, so that a study can move to another machine."""
-    return Path(model).name if Path(model).exists() else model
-
-
-def _named(fields: Record) -> Record:
-    """The part of a record, or of a run, that says what was done."""
-    return {key: fields[key] for key in Run.__dataclass_fields__} | {"model": _short(fields["model"])}
+        self.records.do(title, runs, partial(_work, self.options), self.options.workers, self.options.threads)
 
 
 def _work(options: argparse.Namespace, run: Run) -> list[Record]:
@@ -185,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study, scope = Study(options), _scope(options)
     if not any(record["method"] == "base" for record in study.records):
         for model in scope.models:
-            study.add(base_record(_source(options, model, task)) | {"task": task} for task in scope.tasks)
+            study.records.add(base_record(_source(options, model, task)) | {"task": task} for task in scope.tasks)
     if options.model is None:
         small_study(study, scope, options.quick)
         agreement(options.output / "agreement.json", quick=options.quick)
