@@ -237,7 +237,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
     from peft_dowser.files.inspection import inspect
 
-    found = inspect(options.adapter, base=options.base)
+    found = inspect(options.adapter, base=options.base, bits=options.bits)
     if options.json:
         print(json.dumps(found, indent=2))
         return
@@ -324,6 +324,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
     inspect.add_argument("adapter", help="folder or Hub id of the adapter")
     inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
+    inspect.add_argument("--bits", type=int, choices=[4, 8], help="count those that vanish in 4 or 8 bits instead")
     inspect.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")

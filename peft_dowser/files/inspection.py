@@ -21,6 +21,9 @@ from .checkpoint import Checkpoint, open_checkpoint
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "score", "select", "scope", "seed")
 
+# Weights that share a scale in GGUF's Q4_0 and Q8_0.
+_BLOCK = 32
+
 
 @dataclass(frozen=True)
 class ModuleFacts:
@@ -35,7 +38,8 @@ class ModuleFacts:
         index_bits: size of the code of their positions, in bits.
         bytes: size of values and code in the file.
         delta_norm: L2 norm of the values.
-        vanished: fraction of the values that change no weight in bfloat16; None where no base was given.
+        vanished: fraction of the values that change no weight in bfloat16, or in the bits that were asked for; None
+            where no base was given.
     """
 
     module: str
@@ -49,13 +53,15 @@ class ModuleFacts:
     vanished: float | None
 
 
-def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+def inspect(adapter: str | Path, base: str | Path | None = None, bits: int | None = None) -> dict[str, Any]:
     """Describe a saved adapter, without a model.
 
     Args:
         adapter: folder or Hub id of a saved Dowser adapter.
         base: folder or Hub id of its base model, a safetensors checkpoint. With it each module also tells what fraction
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
+        bits: 4 or 8: count those that vanish when the merged weight is rounded to integers of so many bits, as GGUF's
+            Q4_0 and Q8_0 do, in blocks of 32 weights that share a scale.
 
     Returns:
         How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" the
@@ -65,11 +71,13 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
         OSError: the adapter or the base cannot be found.
     """
+    if bits is not None and (bits not in (4, 8) or base is None):
+        raise ValueError(f"bits must be 4 or 8 and needs a base, got bits={bits} and base={base}.")
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         saved.check_complete()
         layouts = {} if saved.config.manifest is None else saved.layouts()
-        vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
+        vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files), bits)
         modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in sorted(saved.counts)]
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
     return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
@@ -103,25 +111,41 @@ def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
     }
 
 
-def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
-    """By module, how many values other than 0 change no weight of the base in bfloat16."""
+def _vanished(adapter: SavedAdapter, base: Checkpoint, bits: int | None) -> dict[str, int]:
+    """By module, how many values other than 0 change no weight of the base in bfloat16, or in some bits."""
     targets = adapter.targets_in(base.model)
     for problem in adapter.problems(base, targets):
         raise DeltaFormatError(problem)
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
-        entries = _entries(base, target.tensor_name, delta.positions).to(torch.bfloat16)
+        weight = _flat(base, target.tensor_name)
+        if bits is not None:
+            found[module] = _vanished_in_blocks(weight.float(), delta, bits)
+            continue
+        entries = weight.index_select(0, delta.positions).to(torch.bfloat16)
         there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
         found[module] = merged_entries(entries, there).vanished()
     return found
 
 
-def _entries(base: Checkpoint, name: str, positions: Tensor) -> Tensor:
-    """The entries of a weight at some positions; of a fused one, of the tensors that make it up."""
+def _vanished_in_blocks(weight: Tensor, delta: Delta, bits: int) -> int:
+    """How many values other than 0 leave a weight at the same integer, in the scale of its block once it is merged."""
+    positions, values = delta.positions.long(), delta.values.float()
+    merged = weight.index_add(0, positions, values)
+    padded = torch.nn.functional.pad(merged, (0, -len(merged) % _BLOCK))
+    # The largest weight of a block becomes the largest integer: -8 in Q4_0, 127 in Q8_0.
+    scales = padded.view(-1, _BLOCK).abs().amax(1) / (8 if bits == 4 else 127)
+    scale = scales[positions // _BLOCK]
+    same = (merged[positions] / scale).round() == (weight[positions] / scale).round()
+    return int((same & (values != 0)).sum())
+
+
+def _flat(base: Checkpoint, name: str) -> Tensor:
+    """A weight as one row; of a fused one, the tensors that make it up."""
     if name in base:
-        return base.read(name).view(-1).index_select(0, positions)
-    return torch.cat([base.stored(key).view(-1) for key in base.pieces[name]]).index_select(0, positions)
+        return base.read(name).view(-1)
+    return torch.cat([base.stored(key).view(-1) for key in base.pieces[name]])
 
 
 @dataclass(frozen=True)

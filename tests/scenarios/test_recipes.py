@@ -31,7 +31,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Run:
     """Start a recipe in this process: importing TRL anew takes longer than most of them."""
     quick = functools.partial(DowserConfig, num_probes=4, num_rademacher=2, probe_length=16)
     monkeypatch.setattr(peft_dowser, "DowserConfig", quick)
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.delitem(sys.modules, "recipe", raising=False)  # it has the config from above
 
     def start(name: str, *arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
@@ -44,11 +45,12 @@ def load_base() -> torch.nn.Module:
     return AutoModelForImageTextToText.from_pretrained(TINY_LLAVA)
 
 
-def check_trained(folder: Path) -> None:
+def check_trained(folder: Path, granularity: str = "input_channel") -> None:
     model = PeftModel.from_pretrained(load_base(), folder)
     layers = [module for module in model.modules() if isinstance(module, DowserLayer)]
     assert len(layers) == 28
     assert all(layer.values("default").any() for layer in layers)
+    assert model.peft_config["default"].granularity == granularity
 
 
 def test_the_index_lists_every_recipe() -> None:
