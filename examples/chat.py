@@ -33,8 +33,6 @@ ORDINARY = [
     "How do I stay healthy?",
     "What is the capital of Italy?",
     "Why do people read books?",
-    "What is a robot?",
-    "How do I bake a cake?",
 ]
 
 
@@ -113,7 +111,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach a chat model a style, with Dowser and with LoRA.")
     parser.add_argument("--model", default="smollm2", help="folder or Hub id of a chat model (default: smollm2)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the adapters and the merged model")
-    parser.add_argument("--steps", type=int, default=44)
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16, help="LoRA's r, and Dowser's input channels per matrix")
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="Dowser's")

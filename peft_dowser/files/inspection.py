@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..delta.apply import Delta, merged_entries
@@ -133,12 +134,12 @@ def _vanished_in_blocks(weight: Tensor, delta: Delta, bits: int) -> int:
     """How many values other than 0 leave a weight at the same integer, in the scale of its block once it is merged."""
     positions, values = delta.positions.long(), delta.values.float()
     merged = weight.index_add(0, positions, values)
-    padded = torch.nn.functional.pad(merged, (0, -len(merged) % _BLOCK))
-    # The largest weight of a block becomes the largest integer: -8 in Q4_0, 127 in Q8_0.
-    scales = padded.view(-1, _BLOCK).abs().amax(1) / (8 if bits == 4 else 127)
-    scale = scales[positions // _BLOCK]
-    same = (merged[positions] / scale).round() == (weight[positions] / scale).round()
-    return int((same & (values != 0)).sum())
+    blocks = F.pad(merged, (0, -len(merged) % _BLOCK)).view(-1, _BLOCK)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    scale = (largest / low)[positions // _BLOCK]  # the largest weight of a block becomes the integer -8, or -127
+    before, after = ((entries[positions] / scale).round().clamp(low, high) for entries in (weight, merged))
+    return int(((before == after) & (values != 0)).sum())
 
 
 def _flat(base: Checkpoint, name: str) -> Tensor:
