@@ -13,7 +13,6 @@ not write it. The weights of this base come from Q4_1, which would therefore cha
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from platform import machine, processor
+from statistics import mean
 from typing import Any
 
 import torch
@@ -41,7 +41,9 @@ KINDS = {"Q8_0": 8, "Q4_0": 4}
 COLUMNS = {"granularity": "input_channel", "score": SCORES["input_channel"], "task_type": "CAUSAL_LM"}
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 # The compared adapters, each with its learning rate.
-ADAPTERS: dict[str, tuple[PeftConfig, float]] = {
+BASE = "base"
+ADAPTERS: dict[str, tuple[PeftConfig | None, float]] = {
+    BASE: (None, 0.0),
     "Dowser, 10 % of the weights": (
         DowserConfig(num_probes=16, num_rademacher=2, task_type="CAUSAL_LM"),
         2e-3,
@@ -95,18 +97,27 @@ def train(model: nn.Module, examples: list[dict[str, Tensor]], rate: float, step
         optimizer.zero_grad()
 
 
-def run(name: str, seed: int, base: Any, tokenizer: Any, options: argparse.Namespace) -> dict[str, Any]:
-    """One training, and the loss of the base and of the merged model in every kind of bits."""
+def losses(model: Any, examples: list[dict[str, Tensor]]) -> dict[str, float]:
+    """The loss in float32 and in every kind of bits."""
+    found = {"float32": loss(model, examples)}
+    for kind in KINDS:
+        with rounded(model, kind):
+            found[kind] = loss(model, examples)
+    return found
+
+
+def run(name: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One training, and the losses of what it made."""
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
     taught, held_out = (
         [labelled(tokenizer, row["prompt"], row["completion"][0]["content"]) for row in pairs(split)]
         for split in ("train", "test")
     )
     config, rate = ADAPTERS[name]
     row: dict[str, Any] = {"adapter": name, "seed": seed, "steps": options.steps, "rate": rate}
-    row["base"] = {"float32": loss(base, held_out)}
-    for kind in KINDS:
-        with rounded(base, kind):
-            row["base"][kind] = loss(base, held_out)
+    base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    if config is None:
+        return row | {"losses": losses(base, held_out)}
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     train(model, taught, rate, options.steps, seed)
@@ -116,29 +127,26 @@ def run(name: str, seed: int, base: Any, tokenizer: Any, options: argparse.Names
             row["vanished"] = {
                 kind: inspect(folder, options.model, bits=bits)["vanished"] for kind, bits in KINDS.items()
             }
-    merged = model.merge_and_unload()
-    row["merged"] = {"float32": loss(merged, held_out)}
-    for kind in KINDS:
-        with rounded(merged, kind):
-            row["merged"][kind] = loss(merged, held_out)
-    return row | {"machine": processor() or machine(), "date": str(date.today()), "torch": torch.__version__}
+    return row | {"losses": losses(model.merge_and_unload(), held_out)}
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Means over the seeds, with the range of what is left."""
-    print(f"{'adapter':<28} {'seeds':>5} {'learned':>8}" + "".join(f"{'left in ' + kind:>24}" for kind in KINDS))
+    base = next(row["losses"]["float32"] for row in rows if row["adapter"] == BASE)
+    print(
+        f"{'adapter':<28} {'seeds':>5} {'loss':>6} {'learned':>8}"
+        + "".join(f"{'left in ' + kind:>24}" for kind in KINDS)
+    )
     for name in ADAPTERS:
-        own = [row for row in rows if row["adapter"] == name]
-        if not own:
+        own = [row["losses"] for row in rows if row["adapter"] == name]
+        line = f"{name:<28} {len(own):>5} {mean(found['float32'] for found in own):>6.3f}"
+        if name == BASE:
+            print(line + " " * 9 + "".join(f"{'loss ' + format(own[0][kind], '.3f'):>24}" for kind in KINDS))
             continue
-        learned = [row["base"]["float32"] - row["merged"]["float32"] for row in own]
-        line = f"{name:<28} {len(own):>5} {statistics.mean(learned):>8.3f}"
+        line += f" {base - mean(found['float32'] for found in own):>8.3f}"
         for kind in KINDS:
-            left = [
-                100 * (row["base"]["float32"] - row["merged"][kind]) / one
-                for row, one in zip(own, learned, strict=True)
-            ]
-            line += f"{statistics.mean(left):>9.1f} % ({min(left):.1f}..{max(left):.1f})"
+            left = [100 * (base - found[kind]) / (base - found["float32"]) for found in own]
+            line += f"{f'{mean(left):.1f} % ({min(left):.1f}..{max(left):.1f})':>24}"
         print(line)
 
 
@@ -146,18 +154,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Measure what few bits leave of a merged adapter.")
     parser.add_argument("--model", required=True, help="folder that prepare.py wrote")
     parser.add_argument("--output", required=True, type=Path, help="file for the rows, one line of JSON each")
-    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16, help="of each training")
     parser.add_argument("--seeds", type=int, default=3, help="how many")
     options = parser.parse_args()
-    there = options.output.read_text().splitlines() if options.output.exists() else []
-    rows = [json.loads(line) for line in there]
-    done = {(row["adapter"], row["seed"], row["steps"]) for row in rows}
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    rows = [json.loads(line) for line in options.output.read_text().splitlines()] if options.output.exists() else []
+    done = {(row["adapter"], row["seed"]) for row in rows}
+    where = {"machine": processor() or machine(), "date": str(date.today()), "torch": torch.__version__}
     for seed in range(options.seeds):
-        for name in ADAPTERS:
-            if (name, seed, options.steps) not in done:
-                base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-                rows.append(run(name, seed, base, tokenizer, options))
+        for name in ADAPTERS if seed == 0 else list(ADAPTERS)[1:]:
+            if (name, seed) not in done:
+                rows.append(run(name, seed, options) | where)
                 with options.output.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
     show(rows)
