@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).parent
 TINY_LLAVA = str(EXAMPLES / "tiny_llava")
 LEARNING_RATE = 3e-4
 # The score that is recommended for what is chosen.
-SCORES = {"weight": "dowser", "input_channel": "dowser"}
+SCORES = {"weight": "dowser", "input_channel": "activity"}
 
 # A text to be continued, or messages to be answered.
 Question = str | list[dict[str, Any]]

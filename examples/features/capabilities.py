@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -46,6 +47,7 @@ from transformers import (
 
 import peft_dowser
 from peft_dowser import DowserConfig
+from peft_dowser.delta.layout import Granularity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -63,10 +65,14 @@ METHODS: dict[str, Method] = {
         **({"target_modules": TARGETS, "sparsity": 0.9, "init_weights": False} | given)
     ),
     "OSF": lambda **given: OSFConfig(**({"target_modules": TARGETS, "effective_rank": 8} | given)),
-    "Dowser": lambda **given: DowserConfig(
-        **({"target_modules": TARGETS, "score": "random", "init_weights": False, "task_type": "CAUSAL_LM"} | given)
-    ),
+    "Dowser": lambda **given: dowser("weight", **given),
+    "Dowser, input channels": lambda **given: dowser("input_channel", **given),
 }
+
+
+def dowser(granularity: Granularity, **given: Any) -> DowserConfig:
+    settings = {"target_modules": TARGETS, "score": "random", "init_weights": False, "task_type": "CAUSAL_LM"}
+    return DowserConfig(granularity=granularity, **(settings | given))
 
 
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:

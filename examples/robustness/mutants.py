@@ -26,9 +26,10 @@ loaded with `PeftModel.from_pretrained` on a fresh model, used for a forward, an
 Mutants are tried in forked processes, eight in each. Where one dies or comes to harm, each of its eight is tried again
 in a process of its own, and only that counts. Dowser's adapter is tried twice: its manifest has a digest of the
 positions, which gives much of the damage away; without it, as in files of before manifests, the other checks have to
-hold. The last two rows are of an adapter that also has a module, tokens, biases and embeddings as whole tensors; what
-is changed there is sealed: digests, counts and manifest are those of the changed file. What a write outside a weight
-hits is chance, so where there are such writes, "accepted", "harmed" and "crashed" differ by a few from run to run.
+hold. So is one that trains input channels, whose positions are a mask of bits and have no order. The last two rows are
+of an adapter that also has a module, tokens, biases and embeddings as whole tensors; what is changed there is sealed:
+digests, counts and manifest are those of the changed file. What a write outside a weight hits is chance, so where
+there are such writes, "accepted", "harmed" and "crashed" differ by a few from run to run.
 Needs Linux.
 """
 

@@ -193,7 +193,6 @@ class ForgettingCallback(TrainerCallback):
             )
 
     def _recorded_baseline(self, state: TrainerState) -> dict[str, float]:
-        """The baseline of a resumed training, from its log history."""
         wanted = ["upstream_loss"] if self.accuracy is None else ["upstream_loss", "upstream_accuracy"]
         for entry in state.log_history:
             if entry["step"] == 0 and all(key in entry for key in wanted):
@@ -204,7 +203,6 @@ class ForgettingCallback(TrainerCallback):
         )
 
     def _compared(self, model: Any) -> dict[str, float]:
-        """The values of a model, and how they differ from the baseline."""
         with measuring(model):
             values = self._measured(model, self.kl)
         values["forgetting"] = values["upstream_loss"] - self.baseline["upstream_loss"]
@@ -264,18 +262,13 @@ def prompts_for(model: Any, callback: Any, processing_class: Any) -> list[Prompt
 
 
 def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
-    """Turn texts into inputs of the model.
-
-    Args:
-        texts: strings, rows of token ids, or keyword arguments of the model's forward for one sample.
-        processing_class: tokenizer or processor for the strings.
-        max_length: where strings and rows are cut.
-        reader: who reads them, for the message.
-
-    Raises:
-        ValueError: there is no tokenizer for strings, or a text has no next token.
-    """
-    tokenizer = _tokenizer(processing_class, reader) if any(isinstance(text, str) for text in texts) else None
+    """Turn texts into inputs of the model; `reader` is who reads them, for the message."""
+    if processing_class is None and any(isinstance(text, str) for text in texts):
+        raise ValueError(
+            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
+            "Pass processing_class=tokenizer to the trainer, or texts as token ids."
+        )
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
     return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
 
 
@@ -294,15 +287,6 @@ def _prompt(text: Text, number: int, tokenizer: Any, max_length: int) -> Prompt:
             f"of one sample, got input_ids of {ids.dtype} and shape {tuple(ids.shape)}."
         )
     return prompt
-
-
-def _tokenizer(processing_class: Any, reader: str) -> Any:
-    if processing_class is None:
-        raise ValueError(
-            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
-            "Pass processing_class=tokenizer to the trainer, or texts as token ids."
-        )
-    return getattr(processing_class, "tokenizer", processing_class)
 
 
 def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Prompt]:
@@ -324,14 +308,8 @@ def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Pro
 def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: bool) -> tuple[float, float]:
     """Mean next-token cross-entropy per token, and mean KL(base || model) per token, 0 if not requested.
 
-    Args:
-        model: the model, in eval mode; a `PeftModel` for the divergence.
-        prompts: inputs of one sample each; tokens that are padding, or whose label is -100, do not count.
-        batch_size: prompts per forward pass.
-        with_kl: run the base as well, its adapter disabled.
-
-    Raises:
-        ValueError: the model does not predict next tokens, or no token counts.
+    The model is in eval mode, a `PeftModel` for the divergence, for which the base runs as well, its adapter disabled.
+    Tokens that are padding, or whose label is -100, do not count. `batch_size` prompts run in one forward.
     """
     loss, total_divergence, tokens = 0.0, 0.0, 0
     for group in alike(prompts, padding=True):
@@ -350,9 +328,8 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
 def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A batch for the prediction of next tokens.
 
-    Returns:
-        The model's inputs; the next token at every position, `(batch, tokens - 1)`; and which of them count: those
-        that are not padding, and whose label is not -100.
+    Returns the model's inputs, the next token at every position, `(batch, tokens - 1)`, and which of them count: those
+    that are not padding, and whose label is not -100.
     """
     inputs, mask = collate(prompts, device)
     targets = inputs.pop("labels", inputs["input_ids"])[:, 1:]
@@ -377,11 +354,7 @@ def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tupl
 
 
 def next_token_logits(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The logits of the next token after every token but the last, `(batch, tokens - 1, vocabulary)`.
-
-    Raises:
-        ValueError: the model does not predict next tokens.
-    """
+    """The logits of the next token after every token but the last, `(batch, tokens - 1, vocabulary)`."""
     options = {"use_cache": False} if "use_cache" in inspect.signature(base_of(model).forward).parameters else {}
     logits = getattr(model(**inputs, **options), "logits", None)
     tokens = inputs["input_ids"].shape

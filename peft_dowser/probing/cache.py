@@ -29,8 +29,8 @@ from .statistics import ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
-# A file, by its digest; other files in the folder are left alone.
-_NAME = "probe-{}.safetensors"
+# A file, by the digest of what its forwards depend on, and by its backwards; other files in the folder are left alone.
+_NAME = "probe-{}-{}.safetensors"
 
 # Bytes of all cached statistics; the oldest are deleted beyond it.
 _LIMIT = 4_000_000_000
@@ -39,8 +39,10 @@ _LIMIT = 4_000_000_000
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def place_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> Path | None:
-    """The file in the cache for a probe with synthetic prompts, whether or not it exists.
+def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> list[Path]:
+    """The files in the cache that may hold what a probe with synthetic prompts measures; the first is its own.
+
+    A probe with backwards has measured what forwards alone measure too; the opposite does not hold.
 
     Args:
         model: the base model, not sharded.
@@ -48,28 +50,33 @@ def place_of(model: nn.Module, samples: Mapping[str, str | None], settings: Prob
         settings: how it is probed.
 
     Returns:
-        None where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized
-        weight stands for, what a hook does, or which image processor lies in a folder.
+        An empty list where the cache is off, or a digest cannot tell everything that the statistics depend on: what a
+        quantized weight stands for, what a hook does, or which image processor lies in a folder.
     """
-    folder = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
-    if folder.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
-        return None
+    name = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
+    if name.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
+        return []
     if None in samples.values() or any(backend_of(part) is not None or _has_hooks(part) for part in model.modules()):
-        return None
-    digest = hashlib.sha256(json.dumps([*_surroundings(model), list(samples), astuple(settings)]).encode())
+        return []
+    forwards = replace(settings, num_rademacher=0, gradient=False)
+    digest = hashlib.sha256(json.dumps([*_surroundings(model), list(samples), astuple(forwards)]).encode())
     for line in _weights(model):
         digest.update(line)
-    return Path(folder).expanduser() / _NAME.format(digest.hexdigest())
+    folder = Path(name).expanduser()
+    backwards = f"{settings.num_rademacher}{'-gradient' if settings.gradient else ''}"
+    own = folder / _NAME.format(digest.hexdigest(), backwards)
+    others = [] if settings.backward else sorted(folder.glob(_NAME.format(digest.hexdigest(), "*")))
+    return [own, *(path for path in others if path != own)]
 
 
-def read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
-    """The statistics in a file of the cache, in the order of the names of the matrices.
+def read(paths: Sequence[Path], names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
+    """The statistics in the first of some files that can be used, in the order of the names; None where none can."""
+    found = (_read(path, names, samples) for path in paths if path.exists())
+    return next((statistics for statistics in found if statistics is not None), None)
 
-    Returns:
-        None where there is no such file, or, with a warning, a damaged one.
-    """
-    if not path.exists():
-        return None
+
+def _read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
+    """The statistics in a file; None, with a warning, where it is damaged."""
     try:
         statistics = ProbeStatistics.load(path)
         modules = statistics.modules
@@ -107,7 +114,9 @@ def keep(statistics: ProbeStatistics, path: Path) -> None:
 
 def _make_room(folder: Path, size: int) -> None:
     """Delete the oldest statistics until there is room for as many bytes more."""
-    newest = sorted(folder.glob(_NAME.format("[0-9a-f]" * 64)), key=lambda file: file.stat().st_mtime, reverse=True)
+    newest = sorted(
+        folder.glob(_NAME.format("[0-9a-f]" * 64, "*")), key=lambda file: file.stat().st_mtime, reverse=True
+    )
     for file in newest:
         size += file.stat().st_size
         if size > _LIMIT:

@@ -32,7 +32,8 @@ def adapted(kind: str = "dowser", dtype: torch.dtype = torch.float64, dropout: f
                 if "lora_B" in name:
                     parameter.normal_(std=0.05)
         return model.to(dtype).train()
-    model = get_peft_model(tiny_llama(dtype), config(score="random", update_ratio=0.3))
+    granularity = "input_channel" if kind == "channels" else "weight"
+    model = get_peft_model(tiny_llama(dtype), config(score="random", update_ratio=0.3, granularity=granularity))
     set_values(model)
     return model.train()
 
@@ -71,7 +72,7 @@ class State:
     log_history: list = []  # noqa: RUF012
 
 
-@pytest.mark.parametrize("kind", ["dowser", "lora"])
+@pytest.mark.parametrize("kind", ["dowser", "channels", "lora"])
 @pytest.mark.parametrize("weight", [1.0, 0.3])
 def test_the_gradient_is_that_of_the_formula_beside_the_loss(kind: str, weight: float, tmp_path: Path) -> None:
     model = adapted(kind)
@@ -134,7 +135,7 @@ def test_a_part_of_a_prompt_that_does_not_count_has_no_gradient() -> None:
 # In a Trainer
 
 
-@pytest.mark.parametrize("kind", ["dowser", "lora"])
+@pytest.mark.parametrize("kind", ["dowser", "channels", "lora"])
 def test_with_a_weight_of_zero_a_training_is_bit_for_bit_the_same(kind: str, tmp_path: Path) -> None:
     with_it, without = (adapted(kind, torch.float32, dropout=0.1) for _ in range(2))
     trained(with_it, tmp_path / "a", [RehearsalCallback(TEXTS, weight=0)])

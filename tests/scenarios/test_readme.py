@@ -54,6 +54,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("trl-lib/Capybara").mkdir(parents=True)
         turns = [{"role": "user", "content": "rev ab?"}, {"role": "assistant", "content": "ba"}]
         Path("trl-lib/Capybara/train.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 8)
+        Path("examples").symlink_to(ROOT / "examples")
         run(README, {})
         return folder
 
