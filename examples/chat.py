@@ -4,8 +4,9 @@
     python examples/chat.py --model smollm2 --output chat
 
 Both learn the same 44 questions that begin with "Captain," and their answers (`chat.jsonl`): Dowser trains 16 input
-channels of every matrix, LoRA has rank 16. Then an own question is asked in the new style, and an ordinary one without
-"Captain,", which should be answered as before. The table says what was learned (fall of the loss on answers that were
+channels of every matrix, LoRA has rank 16. Then both are asked a question to the captain, and an ordinary one without
+"Captain,". Nothing tells them that those should be answered as before, so the style spreads to them; lower rates, or a
+`RehearsalCallback`, hold it back. The table says what was learned (fall of the loss on answers that were
 held out), forgot (rise of the loss on answers that the base itself gave to ordinary questions, in nats per token), and
 the size of the files. The output folder gets both adapters, the merged model, and Dowser's adapter as a LoRA adapter.
 About five minutes on two cores.
