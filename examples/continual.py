@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from recipe import add_dowser, add_training, config
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig, probe
+from peft_dowser import probe
 from peft_dowser.evaluation import metrics
 
 TINY_LLAVA = Path(__file__).parent / "tiny_llava"
@@ -35,12 +36,11 @@ ALL = OLD | NEW
 
 def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
     """Train the active adapter on one task."""
-    batch = 16
     arguments = SFTConfig(
         output_dir=options.folder,
         max_steps=options.steps,
         learning_rate=options.learning_rate,
-        per_device_train_batch_size=batch,
+        per_device_train_batch_size=options.batch_size,
         max_length=None,
         gradient_checkpointing=False,  # faster; a large model wants True
         bf16=torch.cuda.is_available(),
@@ -48,7 +48,8 @@ def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
         logging_strategy="no",
         report_to="none",
     )
-    data = Dataset.from_list(trl_records(NEW[task].sample(batch * options.steps, seed=0, split="train")))
+    examples = NEW[task].sample(options.batch_size * options.steps, seed=0, split="train")
+    data = Dataset.from_list(trl_records(examples))
     SFTTrainer(model, arguments, train_dataset=data, processing_class=options.processor).train()
 
 
@@ -74,24 +75,24 @@ def show(title: str, stages: list[dict[str, float]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Learn one task after another.")
     parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
-    parser.add_argument("--update-ratio", type=float, default=0.5)
-    parser.add_argument("--steps", type=int, default=80, help="per task")
     parser.add_argument("--examples", type=int, default=100, help="for the test of a task")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    add_training(parser, steps=80, batch_size=16, rate=1e-3)
+    add_dowser(parser, update_ratio=0.5, granularity="weight")
     options = parser.parse_args()
     options.processor = AutoProcessor.from_pretrained(options.model)
 
     base = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
-    config = DowserConfig(update_ratio=options.update_ratio, task_type="CAUSAL_LM")
+    chosen = config(options)
     with tempfile.TemporaryDirectory() as options.folder:
-        config.statistics = f"{options.folder}/statistics.safetensors"
-        probe(base, config).save(config.statistics)
+        if chosen.statistics is None:
+            chosen.statistics = f"{options.folder}/statistics.safetensors"
+            probe(base, chosen).save(chosen.statistics)
         for title, adapters in (("an adapter per task", list(NEW)), ("one adapter", ["all"] * len(NEW))):
-            model = get_peft_model(base, config, adapter_name=adapters[0])
+            model = get_peft_model(base, chosen, adapter_name=adapters[0])
             stages = [ask(model, options)]
             for task, adapter in zip(NEW, adapters, strict=True):
                 if adapter not in model.peft_config:
-                    model.add_adapter(adapter, config)
+                    model.add_adapter(adapter, chosen)
                 model.set_adapter(adapter)
                 learn(model, task, options)
                 stages.append(ask(model, options))

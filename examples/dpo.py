@@ -11,17 +11,11 @@ learns to do so in capitals. DPO's reference is the base with the adapter switch
 the log, `rewards/accuracies` is how often the better answer has gained more.
 """
 
-import argparse
 import random
-from pathlib import Path
 
-import torch
 from datasets import Dataset, load_dataset
+from recipe import config, max_length, parser, train, training
 from trl import DPOConfig, DPOTrainer
-
-from peft_dowser import DowserConfig
-
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 
 
 def capitals(count: int) -> Dataset:
@@ -40,30 +34,23 @@ def capitals(count: int) -> Dataset:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Teach a model which of two answers is the better one.")
-    parser.add_argument("--preferences", help="file of JSON lines with prompt, chosen and rejected")
-    parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of the base model")
-    parser.add_argument("--output", required=True, help="folder for the adapter")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    options = parser.parse_args()
+    arguments = parser("Teach a model which of two answers is the better one.", steps=100)
+    arguments.add_argument("--preferences", help="file of JSON lines with prompt, chosen and rejected")
+    options = arguments.parse_args()
 
     given = options.preferences
+    data = load_dataset("json", data_files=given, split="train") if given else capitals(1000)
     trainer = DPOTrainer(
         model=options.model,
         args=DPOConfig(
-            output_dir=options.output,
-            max_steps=options.steps,
-            learning_rate=options.learning_rate,
+            **training(options),
+            max_length=max_length(options),
             model_init_kwargs={"dtype": "auto"},
-            bf16=torch.cuda.is_available(),
-            report_to="none",
         ),
-        train_dataset=load_dataset("json", data_files=given, split="train") if given else capitals(1000),
-        peft_config=DowserConfig(update_ratio=0.1, task_type="CAUSAL_LM"),
+        train_dataset=data,
+        peft_config=config(options),
     )
-    trainer.train()
-    trainer.save_model()
+    train(trainer, data[0]["prompt"], options.resume)
 
 
 if __name__ == "__main__":

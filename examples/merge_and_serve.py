@@ -1,36 +1,31 @@
-"""Two adapters of one base: switch between them, combine them, and write a folder that any server loads:
+"""Two adapters of one base: switch between them, combine them, and write folders that any server loads:
 
     python examples/merge_and_serve.py --adapters FIRST SECOND --output FOLDER
     vllm serve FOLDER/merged
 
-Every step checks that its outputs have the same bits as those of PEFT's model. Without `--adapters` two small adapters
-are made first, for the model in `examples/tiny_llava` or the model of `--model`.
+Every step compares its outputs with those of PEFT's model: they have the same bits, and those of input channels, which
+are also written as LoRA adapters for servers of LoRA, agree up to the rounding of one addition. Without `--adapters`
+two small adapters are made first, for the model in `examples/tiny_llava` or the model of `--model`.
 """
 
 import argparse
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftConfig, PeftModel, get_peft_model
+from recipe import TINY_LLAVA, load
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
-from peft_dowser import DowserConfig, Patch, hotswap, merge
+from peft_dowser import DowserConfig, Patch, export_lora, hotswap, merge
 
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 TEXTS = {"dawn": "The sun rises in the east.", "dusk": "The sun sets in the west."}
 
 
-def load(name: str) -> PreTrainedModel:
-    """A model of the class that its config names."""
-    (architecture,) = AutoConfig.from_pretrained(name).architectures
-    return getattr(transformers, architecture).from_pretrained(name, dtype="auto")
-
-
-def make(name: str, text: str, folder: Path) -> str:
+def make(name: str, text: str, folder: Path, granularity: str) -> str:
     """An adapter to try this with: a few steps on one sentence."""
-    model = get_peft_model(load(name), DowserConfig(score="magnitude", task_type="CAUSAL_LM"))
+    config = DowserConfig(granularity=granularity, score="magnitude", task_type="CAUSAL_LM")
+    model = get_peft_model(load(name), config)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     batch = AutoTokenizer.from_pretrained(name)(text, return_tensors="pt")
     for _ in range(5):
@@ -42,17 +37,25 @@ def make(name: str, text: str, folder: Path) -> str:
 
 
 def compare(what: str, found: Tensor, expected: Tensor) -> None:
-    print(f"{what}: {'bit-identical' if torch.equal(found, expected) else 'DIFFERENT'}")
+    distance = float((found - expected).abs().max())
+    rounded = distance < torch.finfo(expected.dtype).eps ** 0.5 * float(expected.abs().max())
+    print(f"{what}: {'bit-identical' if distance == 0 else 'equal up to rounding' if rounded else 'DIFFERENT'}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Switch, combine and merge two adapters of one base.")
     parser.add_argument("--adapters", nargs=2, metavar=("FIRST", "SECOND"), help="folders or Hub ids of adapters")
-    parser.add_argument("--model", default=str(TINY_LLAVA), help="base of the adapters that are made here")
+    parser.add_argument("--model", default=TINY_LLAVA, help="base of the adapters that are made here")
+    parser.add_argument(
+        "--granularity", choices=["weight", "input_channel"], default="input_channel", help="of adapters made here"
+    )
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     options = parser.parse_args()
-    first, second = options.adapters or [make(options.model, t, options.output / n) for n, t in TEXTS.items()]
-    base = PeftConfig.from_pretrained(first).base_model_name_or_path
+    first, second = options.adapters or [
+        make(options.model, text, options.output / name, options.granularity) for name, text in TEXTS.items()
+    ]
+    config = PeftConfig.from_pretrained(first)
+    base = config.base_model_name_or_path
     batch = AutoTokenizer.from_pretrained(base)("The sun", return_tensors="pt")
 
     @torch.no_grad()
@@ -86,6 +89,22 @@ def main() -> None:
     # The whole model, written shard by shard; `peft-dowser merge` does the same from a shell.
     merge(options.output / "mean", options.output / "merged", base=base)
     compare("merged folder == adapter", logits(load(str(options.output / "merged"))), logits(model))
+    print(
+        f"\n{options.output}/merged is a plain model:\n"
+        f"    vllm serve {options.output}/merged\n"
+        f"    python convert_hf_to_gguf.py {options.output}/merged --outtype q8_0 --outfile merged.gguf  # llama.cpp's"
+    )
+
+    # Input channels are a LoRA adapter whose A picks the channels, so a server of LoRA can switch between many.
+    if config.granularity == "input_channel":
+        lora = options.output / "lora"
+        rank = max(export_lora(first, lora).values())
+        limit = max(8, 1 << (rank - 1).bit_length())  # vLLM takes powers of 2
+        compare("\nexported LoRA == adapter", logits(PeftModel.from_pretrained(load(base), lora)), of_first)
+        print(
+            f"    vllm serve {base} --enable-lora --max-lora-rank {limit} --lora-modules first={lora}\n"
+            f"    python convert_lora_to_gguf.py {lora} --base {base} --outfile first.gguf  # llama.cpp's"
+        )
 
 
 if __name__ == "__main__":

@@ -4,34 +4,28 @@
     python examples/quantized.py --text FILE --model Qwen/Qwen3-0.6B --output FOLDER
 
 Quantized base, gradient checkpointing and AdamW with 8-bit states: `peft-dowser plan` says what that takes. FOLDER gets
-the `adapter` and the `merged` model, in the precision of the checkpoint; `peft-dowser merge` writes it shard by shard.
+the adapter, and FOLDER/merged the merged model in the precision of the checkpoint, written shard by shard.
 Without `--model` it trains the small model in `examples/tiny_llava`, without `--text` on the project's README.
 """
 
-import argparse
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from datasets import load_dataset
-from transformers import AutoTokenizer, BitsAndBytesConfig
+from recipe import EXAMPLES, config, max_length, parser, train, training
+from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig, merge
-
-EXAMPLES = Path(__file__).parent
+from peft_dowser import merge
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune a language model that is loaded in 4 or 8 bits.")
-    parser.add_argument("--text", default=str(EXAMPLES.parent / "README.md"), help="text file, UTF-8")
-    parser.add_argument("--model", default=str(EXAMPLES / "tiny_llava"), help="folder or Hub id of the base model")
-    parser.add_argument("--output", required=True, type=Path, help="folder for the adapter and the merged model")
-    parser.add_argument("--bits", type=int, choices=[4, 8], default=4)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    options = parser.parse_args()
+    arguments = parser("Fine-tune a language model that is loaded in 4 or 8 bits.")
+    arguments.add_argument("--text", default=str(EXAMPLES.parent / "README.md"), help="text file, UTF-8")
+    arguments.add_argument("--bits", type=int, choices=[4, 8], default=4)
+    options = arguments.parse_args()
     if find_spec("bitsandbytes") is None:
         sys.exit("This recipe needs bitsandbytes: pip install bitsandbytes")
 
@@ -44,24 +38,20 @@ def main() -> None:
     trainer = SFTTrainer(
         model=options.model,
         args=SFTConfig(
-            output_dir=str(options.output / "trainer"),
-            max_steps=options.steps,
-            learning_rate=options.learning_rate,
+            **training(options),
             optim="adamw_8bit",
             gradient_checkpointing=True,
             packing=True,
             packing_strategy="wrapped",
-            max_length=min(512, AutoTokenizer.from_pretrained(options.model).model_max_length),
+            max_length=max_length(options),
             model_init_kwargs={"quantization_config": quantization, "dtype": "auto"},
-            bf16=torch.cuda.is_available(),
-            report_to="none",
         ),
         train_dataset=load_dataset("text", data_files=options.text, sample_by="document", split="train"),
-        peft_config=DowserConfig(update_ratio=0.1, task_type="CAUSAL_LM"),
+        peft_config=config(options),
     )
-    trainer.train()
-    trainer.save_model(options.output / "adapter")
-    merge(options.output / "adapter", options.output / "merged")
+    train(trainer, Path(options.text).read_text("utf-8")[:40], options.resume)
+    merge(options.output, f"{options.output}/merged")
+    print(f"merged:   {options.output}/merged")
 
 
 if __name__ == "__main__":

@@ -9,15 +9,27 @@ and of `DowserConfig`. Data sets are Hub ids or folders with JSON lines that hav
 """
 
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import get_type_hints
+from itertools import takewhile
+from typing import Any, get_type_hints
 
 from datasets import load_dataset
+from recipe import Question, train
 from trl import ModelConfig, ScriptArguments, SFTConfig, SFTTrainer, TrlParser
 
 from peft_dowser import DowserConfig, ForgettingCallback, RehearsalCallback
 
 # The fields of `DowserConfig` that fit a command line, with its types, defaults and help.
-OPTIONS = ("update_ratio", "score", "last_layers", "num_probes", "num_rademacher", "probe_length", "statistics")
+OPTIONS = (
+    "update_ratio",
+    "granularity",
+    "channels",
+    "score",
+    "last_layers",
+    "num_probes",
+    "num_rademacher",
+    "probe_length",
+    "statistics",
+)
 TYPES = get_type_hints(DowserConfig)
 DowserArguments = make_dataclass(
     "DowserArguments",
@@ -38,16 +50,24 @@ class RehearsalArguments:
     )
 
 
+def beginning(row: dict[str, Any]) -> Question:
+    """What an example begins with, to be answered or continued."""
+    if "messages" in row:
+        return list(takewhile(lambda message: message["role"] != "assistant", row["messages"]))
+    return row["prompt"] if "prompt" in row else row["text"][:40]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments, RehearsalArguments))
     script, training, model, dowser, rehearsal = parser.parse_args_and_config(arguments)
     training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision}
     data = load_dataset(script.dataset_name, name=script.dataset_config)
+    rows = data[script.dataset_train_split]
     evaluated = training.eval_strategy != "no"
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        train_dataset=data[script.dataset_train_split],
+        train_dataset=rows,
         eval_dataset=data[script.dataset_test_split] if evaluated else None,
         peft_config=DowserConfig(task_type="CAUSAL_LM", seed=training.seed, **vars(dowser)),
     )
@@ -57,8 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     if rehearsal.rehearse:  # on other texts than those that forgetting is measured on
         others = DowserConfig(num_probes=32, probe_length=dowser.probe_length, seed=training.seed + 1)
         trainer.add_callback(RehearsalCallback(weight=rehearsal.rehearse, config=others))
-    trainer.train()
-    trainer.save_model()
+    train(trainer, beginning(rows[0]), training.resume_from_checkpoint)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ Without `--model` it is the small LLaVA in `examples/tiny_llava`, without `--ima
 digits and the invented words that name them. Only the language model trains; vision tower and connector stay.
 """
 
-import argparse
 import sys
-from pathlib import Path
+from typing import Any
 
-import torch
 from datasets import Dataset, load_dataset
+from recipe import TINY_LLAVA, config, parser, train, training
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig, RehearsalCallback
-
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
 
 
 def conversations(folder: str) -> Dataset:
@@ -36,43 +33,43 @@ def conversations(folder: str) -> Dataset:
 
 
 def pale_digits(count: int) -> Dataset:
-    sys.path.insert(0, str(TINY_LLAVA))
+    sys.path.insert(0, TINY_LLAVA)
     from tasks import DOWNSTREAM, trl_records
 
-    return Dataset.from_list(trl_records(DOWNSTREAM["style"].sample(count, seed=0, split="train")))
+    records = trl_records(DOWNSTREAM["style"].sample(count, seed=0, split="train"))
+    return Dataset.from_list([record | {"image": record.pop("images")[0]} for record in records])
+
+
+def question(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """The image and the question of an example."""
+    text = {"type": "text", "text": row["prompt"][0]["content"]}
+    return [{"role": "user", "content": [{"type": "image", "image": row["image"]}, text]}]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Fine-tune an image-text model on questions about images.")
-    parser.add_argument("--images", help="folder with images and a metadata.jsonl")
-    parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
-    parser.add_argument("--output", required=True, help="folder for the adapter")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--rehearse", type=float, default=0.0, help="weight of the KL to the base on its own texts")
-    options = parser.parse_args()
+    arguments = parser("Fine-tune an image-text model on questions about images.", max_length=None)
+    arguments.add_argument("--images", help="folder with images and a metadata.jsonl")
+    arguments.add_argument("--rehearse", type=float, default=0.0, help="weight of the KL to the base on its own texts")
+    options = arguments.parse_args()
 
+    data = conversations(options.images) if options.images else pale_digits(1000)
+    chosen = config(options)
+    # Half of the probes begin with a noise image, which protects the way from the images to the answers too.
+    chosen.probe_images = 0.5
     # The base's own texts, after noise images.
     texts = DowserConfig(probe_images=1.0)
-
     trainer = SFTTrainer(
         model=options.model,  # brings its processor along
         args=SFTConfig(
-            output_dir=options.output,
-            max_steps=options.steps,
-            learning_rate=options.learning_rate,
+            **training(options),
             max_length=None,  # a cut could fall into the tokens of an image
             model_init_kwargs={"dtype": "auto"},
-            bf16=torch.cuda.is_available(),
-            report_to="none",
         ),
-        train_dataset=conversations(options.images) if options.images else pale_digits(1000),
-        # Half of the probes begin with a noise image, which protects the way from the images to the answers too.
-        peft_config=DowserConfig(update_ratio=0.1, probe_images=0.5, task_type="CAUSAL_LM"),
+        train_dataset=data,
+        peft_config=chosen,
         callbacks=[RehearsalCallback(weight=options.rehearse, config=texts)] if options.rehearse else None,
     )
-    trainer.train()
-    trainer.save_model()
+    train(trainer, question(data[0]), options.resume)
 
 
 if __name__ == "__main__":

@@ -400,6 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
     inspect.add_argument("adapter", help="folder or Hub id of the adapter")
     inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
+    inspect.add_argument("--bits", type=int, choices=[4, 8], help="count those that vanish in 4 or 8 bits instead")
     _add_json(inspect)
 
     diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")

@@ -21,7 +21,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaForCausalLM
 
 import peft_dowser.cli
-from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, export_lora, extract, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, export_lora, extract, inspect, probe
 from peft_dowser.cli import main
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -267,6 +267,45 @@ def test_inspect_with_a_base_counts_the_values_that_vanish_in_bfloat16(
     assert 0 < found["vanished"] < 1
     assert main(["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]) == 0
     assert f"vanished: {found['vanished']:.4g}" in capsys.readouterr().out
+
+
+def integers(block: torch.Tensor, scale: float, bits: int) -> torch.Tensor:
+    """The rule of llama.cpp's Q4_0 (ints -8 to 7) and Q8_0 (ints -127 to 127), for weights that share a scale."""
+    return (block / scale).round().clamp(*((-8, 7) if bits == 4 else (-127, 127)))
+
+
+@pytest.mark.parametrize("granularity", ["weight", "input_channel"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_inspect_counts_the_values_that_vanish_in_few_bits(
+    bits: int, granularity: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    base = tiny_llama()
+    base.save_pretrained(tmp_path / "base")
+    state = {name: weight.clone() for name, weight in base.state_dict().items()}
+    model = get_peft_model(base, config(score="random", granularity=granularity))
+    set_values(model, std=1e-3)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    told = ["inspect", str(tmp_path / "adapter"), "--base", str(tmp_path / "base"), "--bits", str(bits), "--json"]
+    assert main(told) == 0
+    found = json.loads(capsys.readouterr().out)
+    for row in found["modules"]:
+        before, after = (tensors[row["module"] + ".weight"].view(-1, 32) for tensors in (state, merged))
+        vanished = 0
+        for old, new in zip(before, after, strict=True):
+            largest = max(new.tolist(), key=abs)
+            scale = largest / -8 if bits == 4 else abs(largest) / 127
+            same = integers(old, scale, bits) == integers(new, scale, bits)
+            vanished += int((same & (old != new)).sum())
+        assert row["vanished"] * row["trained"] == pytest.approx(vanished, abs=1)  # one that rounds to its weight
+    assert 0 < found["vanished"] < 1
+
+
+@pytest.mark.parametrize(("base", "bits"), [(None, 4), ("anything", 3)])
+def test_bits_are_4_or_8_and_need_a_base(base: str | None, bits: int, tmp_path: Path) -> None:
+    adapter(tmp_path)
+    with pytest.raises(ValueError, match=f"bits must be 4 or 8 and needs a base, got bits={bits} and base={base}"):
+        inspect(tmp_path, base=base, bits=bits)
 
 
 def test_inspect_with_another_base_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
@@ -21,14 +23,19 @@ from .places import groups, in_order
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "channels", "score", "select", "scope", "seed")
 
+# Weights that share a scale in GGUF's Q4_0 and Q8_0.
+_BLOCK = 32
 
-def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+
+def inspect(adapter: str | Path, base: str | Path | None = None, bits: int | None = None) -> dict[str, Any]:
     """Describe a saved adapter, without a model.
 
     Args:
         adapter: folder or Hub id of a saved Dowser adapter.
         base: folder or Hub id of its base model, a safetensors checkpoint. With it each module also tells what fraction
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
+        bits: 4 or 8: count those that vanish when the merged weight is rounded to integers of so many bits, as GGUF's
+            Q4_0 and Q8_0 do, in blocks of 32 weights that share a scale.
 
     Returns:
         How the mask was chosen, what all modules are together, "bytes" of the file, under "measured" what the model
@@ -42,11 +49,13 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
         OSError: the adapter or the base cannot be found.
     """
+    if bits is not None and (bits not in (4, 8) or base is None):
+        raise ValueError(f"bits must be 4 or 8 and needs a base, got bits={bits} and base={base}.")
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         saved.check_complete()
         layouts = {} if saved.config.manifest is None else saved.layouts()
-        vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
+        vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files), bits)
         modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in in_order(saved.counts)]
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
     rows = {row["module"]: row for row in modules}
@@ -94,8 +103,8 @@ def _group(name: str, modules: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
-    """By module, how many values other than 0 change no weight of the base in bfloat16."""
+def _vanished(adapter: SavedAdapter, base: Checkpoint, bits: int | None) -> dict[str, int]:
+    """By module, how many values other than 0 change no weight of the base in bfloat16, or in some bits."""
     targets = adapter.targets_in(base.model)
     for problem in adapter.problems(base, targets):
         raise DeltaFormatError(problem)
@@ -104,10 +113,25 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
         parts = [base.stored(key).view(-1) for key in base.parts(target.tensor_name)]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if bits is not None:
+            found[module] = _vanished_in_blocks(weight.float(), delta, bits)
+            continue
         entries = weight.index_select(0, delta.positions).to(torch.bfloat16)
         there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
         found[module] = merged_entries(entries, there).vanished()
     return found
+
+
+def _vanished_in_blocks(weight: Tensor, delta: Delta, bits: int) -> int:
+    """How many values other than 0 leave a weight at the same integer, in the scale of its block once it is merged."""
+    positions, values = delta.positions.long(), delta.values.float()
+    merged = weight.index_add(0, positions, values)
+    blocks = F.pad(merged, (0, -len(merged) % _BLOCK)).view(-1, _BLOCK)
+    largest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))[:, 0]
+    low, high = (-8, 7) if bits == 4 else (-127, 127)
+    scale = (largest / low)[positions // _BLOCK]  # the largest weight of a block becomes the integer -8, or -127
+    before, after = ((entries[positions] / scale).round().clamp(low, high) for entries in (weight, merged))
+    return int(((before == after) & (values != 0)).sum())
 
 
 @dataclass(frozen=True)
