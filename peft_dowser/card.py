@@ -10,7 +10,6 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 TAGS = {"dowser", "sparse", "peft"}
 
-
 _BEGIN, _END = "<!-- peft-dowser: begin -->", "<!-- peft-dowser: end -->"
 
 

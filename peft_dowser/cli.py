@@ -8,6 +8,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,7 +37,6 @@ def main(arguments: Sequence[str] | None = None) -> Any:
 
 
 def _mistakes() -> tuple[type[Exception], ...]:
-    """The errors that are reported in one line."""
     from huggingface_hub.errors import StrictDataclassError  # of a config
 
     # TypeError: a target module that is not linear. RuntimeError: a prompt that does not fit into memory, or weights
@@ -89,15 +89,7 @@ def _probe(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
     from peft_dowser.probing.run import probe
 
-    config = DowserConfig(
-        num_probes=options.num_probes,
-        num_rademacher=options.num_rademacher,
-        probe_length=options.probe_length,
-        probe_images=options.probe_images,
-        last_layers=options.last_layers,
-        target_parameters=options.target_parameters,
-        seed=options.seed,
-    )
+    config = DowserConfig(**_arguments(options, leave_out=("model", "output", "device")))
     _check_output(Path(options.output))
     if options.device is not None:
         _check_device(options.device)
@@ -107,22 +99,14 @@ def _probe(options: argparse.Namespace) -> None:
     statistics = probe(model, config)
     statistics.save(options.output)
     size = Path(options.output).stat().st_size
-    print(f"{len(statistics.modules)} modules, {statistics.info.num_probes} probes, {size} bytes: {options.output}")
+    probes = f"{statistics.info.num_probes} probes" + ("" if statistics.info.num_rademacher else " of forwards only")
+    print(f"{len(statistics.modules)} modules, {probes}, {size} bytes: {options.output}")
 
 
 def _extract(options: argparse.Namespace) -> None:
     from peft_dowser.files.extraction import extract
 
-    counts = extract(
-        options.base,
-        options.tuned,
-        options.output,
-        update_ratio=options.update_ratio,
-        method=options.method,
-        target_modules=_targets(options),
-        scale=options.scale,
-        seed=options.seed,
-    )
+    counts = extract(**_arguments(options))
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
     print(f"{len(counts)} modules, {sum(counts.values())} values, {size} bytes: {options.output}")
 
@@ -137,41 +121,31 @@ def _export_lora(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
-    from peft_dowser.files.planning import OPTIMIZERS, bytes_per_weight, plan
+    from peft_dowser.files.planning import OPTIMIZERS, STATE, ProbeCost, bytes_per_weight, plan
 
-    found = plan(
-        options.model,
-        DowserConfig(
-            update_ratio=options.update_ratio,
-            granularity=options.granularity,
-            channels=options.channels,
-            target_modules=_targets(options),
-            target_parameters=options.target_parameters,
-            last_layers=options.last_layers,
-        ),
-        optimizer=options.optimizer,
-        dtype=options.dtype,
-        values_dtype=options.values_dtype,
-        quantization=options.quantization,
-        batch=options.batch,
-        tokens=options.tokens,
-        gradient_checkpointing=options.gradient_checkpointing,
-        ddp=options.ddp,
-    )
+    given = _arguments(options)
+    of_config = ("update_ratio", "granularity", "channels", "target_modules", "target_parameters", "last_layers")
+    found = plan(config=DowserConfig(**{name: given.pop(name) for name in of_config}), **given)
     if options.json:
-        print(json.dumps(vars(found) | {"total": found.total}, indent=2))
+        print(json.dumps(asdict(found) | {"total": found.total}, indent=2))
         return
     print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
     print("memory of a training step, GB")
-    parts = ("weights", "values", "gradients", "optimizer", "buckets", "positions", "activations", "temporary", "total")
-    for part in parts:
+    for part in (*STATE, "activations", "temporary", "update", "total"):
         print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
+    print("  total: the first six, and the larger of activations + temporary and update")
     print("\nstate per base weight, bytes      float32   bfloat16 values")
     for name in OPTIMIZERS:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))
         print(f"  {name:<30} {wide:8.2f} {narrow:10.2f}")
-    print(f"\nprobe     {found.probe_flops / 1e12:.1f} TFLOP, {found.statistics / 1e9:.3f} GB of statistics")
-    print(f"step      {found.step_flops / 1e12:.1f} TFLOP; both count the adapted matrices only")
+    print("\nprobe, by score       forwards  backwards      TFLOP  statistics, GB  as training on tokens")
+    costs: dict[ProbeCost, list[str]] = {}
+    for score, cost in found.probes.items():
+        costs.setdefault(cost, []).append(score)
+    for cost, names in costs.items():
+        counts = f"{cost.forwards:>10,} {cost.backwards:>10,} {cost.flops / 1e12:10.1f}"
+        print(f"  {', '.join(names):<18} {counts} {cost.statistics / 1e9:15.3f} {cost.training_tokens:>22,}")
+    print(f"\nstep      {found.step_flops / 1e12:.1f} TFLOP; all count the adapted matrices only")
     wide = found.file + 2 * found.trained  # what is saved by default
     print(f"adapter   {wide / 1e9:.3f} GB on disk, {found.file / 1e9:.3f} GB with save_dtype='bfloat16'")
 
@@ -179,7 +153,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from peft_dowser.files.merging import merge
 
-    counts = merge(options.adapter, options.output, base=options.base, max_shard_size=options.max_shard_size)
+    counts = merge(**_arguments(options))
     print(f"{len(counts)} modules, {sum(counts.values())} values merged: {options.output}")
 
 
@@ -187,7 +161,7 @@ def _verify(options: argparse.Namespace) -> int:
     from peft_dowser.files.merging import verify
 
     try:
-        problems = verify(options.adapter, base=options.base, merged=options.merged)
+        problems = verify(**_arguments(options))
     except _mistakes() as error:
         if not options.json:
             raise
@@ -203,8 +177,12 @@ def _verify(options: argparse.Namespace) -> int:
     return 2 if problems else 0
 
 
-def _targets(options: argparse.Namespace) -> Any:
-    return "all-linear" if options.target_modules == ["all-linear"] else options.target_modules
+def _arguments(options: argparse.Namespace, leave_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The options of a command, which have the names of the function's parameters or the config's fields."""
+    given = {name: value for name, value in vars(options).items() if name not in ("command", "json", *leave_out)}
+    if given.get("target_modules") == ["all-linear"]:
+        given["target_modules"] = "all-linear"
+    return given
 
 
 def _check_output(path: Path) -> None:
@@ -225,7 +203,6 @@ def _check_device(name: str) -> None:
 
 
 def _load(name: str) -> Any:
-    """Load a model with the class that its config names."""
     from transformers import AutoConfig
 
     from peft_dowser.files.checkpoint import model_class
@@ -237,7 +214,7 @@ def _inspect(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
     from peft_dowser.files.inspection import inspect
 
-    found = inspect(options.adapter, base=options.base)
+    found = inspect(**_arguments(options))
     if options.json:
         print(json.dumps(found, indent=2))
         return
@@ -259,7 +236,7 @@ def _diff(options: argparse.Namespace) -> None:
     from peft_dowser.files.inspection import diff
     from peft_dowser.files.inspection import total_overlap as total
 
-    found = diff(options.a, options.b)
+    found = diff(**_arguments(options))
     together = total(found.values())
     if options.json:
         modules = [{"module": name} | one.summary() for name, one in found.items()]
@@ -275,7 +252,7 @@ def _report(options: argparse.Namespace) -> None:
     from peft_dowser.report.page import report
 
     _check_output(Path(options.output))
-    report(options.adapter, options.output, statistics=options.statistics)
+    report(**_arguments(options))
     print(f"{Path(options.output).stat().st_size} bytes: {options.output}")
 
 
@@ -310,6 +287,12 @@ def _parser() -> argparse.ArgumentParser:
     probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
     probe.add_argument("model", help="folder or Hub id of the base model")
     probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
+    probe.add_argument(
+        "--score",
+        default="dowser",
+        help="score that the statistics are for: those of activity and wanda take forwards only, and serve these two; "
+        "those of dowser and shift serve all but gradient (default: dowser)",
+    )
     probe.add_argument("--num-probes", type=int, default=64, help="N, synthetic prompts (default: 64)")
     probe.add_argument("--num-rademacher", type=int, default=8, help="R, projections per prompt (default: 8)")
     probe.add_argument("--probe-length", type=int, default=64, help="T, tokens per prompt (default: 64)")

@@ -20,14 +20,15 @@ from .delta.codec import DeltaFormatError
 from .delta.format import FORMAT, check_manifest, check_readable, few
 from .delta.layout import Granularity, Layout
 
-Score = Literal["dowser", "random", "magnitude", "wanda", "gradient"]
+Score = Literal["dowser", "shift", "activity", "random", "magnitude", "wanda", "gradient"]
 Select = Literal["low", "high"]
 Scope = Literal["matrix", "row", "layer", "model"]
 Bias = Literal["none", "all", "dowser_only"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
-# The scores that need statistics of the model.
-PROBED_SCORES = ("dowser", "wanda", "gradient")
+# The scores that need statistics of the model, and those of them for which forwards alone measure enough.
+PROBED_SCORES = ("dowser", "shift", "activity", "wanda", "gradient")
+FORWARD_SCORES = ("activity", "wanda")
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,9 @@ class DowserConfig(PeftConfig):
     )
     score: Score = _option(
         "dowser",
-        "What ranks the weights: 'dowser' (|J| |W| |h|, data-free), 'random', 'magnitude' (|W|), 'wanda' "
-        "(|W| ||h||) or 'gradient' (|dL/dW|).",
+        "What ranks the weights: 'dowser' (|J| |W| |h|, data-free), 'shift' (|J| |h|: better than 'dowser' on the "
+        "measured language model, worse than 'random' on the image-text model), 'activity' (|h|, the probe runs "
+        "forwards only), 'random', 'magnitude' (|W|), 'wanda' (|W| ||h||, forwards only) or 'gradient' (|dL/dW|).",
     )
     select: Select = _option(
         "low",
@@ -140,7 +142,11 @@ class DowserConfig(PeftConfig):
         "or the whole 'model'.",
     )
     num_probes: int = _option(64, "N, the number of synthetic prompts.")
-    num_rademacher: int = _option(8, "R, the number of random projections of the output per prompt.")
+    num_rademacher: int = _option(
+        8,
+        "R, the number of random projections of the output per prompt; not used, and 0 in a saved config, where the "
+        "score needs forwards only.",
+    )
     probe_length: int = _option(64, "T, tokens per prompt; 0 in a saved config whose prompts were given to probe().")
     probe_batch_size: int | None = _option(None, "Prompts per batch; None chooses it from the free memory.")
     probe_images: float = _option(
@@ -280,7 +286,8 @@ class DowserConfig(PeftConfig):
         """Write at the top of the model card in a folder how the adapter is loaded and what it is."""
         made = vars(self) | dict(self.record.probe or {})
         length = f"T = {made['probe_length']}" if made["probe_length"] else "prompts that were given"
-        probe = f"N = {made['num_probes']}, R = {made['num_rademacher']}, {length}"
+        passes = f"R = {made['num_rademacher']}" if made["num_rademacher"] else "forwards only"
+        probe = f"N = {made['num_probes']}, {passes}, {length}"
         measured = self.record.measured or {}
         facts = {
             "base model": self.base_model_name_or_path or "",
@@ -325,7 +332,8 @@ class DowserConfig(PeftConfig):
         if self.save_dtype is not None:
             yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
-        yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=1)
+        least = 0 if self.score in FORWARD_SCORES else 1
+        yield from _not_an_integer("num_rademacher", self.num_rademacher, at_least=least)
         # In a saved config 0 says that the prompts were given, see `ProbeInfo`.
         yield from _not_an_integer("probe_length", self.probe_length, at_least=2 if self.nnz_pattern is None else 0)
         yield from _not_an_integer("seed", self.seed, at_least=0)

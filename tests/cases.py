@@ -1,10 +1,15 @@
-"""Which cases of a large product always run; the others are slow."""
+"""The cases of tests that many share, and which of a large product always run; the others are slow."""
 
 from collections.abc import Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+
+from peft_dowser.delta.layout import Granularity
+
+GRANULARITIES: tuple[Granularity, ...] = get_args(Granularity)
+every_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 
 
 def pairwise(cases: Sequence[tuple]) -> list[Any]:

@@ -19,6 +19,7 @@ PROBES = {
     "prompts": partial(probe, config=config(probe_batch_size=1), prompts=[[1, 9, 30], [1, 4], [1, 50, 7, 7, 8]]),
     "probed": partial(probe, config=config(num_probes=5, probe_batch_size=1)),
     "one prompt": partial(probe, config=config(num_probes=1)),
+    "forwards": partial(probe, config=config(num_probes=3, probe_batch_size=1, score="activity")),
     "gradient": partial(probe, config=config(num_probes=3, probe_batch_size=1, score="gradient", last_layers=1)),
 }
 

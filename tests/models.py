@@ -35,6 +35,7 @@ from transformers import (
 from transformers.models.auto import modeling_auto
 
 from peft_dowser import DowserConfig, DowserLayer
+from peft_dowser.delta.layout import Granularity
 
 M = TypeVar("M", bound=nn.Module)
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -51,6 +52,8 @@ MOE: dict[str, Any] = TOKENS | {
     "vocab_size": 64,
     "max_position_embeddings": 4096,
 }
+
+ALLOCATIONS = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::_unsafe_view"}
 
 
 # Models of one family
@@ -261,13 +264,32 @@ def assert_same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(bits(found[name]), bits(tensor)), name
 
 
+def assert_as_merged(found: Tensor, expected: Tensor, granularity: Granularity) -> None:
+    """Outputs of an adapted and of the merged model: of single weights the same bits; of channels rounded otherwise."""
+    if granularity == "weight":
+        assert torch.equal(found, expected)
+        return
+    tolerance = 16 * torch.finfo(expected.dtype).eps
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+
+
 class CountedOps(TorchDispatchMode):
-    """Counts the operations that torch runs, by name, such as "aten::mm"."""
+    """Counts the operations that torch runs, by name, such as "aten::mm".
+
+    Attributes:
+        counts: all of them.
+        launches: those that would launch a kernel on a GPU: they do more than look at memory in another way, or
+            allocate it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.launches: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        self.counts[func._schema.name] += 1
+        name = func._schema.name
+        self.counts[name] += 1
+        if not func.is_view and name not in ALLOCATIONS:
+            self.launches[name] += 1
         return func(*args, **(kwargs or {}))

@@ -70,7 +70,12 @@ def expected_modules(model: PeftModel, dtype: str) -> list[dict]:
 
 @pytest.mark.parametrize(
     ("options", "fields"),
-    [([], {}), (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5})],
+    [
+        ([], {}),
+        (["--last-layers", "1", "--seed", "5", "--device", "cpu"], {"last_layers": 1, "seed": 5}),
+        (["--score", "shift"], {"score": "shift"}),
+        (["--score", "activity"], {"score": "activity"}),
+    ],
 )
 def test_probe_writes_what_the_function_returns(
     options: list[str], fields: dict, base: Path, tmp_path: Path, capsys: pytest.CaptureFixture
@@ -84,10 +89,17 @@ def test_probe_writes_what_the_function_returns(
     assert found.info.base_model == str(base)
     assert found.modules.keys() == expected.modules.keys()
     for name, module in expected.modules.items():
-        for field in ("sensitivity", "activity", "energy"):
-            assert torch.equal(getattr(found.modules[name], field), getattr(module, field))
+        for field, tensor in vars(module).items():
+            same = getattr(found.modules[name], field)
+            assert same is tensor is None or torch.equal(same, tensor)
     printed = capsys.readouterr().out
-    assert printed == f"{len(found.modules)} modules, 3 probes, {path.stat().st_size} bytes: {path}\n"
+    probes = "3 probes" if expected.info.num_rademacher else "3 probes of forwards only"
+    assert printed == f"{len(found.modules)} modules, {probes}, {path.stat().st_size} bytes: {path}\n"
+
+
+def test_probe_refuses_an_unknown_score(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["probe", str(base), "-o", str(tmp_path / "probe.safetensors"), "--score", "hessian"]) == 2
+    assert "score must be one of dowser, shift, activity, random, magnitude, wanda, gradient" in capsys.readouterr().err
 
 
 def test_probe_has_the_defaults_of_the_config(base: Path, tmp_path: Path) -> None:

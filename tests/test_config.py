@@ -59,7 +59,7 @@ WRONG = {
     "last_layers": ("an integer of at least 1", [0, 4.0, "4", True, NAN]),
     "channels": ("an integer of at least 1", [0, -3, 4.0, "4", True, NAN]),
     "granularity": ("one of weight, input_channel", ["row", 1, None]),
-    "score": ("one of dowser, random, magnitude, wanda, gradient", ["hessian", ["dowser"], None]),
+    "score": ("one of dowser, shift, activity, random, magnitude, wanda, gradient", ["hessian", ["dowser"], None]),
     "select": ("one of low, high", ["lowest", True, None]),
     "scope": ("one of matrix, row, layer, model", ["rows", 1, None]),
     "bias": ("one of none, all, dowser_only", ["lora_only", False, None]),

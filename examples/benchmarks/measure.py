@@ -19,7 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 # A probe that is read from the cache has no costs to measure. Processes that are started here inherit this.
 os.environ["DOWSER_CACHE"] = "off"
 
-README = Path(__file__).parents[2] / "README.md"
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -146,10 +145,10 @@ def report(name: str, results: Any, output: Path | None) -> None:
         output.write_text(text + "\n")
 
 
-def into_readme(text: str, begin: str, end: str) -> None:
-    """Put a text into the project's README in the place of what is between two markers."""
-    before, _, rest = README.read_text().partition(begin)
-    README.write_text(before + begin + text + end + rest.partition(end)[2])
+def between_markers(path: Path, text: str, begin: str, end: str) -> None:
+    """Put a text into a file in the place of what is between two markers."""
+    before, _, rest = path.read_text().partition(begin)
+    path.write_text(before + begin + text + end + rest.partition(end)[2])
 
 
 def machine() -> dict[str, Any]:

@@ -4,7 +4,7 @@
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
 GPU where torch has one. On two CPU cores: step 15 minutes, ratios (steps at rho = 0.01 and 0.5) 30, variants (steps
-with checkpointing, compiled) 20, generation 60, probing 5, files 6, switching 5, channels 20,
+with checkpointing, compiled) 20, channels 20, generation 60, launches 2, probing 5, files 6, switching 5,
 rehearsing 5, billion 3.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import channels
 import files
 import generation
+import launches
 import one_billion
 import probing
 import rehearsing
@@ -30,6 +31,7 @@ PARTS: dict[str, Callable[[int], Any]] = {
     "variants": partial(training_step.measure, settings=training_step.VARIANTS),
     "channels": channels.measure,
     "generation": generation.measure,
+    "launches": launches.measure,
     "probing": probing.measure,
     "files": files.measure,
     "switching": switching.measure,

@@ -1,7 +1,7 @@
 """What PEFT users can do with LoRA, SHiRA, Super-Tuning, OSF and Dowser: every cell is tried on a small random model.
 
     python examples/features/capabilities.py            prints the table
-    python examples/features/capabilities.py --readme   writes it into the README, between its markers
+    python examples/features/capabilities.py --readme   writes it into README.md next to it
 
 A capability is there where the attempt does what it should: an error, or an output that silently stays what it was, is
 a no. bitsandbytes must be installed for the row of quantized bases.
@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import (
@@ -46,10 +47,11 @@ from transformers import (
 
 import peft_dowser
 from peft_dowser import DowserConfig
+from peft_dowser.delta.layout import Granularity
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import into_readme
+from measure import between_markers
 
 BEGIN, END = "<!-- capabilities -->\n", "<!-- /capabilities -->"
 IDS = torch.tensor([[1, 5, 9, 13, 40, 7], [1, 20, 3, 8, 8, 31]])
@@ -63,10 +65,14 @@ METHODS: dict[str, Method] = {
         **({"target_modules": TARGETS, "sparsity": 0.9, "init_weights": False} | given)
     ),
     "OSF": lambda **given: OSFConfig(**({"target_modules": TARGETS, "effective_rank": 8} | given)),
-    "Dowser": lambda **given: DowserConfig(
-        **({"target_modules": TARGETS, "score": "random", "init_weights": False, "task_type": "CAUSAL_LM"} | given)
-    ),
+    "Dowser": lambda **given: dowser("weight", **given),
+    "Dowser, input channels": lambda **given: dowser("input_channel", **given),
 }
+
+
+def dowser(granularity: Granularity, **given: Any) -> DowserConfig:
+    settings = {"target_modules": TARGETS, "score": "random", "init_weights": False, "task_type": "CAUSAL_LM"}
+    return DowserConfig(granularity=granularity, **(settings | given))
 
 
 def llama(dtype: torch.dtype = torch.float32, tied: bool = False, hidden: int = 32) -> LlamaForCausalLM:
@@ -433,7 +439,7 @@ def table(capabilities: dict[str, Callable[[Method, Path], None]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Capabilities of PEFT methods, each tried.")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md next to this file")
     parser.add_argument("--why", action="store_true", help="say why a capability is missing")
     options = parser.parse_args()
     if options.why:
@@ -441,7 +447,7 @@ def main() -> None:
     found = table(CAPABILITIES)
     print(found)
     if options.readme:
-        into_readme(found, BEGIN, END)
+        between_markers(Path(__file__).parent / "README.md", found, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,8 @@ class Format:
         write: the tensor of positions of a weight of so many columns, also of impossible ones.
         read: its inverse; None where a tensor holds no positions. Whole numbers of any dtype are positions.
         ordered: whether positions must increase.
+        unordered: whether positions are a set, whose tensor cannot say in which order they come.
+        channels: whether positions are numbers of input channels.
         digests: whether the config holds digests of the positions, and a damaged file keeps them.
         base: makes the base.
         whole: whether the adapter has whole tensors besides its deltas, and digests are made anew for a damaged file.
@@ -122,6 +124,8 @@ class Format:
     write: Callable[[list[int], int], Tensor]
     read: Callable[[Tensor, int], list[int] | None]
     ordered: bool = False
+    unordered: bool = False
+    channels: bool = False
     digests: bool = False
     base: Callable[[], nn.Module] = Small
     whole: bool = False
@@ -175,7 +179,8 @@ class Format:
         positions = self.read(found, WIDTHS[module])
         if positions is None or (self.ordered and positions != sorted(positions)):
             return False
-        return len(set(positions)) == len(positions) and all(0 <= position < NUMEL for position in positions)
+        size = WIDTHS[module] if self.channels else NUMEL
+        return len(set(positions)) == len(positions) and all(0 <= position < size for position in positions)
 
 
 def whole_keys(tensors: Iterable[str]) -> list[str]:
@@ -248,6 +253,38 @@ def _read_code(code: Tensor, width: int) -> list[int] | None:
     return [((one - number) << LOW_BITS) + (low >> LOW_BITS * number & 7) for number, one in enumerate(ones)]
 
 
+# The same code for 3 of 12 or 20 input channels: a mask of bits.
+CHANNELS = 3
+
+
+def _write_mask(channels: list[int], width: int) -> Tensor:
+    """The mask of these channels; an impossible one sets a padding bit."""
+    length = -(-width // 8)
+    bits = {at if 0 <= at < width else width + at % (8 * length - width) for at in channels}
+    return torch.tensor(list(sum(1 << bit for bit in bits).to_bytes(length, "little")), dtype=torch.uint8)
+
+
+def _read_mask(mask: Tensor, width: int) -> list[int] | None:
+    if mask.dtype != torch.uint8 or mask.shape != (-(-width // 8),):
+        return None
+    channels = [bit for bit in range(8 * len(mask)) if int(mask[bit // 8]) >> bit % 8 & 1]
+    return channels if len(channels) == CHANNELS else None
+
+
+def _channels(digests: bool) -> Format:
+    settings = {"granularity": "input_channel", "channels": CHANNELS}
+    return Format(
+        config=lambda: DowserConfig(score="random", target_modules=TARGETS, **settings),
+        values="dowser_values.weight",
+        index="dowser_index.code",
+        write=_write_mask,
+        read=_read_mask,
+        unordered=True,
+        channels=True,
+        digests=digests,
+    )
+
+
 def _dowser(digests: bool, low_cpu_mem_usage: bool = False, **whole: Any) -> Format:
     return Format(
         config=lambda: DowserConfig(update_ratio=0.1, score="random", target_modules=TARGETS, **whole),
@@ -284,6 +321,8 @@ FORMATS = {
     ),
     "Dowser": _dowser(digests=True),
     "Dowser, its digests removed": _dowser(digests=False),
+    "Dowser, input channels": _channels(digests=True),
+    "Dowser, the same without digests": _channels(digests=False),
     "Dowser, whole tensors and config": _dowser(digests=False, **WHOLE),
     "Dowser, the same with `low_cpu_mem_usage`": _dowser(digests=False, low_cpu_mem_usage=True, **WHOLE),
 }

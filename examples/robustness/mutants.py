@@ -1,7 +1,7 @@
 """What happens with damaged adapter files: SHiRA, Super-Tuning and Dowser, the same kinds of seeded damage to each.
 
     python examples/robustness/mutants.py                     prints the table, and JSON with machine and versions
-    python examples/robustness/mutants.py --readme            also writes the table into the README, between its markers
+    python examples/robustness/mutants.py --readme            also writes the table into README.md next to it
     python examples/robustness/mutants.py --output FILE       also keeps the JSON, which counts every kind of damage
 
 Each method saves an adapter of one small model, whose weights lie in the middle of larger memory. A copy is damaged,
@@ -26,9 +26,10 @@ loaded with `PeftModel.from_pretrained` on a fresh model, used for a forward, an
 Mutants are tried in forked processes, eight in each. Where one dies or comes to harm, each of its eight is tried again
 in a process of its own, and only that counts. Dowser's adapter is tried twice: its manifest has a digest of the
 positions, which gives much of the damage away; without it, as in files of before manifests, the other checks have to
-hold. The last two rows are of an adapter that also has a module, tokens, biases and embeddings as whole tensors; what
-is changed there is sealed: digests, counts and manifest are those of the changed file. What a write outside a weight
-hits is chance, so where there are such writes, "accepted", "harmed" and "crashed" differ by a few from run to run.
+hold. So is one that trains input channels, whose positions are a mask of bits and have no order. The last two rows are
+of an adapter that also has a module, tokens, biases and embeddings as whole tensors; what is changed there is sealed:
+digests, counts and manifest are those of the changed file. What a write outside a weight hits is chance, so where
+there are such writes, "accepted", "harmed" and "crashed" differ by a few from run to run.
 Needs Linux.
 """
 
@@ -56,7 +57,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from measure import into_readme, report
+from measure import between_markers, report
 
 BEGIN, END = "<!-- mutants -->\n", "<!-- /mutants -->"
 OUTCOMES = ("refused", "half-way", "late", "unclear", "accepted", "harmed", "crashed", "well-formed")
@@ -214,7 +215,7 @@ def table(results: dict[str, dict[str, Counter[str]]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="What becomes of damaged adapter files.")
     parser.add_argument("--mutants", type=int, default=2400, help="number of mutants per method")
-    parser.add_argument("--readme", action="store_true", help="write the table into the README")
+    parser.add_argument("--readme", action="store_true", help="write the table into README.md next to this file")
     parser.add_argument("--output", type=Path, help="file for the counts as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
@@ -223,7 +224,7 @@ def main() -> None:
     found = table(results)
     print(found)
     if options.readme:
-        into_readme(found, BEGIN, END)
+        between_markers(Path(__file__).parent / "README.md", found, BEGIN, END)
 
 
 if __name__ == "__main__":

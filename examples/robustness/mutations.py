@@ -385,4 +385,6 @@ WHOLE_MUTATIONS: dict[str, Mutation] = {
 
 
 def mutations_of(form: Format) -> dict[str, Mutation]:
-    return WHOLE_MUTATIONS if form.whole else MUTATIONS
+    if form.whole:
+        return WHOLE_MUTATIONS
+    return {kind: mutate for kind, mutate in MUTATIONS.items() if not (form.unordered and kind == "unsorted indices")}

@@ -62,11 +62,6 @@ def reshard(model: nn.Module) -> None:
 
 
 def check_whole(model: nn.Module) -> None:
-    """Refuse a model whose weights are spread over ranks.
-
-    Raises:
-        ValueError: the model is sharded.
-    """
     if is_spread(model):
         raise ValueError(
             f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "
@@ -77,10 +72,9 @@ def check_whole(model: nn.Module) -> None:
 
 
 def check_gathers(model: nn.Module) -> None:
-    """Refuse a model that is spread over ranks in a way that its own hooks do not undo module by module.
+    """Refuse, with a ValueError, a model that is sharded by something other than FSDP2 or an engine of DeepSpeed.
 
-    Raises:
-        ValueError: weights are sharded by something other than FSDP2 or an engine of DeepSpeed.
+    Its own hooks do not gather the weights module by module.
     """
     if not gathers(model):
         raise ValueError(

@@ -52,10 +52,8 @@ class Product:
     ends: Tensor | None = None
 
     def compute(self, weight: Tensor) -> Tensor:
-        """The result, of `shape`.
-
-        Args:
-            weight: what stands in the parameter, `(experts, ., .)`; where `expert` is set, the matrix of this one.
+        """The result, of `shape`, of all matrices `(experts, ., .)`; where `expert` is set, of the matrix of this
+        one.
         """
         if self.function == "linear":
             return self.x @ weight if self.transposed else F.linear(self.x, weight)
@@ -65,8 +63,24 @@ class Product:
         if self.function == "bmm_columns":
             matrices = weight[self.experts]
             return torch.bmm(matrices.mT if self.transposed else matrices, self.x.unsqueeze(2))
-        grouped = getattr(_GROUPED[self.function], self.function)
-        return grouped(self.x, weight if self.transposed else weight.mT, offs=self.ends)
+        return self._grouped(self.x, weight if self.transposed else weight.mT)
+
+    def input_grad(self, grad: Tensor, weight: Tensor) -> Tensor:
+        """The gradient of `x`, where `has_grouped_grads`.
+
+        Args:
+            grad: the gradient of the result, contiguous.
+            weight: as in `compute`.
+        """
+        return self._grouped(grad, weight.mT if self.transposed else weight)
+
+    def weight_grad(self, grad: Tensor) -> Tensor:
+        """The gradient of the weight, of its shape, where `has_grouped_grads`; 0 of experts without rows."""
+        rows, columns = (self.x, grad) if self.transposed else (grad, self.x)
+        return self._grouped(rows.mT, columns)
+
+    def _grouped(self, left: Tensor, right: Tensor) -> Tensor:
+        return getattr(_GROUPED[self.function], self.function)(left, right, offs=self.ends)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -78,6 +92,11 @@ class Product:
     def is_grouped(self) -> bool:
         """Whether it is a grouped product, which autocast leaves alone."""
         return self.function in _GROUPED
+
+    @property
+    def has_grouped_grads(self) -> bool:
+        """Whether its gradients are grouped products too; transformers' own has a loop."""
+        return self.is_grouped and self.function != "grouped_mm_fallback"
 
     def expert_of_row(self) -> Tensor:
         """The expert of each row, shape `(rows,)`, int64."""
@@ -98,8 +117,10 @@ class Product:
                 if begin < end:
                     yield expert, slice(begin, end)
         elif self.experts is not None:
-            for expert in self.experts.unique().tolist():
-                yield expert, (self.experts == expert).nonzero().view(-1)
+            counts = self.experts.bincount().tolist()
+            for expert, rows in enumerate(self.experts.argsort(stable=True).split(counts)):
+                if counts[expert]:
+                    yield expert, rows
 
 
 Multiply = Callable[[Product], Tensor]
@@ -209,14 +230,10 @@ def weight_of(module: nn.Module, name: str) -> nn.Parameter:
 
 @contextmanager
 def standing_in(module: nn.Module, multiply: Mapping[str, Multiply]) -> Iterator[None]:
-    """Put stand-ins in the place of parameters of a module; for the length of its `wrapped_forward`.
+    """Put stand-ins in the place of parameters of a module, for the length of its `wrapped_forward`.
 
-    Args:
-        module: the experts module.
-        multiply: by parameter name, what computes a product with it.
-
-    Note: an attribute of the instance comes before its parameters when a name is looked up, so the parameters stay
-        where they are: state dicts and optimizers see nothing.
+    `multiply` has by parameter name what computes a product with it. An attribute of the instance comes before its
+    parameters when a name is looked up, so the parameters stay where they are: state dicts and optimizers see nothing.
     """
     for name, function in multiply.items():
         module.__dict__[name] = _StandIn(module, name, function)
@@ -231,8 +248,8 @@ def standing_in(module: nn.Module, multiply: Mapping[str, Multiply]) -> Iterator
 def wrapped_forward(module: nn.Module, wrapper: Callable[..., Any]) -> Iterator[None]:
     """Call `wrapper(forward, *args, **kwargs)` where the module's forward would be called.
 
-    Note: this is the innermost forward. The forward of accelerate around it loads offloaded parameters before and
-        unloads them after it, and must not meet a stand-in.
+    This is the innermost forward. The forward of accelerate around it loads offloaded parameters before and unloads
+    them after it, and must not meet a stand-in.
     """
     place = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     forward, is_own = getattr(module, place), place in module.__dict__

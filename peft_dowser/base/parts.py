@@ -26,7 +26,6 @@ def adaptable_names(model: nn.Module) -> list[str]:
 
 
 def name_without_adapter(name: str) -> str:
-    """The name that a module or parameter has in the model without adapters."""
     return re.sub(r"\.base_layer\b", "", name)
 
 
@@ -49,7 +48,6 @@ def name_in_layer(name: str) -> str:
 
 
 def embedding_tensors(model: nn.Module) -> Iterator[str]:
-    """Names of the tensors of the embeddings."""
     for name, module in embedding_modules(model):
         yield from (f"{name}.{key}" for key in module.state_dict())
 

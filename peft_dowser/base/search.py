@@ -25,7 +25,6 @@ from .ties import check_untied, with_ties
 
 
 def check_is_model(model: object) -> None:
-    """Refuse what is not a model, such as the name of one."""
     if not isinstance(model, nn.Module):
         given = repr(model[:100]) if isinstance(model, str) else f"a {type(model).__name__}"
         raise TypeError(
@@ -35,7 +34,6 @@ def check_is_model(model: object) -> None:
 
 
 def check_is_base(model: object) -> None:
-    """Refuse what is not a model, and what `get_peft_model` has made of one."""
     check_is_model(model)
     if isinstance(model, PeftModel):
         raise ValueError(
@@ -45,19 +43,14 @@ def check_is_base(model: object) -> None:
 
 
 def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
-    """Find the weights that a config targets.
+    """Find the weights that a config targets, by name in the order of the model: modules first, then fused parameters.
 
-    Args:
-        model: the base model; it may carry adapters already.
-        config: the adapter's config; read only.
-
-    Returns:
-        Targets by name, in the order of the model: modules first, then fused parameters.
+    The model may carry adapters already; the config is read only.
 
     Raises:
-        ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its
-            module, a target parameter is not fused, a weight is shared with another module or not contiguous,
-            `last_layers` cannot be met, or input channels are to train of a weight that has none.
+        ValueError: no default exists for this model, nothing is matched, a weight is read without a call of its module,
+            a target parameter is not fused, a weight is shared with another module or not contiguous, `last_layers`
+            cannot be met, or input channels are to train of a weight that has none.
         TypeError: a target module is neither a linear layer nor an embedding, or its dtype cannot train.
     """
     model = uncompiled(model)
@@ -112,7 +105,6 @@ def fused_parameters(model: nn.Module) -> dict[str, Target]:
 
 
 def _matching(model: nn.Module, config: DowserConfig) -> list[str]:
-    """The modules that a config names."""
     return [name for name in adaptable_names(model) if check_target_module_exists(config, name)]
 
 
@@ -195,7 +187,6 @@ def _is_taken_by_expert(target: Target) -> bool:
 
 
 def _target(model: nn.Module, name: str) -> Target:
-    """The weight of a module of the model; refuses a module whose weight no adapter can change."""
     module = unwrapped(model.get_submodule(name))
     kind = target_kind(module)
     if kind is None:
@@ -211,7 +202,6 @@ def _target(model: nn.Module, name: str) -> Target:
 
 
 def _check_trainable(name: str, weight: object) -> None:
-    """Refuse a weight that is not a parameter, or has a dtype to which no delta can be added."""
     if not isinstance(weight, nn.Parameter):
         raise TypeError(
             f"Target module '{name}' computes its weight from other tensors, as weight normalization, pruning and "
@@ -279,12 +269,10 @@ def _check_matched(modules: set[str] | list[str] | str, names: list[str], model:
 
 
 def _starts_of_parts(name: str) -> list[int]:
-    """Where the dot-separated parts of a module name begin."""
     return [0] + [at + 1 for at, letter in enumerate(name) if letter == "."]
 
 
 def _in_layers(names: set[str], layers: list[int] | int) -> set[str]:
-    """The names in the layers of the given indices."""
     wanted = {layers} if isinstance(layers, int) else set(layers)
     indices = {name: int(found[1]) for name in names if (found := LAYER_INDEX.search(name))}
     last = max(indices.values(), default=-1)

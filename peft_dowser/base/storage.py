@@ -22,9 +22,7 @@ from .distributed import shape_of
 def backend_of(layer: nn.Module, requantize: Any = None) -> QuantizationBackend | None:
     """PEFT's access to a quantized layer; None where the layer is not quantized.
 
-    Args:
-        layer: the base layer.
-        requantize: how torchao quantizes a weight again, as PEFT finds it in the model.
+    `requantize` is how torchao quantizes a weight again, as PEFT finds it in the model.
     """
     if type(layer) in (nn.Linear, Conv1D) and type(layer.weight) is nn.Parameter:
         return None  # the common case, without asking for every library
@@ -108,7 +106,6 @@ def has_own_forward(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(module: nn.Module) -> Iterator[None]:
-    """Load the weights of an offloaded module for a while."""
     hook = offload_hook(module)
     if hook is None:
         yield
@@ -121,11 +118,6 @@ def onloaded(module: nn.Module) -> Iterator[None]:
 
 
 def check_materialized(model: nn.Module) -> None:
-    """Refuse a model without weights, or with a part of them.
-
-    Raises:
-        ValueError: some parameters are on the meta device.
-    """
     missing = on_meta(model)
     if missing:
         raise ValueError(

@@ -65,10 +65,8 @@ class Target:
     Attributes:
         name: what files and messages call it: the path of its module, or of the fused parameter.
         module: the base layer that holds it. A quantized merge replaces the layer, but not this attribute.
-        kind: what holds it.
-        shape: shape as stored: `(out, in)`, or `(in, out)` if `transposed`, after the number of experts if fused. Of a
-            quantized weight, the shape of what it stands for.
-        transposed: whether a matrix is stored as `(in, out)`: y = h W.
+        shape: shape as stored: `(out, in)`, or `(in, out)` if `transposed` (y = h W), after the number of experts if
+            fused. Of a quantized weight, the shape of what it stands for.
         parameter: its name in the module.
         backend: PEFT's access to a quantized weight; None for other kinds.
         expert: the number of the matrix in a fused parameter; None for other kinds.
@@ -106,7 +104,6 @@ class Target:
 
     @property
     def device(self) -> torch.device:
-        """Where the base layer computes."""
         return device_of(self.module)
 
     @property
@@ -148,8 +145,8 @@ class Target:
     def read(self) -> Tensor:
         """The weight in a floating-point dtype, as stored; must not be written.
 
-        Note: of a quantized, offloaded or sharded weight this is a temporary of its full size; all ranks must read a
-            sharded one together.
+        Of a quantized, offloaded or sharded weight this is a temporary of its full size; all ranks must read a sharded
+        one together.
         """
         with onloaded(self.module):
             if self.backend is None:
@@ -164,13 +161,7 @@ class Target:
 
 
 def target_of(name: str, module: nn.Module, requantize: Any = None) -> Target:
-    """The weight of a module that has a kind.
-
-    Args:
-        name: name of the module in the base model.
-        module: the module.
-        requantize: as in `backend_of`.
-    """
+    """The weight of a module that has a kind; `requantize` as in `backend_of`."""
     layer, kind = cast(Any, module), cast(TargetKind, target_kind(module))
     if kind == "quantized":  # its parameters, if it has any, are packed
         shape = int(layer.out_features), int(layer.in_features)

@@ -15,10 +15,7 @@ from .target import Target
 def with_ties(model: nn.Module, targets: Mapping[str, Target], find: Callable[[str], Target]) -> dict[str, Target]:
     """The targets, each weight once: under the first of the modules that use it, which has the others as its ties.
 
-    Args:
-        model: the base model.
-        targets: targets by name.
-        find: gives the target of a module by name.
+    `find` gives the target of a module by name.
     """
     users: dict[int, list[str]] = {}
     for name in adaptable_names(model):
@@ -36,11 +33,6 @@ def with_ties(model: nn.Module, targets: Mapping[str, Target], find: Callable[[s
 
 
 def check_untied(model: nn.Module, targets: Mapping[str, Target]) -> None:
-    """Refuse a target whose weight another module uses as well: that module would not see the delta until a merge.
-
-    Raises:
-        ValueError: a target shares its weight with a module that is not among its ties.
-    """
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name_without_adapter(usual_name(name)))

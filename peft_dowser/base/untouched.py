@@ -78,5 +78,4 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def base_of(model: Any) -> Any:
-    """The model inside a `PeftModel`, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,9 @@ def learn_graft(
 ) -> dict[str, Delta]:
     """Learn which entries of D = W - W* to graft onto the base (Model Grafting, Panigrahi et al. 2023).
 
-    The weight is W* + g o D with g = b + (1 - 2b) sigmoid(S - beta), where b is the base patch, see `graft`. The
-    logits S start uniform in [0, 1), so g starts near b, and take plain gradient steps on the mean loss. The masks
-    g > 1/2 before and after every step are compared, the base patch first; the mask with the lowest loss is kept.
+    The weight is W* + g o D with g = b + (1 - 2b) sigmoid(S - beta), where b is the base patch, see `graft`. The logits
+    S start uniform in [0, 1), so g starts near b, and take plain gradient steps on the mean loss. The masks g > 1/2
+    before and after every step are compared, the base patch first; the mask with the lowest loss is kept.
 
     Args:
         model: the model with the base weights W*. Its weights, modes and gradients are restored at the end.
@@ -58,16 +59,16 @@ def learn_graft(
     Note: the model runs in eval mode. Holds W*, D, S, b and one gradient of the tuned parameters, all dense, and the
     best mask; this is the cost of the method.
     """
-    batches = list(batches)
-    _check(batches, steps, learning_rate, beta)
+    losses = [partial(loss, model, batch) for batch in batches]
+    _check(losses, steps, learning_rate, beta)
     grafts = _grafts(model, tuned, update_ratio, seed)
     best, masks = math.inf, [one.patch for one in grafts]
     with in_eval_mode(model), _borrowed(model, grafts):
         for step in range(steps + 1):
             if step:
-                _descend(model, grafts, batches, loss, learning_rate, beta)
+                _descend(grafts, losses, learning_rate, beta)
             candidate = [one.mask(beta) for one in grafts]
-            found = _mean_loss(model, grafts, candidate, batches, loss)
+            found = _mean_loss(grafts, candidate, losses)
             if found < best:
                 best, masks = found, candidate
     if best == math.inf:
@@ -77,10 +78,9 @@ def learn_graft(
 
 @dataclass
 class _Graft:
-    """A parameter that is grafted.
+    """A parameter that is grafted: of the model, whose data hold the grafted weight while the mask is learned.
 
     Attributes:
-        parameter: of the model; its data hold the grafted weight while the mask is learned.
         origin: W*, a copy.
         difference: D, float32.
         patch: b, bool.
@@ -98,11 +98,9 @@ class _Graft:
         return (self.patch.float() - torch.sigmoid(self.logits - beta)).abs_()
 
     def mask(self, beta: float) -> Tensor:
-        """g rounded."""
         return self.patch ^ (self.logits > beta)
 
     def put(self, share: Tensor) -> None:
-        """Write W* + share o D into the parameter."""
         self.parameter.data.copy_(self.origin + share * self.difference)
 
     def slope(self, gradient: Tensor, beta: float) -> Tensor:
@@ -112,7 +110,6 @@ class _Graft:
         return sign * gradient * self.difference * sigmoid * (1 - sigmoid)
 
     def delta(self, mask: Tensor) -> Delta:
-        """D at the entries of a mask."""
         positions = mask.view(-1).nonzero().view(-1)
         return Delta(positions.to(position_dtype(mask.numel())), self.difference.view(-1)[positions])
 
@@ -128,12 +125,11 @@ def _grafts(model: nn.Module, tuned: Mapping[str, Tensor], update_ratio: float, 
                 f"Parameter '{name}' is {parameter.dtype} of shape {tuple(parameter.shape)}, but the fine-tuned weight "
                 f"is {weight.dtype} of shape {tuple(weight.shape)}."
             )
-    names = list(tuned)
-    moved = {name: tuned[name].to(parameters[name].device) for name in names}
-    patches = graft([lambda name=name: (parameters[name], moved[name]) for name in names], update_ratio)
+    moved = {name: weight.to(parameters[name].device) for name, weight in tuned.items()}
+    patches = graft([lambda name=name: (parameters[name], moved[name]) for name in moved], update_ratio)
     return [
-        _start(parameters[name], moved[name], patch, derived_seed(seed, "graft", name))
-        for name, patch in zip(names, patches, strict=True)
+        _start(parameters[name], weight, patch, derived_seed(seed, "graft", name))
+        for (name, weight), patch in zip(moved.items(), patches, strict=True)
     ]
 
 
@@ -154,7 +150,6 @@ def _start(parameter: nn.Parameter, tuned: Tensor, patch: Delta, seed: int) -> _
 
 @contextmanager
 def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
-    """Make the grafted parameters the only ones that require a gradient; put everything back."""
     required = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         model.requires_grad_(False)
@@ -168,43 +163,29 @@ def _borrowed(model: nn.Module, grafts: list[_Graft]) -> Iterator[None]:
             parameter.requires_grad_(before)
 
 
-def _descend(
-    model: nn.Module,
-    grafts: list[_Graft],
-    batches: list[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-    learning_rate: float,
-    beta: float,
-) -> None:
-    """One gradient step on the logits."""
+def _descend(grafts: list[_Graft], losses: list[Callable[[], Tensor]], learning_rate: float, beta: float) -> None:
     for one in grafts:
         one.put(one.share(beta))
     totals = [torch.zeros_like(one.logits) for one in grafts]
-    for batch in batches:
+    for loss in losses:
         with torch.enable_grad():
-            value = loss(model, batch)
+            value = loss()
         gradients = torch.autograd.grad(value, [one.parameter for one in grafts])
         for total, gradient in zip(totals, gradients, strict=True):
             total += gradient
     for one, total in zip(grafts, totals, strict=True):
-        one.logits -= learning_rate * one.slope(total / len(batches), beta)
+        one.logits -= learning_rate * one.slope(total / len(losses), beta)
 
 
-def _mean_loss(
-    model: nn.Module,
-    grafts: list[_Graft],
-    masks: list[Tensor],
-    batches: list[Any],
-    loss: Callable[[nn.Module, Any], Tensor],
-) -> float:
+def _mean_loss(grafts: list[_Graft], masks: list[Tensor], losses: list[Callable[[], Tensor]]) -> float:
     for one, mask in zip(grafts, masks, strict=True):
         one.put(mask)
     with torch.no_grad():
-        return sum(float(loss(model, batch)) for batch in batches) / len(batches)
+        return sum(float(loss()) for loss in losses) / len(losses)
 
 
-def _check(batches: list[Any], steps: int, learning_rate: float, beta: float) -> None:
-    if not batches:
+def _check(losses: list[Callable[[], Tensor]], steps: int, learning_rate: float, beta: float) -> None:
+    if not losses:
         raise ValueError("batches is empty; a graft is learned on at least one batch.")
     if steps < 1:
         raise ValueError(f"steps must be an integer of at least 1, got {steps!r}.")

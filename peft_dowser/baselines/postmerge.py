@@ -1,7 +1,9 @@
 """Sparse deltas made after training: what to keep of the difference D between a base and a fine-tuned matrix.
 
-Plain functions of tensors; W* is the base, W the fine-tuned weight, D = W - W*. Each returns what an adapter holds:
-positions in the stored weight, and the values that are added to the base there.
+Plain functions of tensors: `base` is W*, `tuned` the fine-tuned weight W of the same shape and float dtype, both read
+only; D = W - W*, and `update_ratio` is rho, the fraction to keep, in (0, 1]. Each function returns what an adapter
+holds: positions in the stored weight, and the values that are added to the base there. A ValueError tells that an
+argument is out of range, or that the matrices do not fit each other or are not finite.
 """
 
 import math
@@ -20,52 +22,29 @@ COMPENSATIONS = ("obs", "official", None)
 
 
 def top_delta(base: Tensor, tuned: Tensor, update_ratio: float) -> Delta:
-    """Keep the largest |D|: exactly k = round(rho n) entries, ties to the lowest position.
-
-    Args:
-        base: W*, any float dtype; read only.
-        tuned: W, same shape and dtype; read only.
-        update_ratio: rho, the fraction to keep, in (0, 1].
-
-    Raises:
-        ValueError: the ratio is out of range, or the matrices do not fit each other or are not finite.
-    """
+    """Keep the largest |D|: exactly k = round(rho n) entries, ties to the lowest position."""
     _check_ratio(update_ratio)
     delta = _difference(base, tuned)
     positions = select(delta.abs(), trained_count(update_ratio, delta.numel()), largest=True)
     return _kept(delta, positions)
 
 
-def dare(base: Tensor, tuned: Tensor, update_ratio: float, seed: int, rescale: bool = True) -> Delta:
+def dare(base: Tensor, tuned: Tensor, update_ratio: float, seed: int) -> Delta:
     """Keep every entry of D with probability rho, and divide it by rho (DARE, Yu et al. 2024; drop rate p = 1 - rho).
 
-    Args:
-        base: W*, any float dtype; read only.
-        tuned: W, same shape and dtype; read only.
-        update_ratio: rho, the probability of keeping an entry, in (0, 1].
-        seed: seed of this matrix. One seed gives one delta, on every device.
-        rescale: divide the kept entries by rho, so that the expected delta is D.
-
-    Raises:
-        ValueError: the ratio is out of range, or the matrices do not fit each other or are not finite.
+    The expected delta is D. One seed, which is the seed of this matrix, gives one delta on every device.
     """
     _check_ratio(update_ratio)
     delta = _difference(base, tuned)
     chosen = select_at_random(delta.numel(), update_ratio, seed)
     positions, values = _kept(delta, chosen.to(delta.device))
-    return Delta(positions, values.div_(update_ratio) if rescale else values)
+    return Delta(positions, values.div_(update_ratio))
 
 
 def wise_ft(base: Tensor, tuned: Tensor, alpha: float) -> Delta:
     """A fraction of the way from W* to W: alpha D, at every entry that changed (WiSE-FT, Wortsman et al. 2022).
 
-    Args:
-        base: W*, any float dtype; read only.
-        tuned: W, same shape and dtype; read only.
-        alpha: 0 is W*, 1 is W; other numbers extrapolate.
-
-    Raises:
-        ValueError: alpha is not finite, or the matrices do not fit each other or are not finite.
+    `alpha` 0 is W*, 1 is W; other finite numbers extrapolate.
     """
     if not math.isfinite(alpha):
         raise ValueError(f"alpha must be a finite number, got {alpha!r}.")
@@ -80,14 +59,11 @@ def graft(pairs: Sequence[Callable[[], tuple[Tensor, Tensor]]], update_ratio: fl
     Args:
         pairs: one function per matrix that returns its W* and W. Each is called five times, so that only one pair
             exists at a time.
-        update_ratio: rho, the fraction of all entries to keep, in (0, 1].
+        update_ratio: rho, the fraction of all entries to keep.
 
     Returns:
         One delta per matrix, exactly round(rho n) entries in all; some may be empty. Ties go to the earlier matrix,
-        then the lower position.
-
-    Raises:
-        ValueError: the ratio is out of range, or the matrices of a pair do not fit each other or are not finite.
+            then the lower position.
     """
     _check_ratio(update_ratio)
     count = trained_count(update_ratio, sum(_movement(pair).numel() for pair in pairs))
@@ -113,22 +89,19 @@ def tailor(
     of its row by -e U_jl.
 
     Args:
-        base: W*, shape `(out, in)`, any float dtype; read only.
-        tuned: W, same shape and dtype; read only.
+        base: W*, shape `(out, in)`.
+        tuned: W.
         hessian: H = (2 / n) X^T X of the inputs X `(n, in)`, shape `(in, in)`, float32; read only.
-        update_ratio: rho, the fraction to keep, in (0, 1]; round(rho n) in all, and as near to it in every block.
+        update_ratio: rho; round(rho n) entries are kept in all, and as near to it in every block.
         alpha: share of the salience |D| in the score, in [0, 1]; the rest is sensitivity.
-        damping: what is added to the diagonal of H, as a fraction of its mean.
+        damping: what is added to the diagonal of H, as a fraction of its mean. If the damped H is not positive
+            definite, a ValueError says so.
         block: columns that are ranked together.
         compensation: "obs" subtracts the residual's effect, as the optimal brain surgeon does; "official" adds it, as
             the published code does; None leaves the kept entries as trained.
 
     Returns:
         The kept entries only, with their compensation: W - W* after all columns are done.
-
-    Raises:
-        ValueError: an argument is out of range, the tensors do not fit each other or are not finite, or the damped
-            Hessian is not positive definite.
 
     Note: like the published code, the sensitivity squares W, already compensated by earlier blocks, and not W - W*.
     Computes in float32; allocates about four matrices of the size of the weight and four of the Hessian.
@@ -145,7 +118,8 @@ def tailor(
         stop = min(start + block, width)
         count = trained_count(update_ratio, height * stop) - trained_count(update_ratio, height * start)
         here = slice(start, stop)
-        score = _fused_score(salience[:, here], current[:, here], factor.diagonal()[here], alpha)
+        sensitivity = (current[:, here] / factor.diagonal()[here]).square()
+        score = alpha * _standardized(salience[:, here]) + (1 - alpha) * _standardized(sensitivity)
         kept[:, here] = _highest(score, count)
         residuals = _reset_columns(current[:, here], origin[:, here], kept[:, here], factor[here, here], sign)
         current[:, stop:].addmm_(residuals, factor[here, stop:], alpha=sign)
@@ -159,17 +133,10 @@ def tailor(
 
 
 def _reset_columns(current: Tensor, origin: Tensor, kept: Tensor, factor: Tensor, sign: float) -> Tensor:
-    """Reset the entries of one block that are not kept, and compensate later columns of the block, in place.
+    """Reset the entries of one block `(out, block)` that are not kept, and compensate its later columns, in place.
 
-    Args:
-        current: W of the block, shape `(out, block)`; written.
-        origin: W* of the block.
-        kept: which entries stay.
-        factor: the block of U on the diagonal, shape `(block, block)`.
-        sign: of the compensation.
-
-    Returns:
-        Residuals (W - W*) / U_jj of the reset entries, zero for the kept ones, shape `(out, block)`.
+    `factor` is the block of U on the diagonal. Returns the residuals (W - W*) / U_jj of the reset entries, zero for the
+    kept ones, shape `(out, block)`.
     """
     # Transposed, a column is contiguous: 18 s become 1 s for all of a 2048 x 2048 weight.
     columns = current.T.contiguous()
@@ -180,10 +147,6 @@ def _reset_columns(current: Tensor, origin: Tensor, kept: Tensor, factor: Tensor
         columns[column + 1 :].addr_(factor[column, column + 1 :], residuals[column], alpha=sign)
     current.copy_(columns.T)
     return residuals.T
-
-
-def _fused_score(salience: Tensor, weight: Tensor, diagonal: Tensor, alpha: float) -> Tensor:
-    return alpha * _standardized(salience) + (1 - alpha) * _standardized((weight / diagonal).square())
 
 
 def _standardized(terms: Tensor) -> Tensor:
@@ -243,7 +206,6 @@ def _kept(delta: Tensor, positions: Tensor) -> Delta:
 
 
 def _positions(kept: Tensor) -> Tensor:
-    """Positions of the set entries of a mask."""
     return kept.reshape(-1).nonzero().view(-1).to(position_dtype(kept.numel()))
 
 

@@ -110,7 +110,6 @@ def _trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def _dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a model that SPIDER can train."""
     if isinstance(model, PeftModel):
         raise ValueError(
             "SpiderCallback masks the dense weights of a fine-tune, but this model trains a PEFT adapter. Train the "

@@ -18,20 +18,14 @@ from .seeds import derived_seed
 
 CombinationType: TypeAlias = Literal["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 
-
 SignMethod: TypeAlias = Literal["total", "frequency"]
 
 
 def weighted_sum(deltas: Sequence[Delta], weights: Sequence[float]) -> Delta:
-    """The sum of w_i D_i on the union of their positions, added in the order given.
+    """The sum of w_i D_i of one or more deltas of a matrix, on the union of their positions, added in the order given.
 
-    Args:
-        deltas: one or more, of the same matrix; read only.
-        weights: one factor each.
-
-    Returns:
-        The sum in float32, or in the dtype of the widest term where that is wider. One delta with the weight 1 comes
-        back bit for bit.
+    It is in float32, or in the dtype of the widest term where that is wider. One delta with the weight 1 comes back bit
+    for bit.
     """
     positions, slots = _union(deltas)
     return Delta(positions, _sum_at(positions, slots, _weighted(deltas, weights)))
@@ -42,14 +36,8 @@ def elected_mean(
 ) -> Delta:
     """The mean of the w_i D_i whose D_i has the elected sign of its entry, on the union of their positions (TIES).
 
-    Args:
-        deltas: one or more, of the same matrix; read only.
-        weights: one factor each. They play no part in the election.
-        majority_sign_method: an entry's sign is that of the sum of its values ("total") or of its signs
-            ("frequency"); zero elects the plus.
-
-    Returns:
-        The means in float32, or wider as in `weighted_sum`; zero where no value has the elected sign.
+    An entry's sign is that of the sum of its values ("total") or of its signs ("frequency"), without the weights; zero
+    elects the plus. The mean is 0 where no value has the elected sign, and its dtype that of `weighted_sum`.
     """
     positions, slots = _union(deltas)
     values = _weighted(deltas, [1.0] * len(deltas))
@@ -63,22 +51,13 @@ def elected_mean(
 
 
 def keep_largest(delta: Delta, density: float) -> Delta:
-    """Keep the largest |D|: exactly round(density nnz) entries, ties to the lowest position.
-
-    Args:
-        delta: read only.
-        density: fraction of the stored entries to keep, in (0, 1].
-    """
+    """Keep the largest |D|: exactly round(density nnz) of the stored entries, ties to the lowest position."""
     return _at(delta, select(delta.values.abs().float(), trained_count(density, delta.values.numel()), largest=True))
 
 
 def keep_random(delta: Delta, density: float, seed: int) -> Delta:
-    """Keep every entry with the probability `density`, and divide it by it (DARE).
-
-    Args:
-        delta: read only.
-        density: expected fraction of the stored entries to keep, in (0, 1].
-        seed: one seed keeps the same entries on every device.
+    """Keep every stored entry with the probability `density`, and divide it by it (DARE); one seed, one choice on
+    all devices.
     """
     chosen = select_at_random(delta.values.numel(), density, seed)
     kept = _at(delta, chosen.to(delta.values.device))
@@ -147,13 +126,11 @@ def _wide(deltas: Sequence[Delta]) -> torch.dtype:
 
 
 def _weighted(deltas: Sequence[Delta], weights: Sequence[float]) -> list[Tensor]:
-    """The values w_i D_i, all in one dtype."""
     wide = _wide(deltas)
     return [delta.values.to(wide) * weight for delta, weight in zip(deltas, weights, strict=True)]
 
 
 def _sum_at(positions: Tensor, slots: Sequence[Tensor], terms: Sequence[Tensor]) -> Tensor:
-    """The sum over all terms at each position."""
     # -0.0 is the zero that changes no addend, not even -0.0.
     total = torch.full(positions.shape, -0.0, dtype=terms[0].dtype, device=positions.device)
     for slot, term in zip(slots, terms, strict=True):

@@ -47,14 +47,10 @@ VALUE_DTYPES = tuple(_EXPONENTS)
 
 
 def side_by_side(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Call a function for every item.
+    """Call a function for every item, and give the results in their order; the exception of the first item that fails
+    is raised.
 
-    Args:
-        work: lets go of the interpreter for most of its time, as hashing and numpy do, and uses no threads of torch.
-        items: what it is called for.
-
-    Returns:
-        The results, in the order of the items. Where calls fail, the exception of the first item that did is raised.
+    The function lets go of the interpreter for most of its time, as hashing and numpy do, and uses no threads of torch.
     """
     number = torch.get_num_threads()
     size = max(1, -(-len(items) // (_PARTS * number)))
@@ -64,7 +60,7 @@ def side_by_side(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> li
 
 
 class DeltaFormatError(ValueError):
-    """A saved delta is damaged, or does not fit the model that it is loaded into."""
+    """A file is damaged, or does not fit the model that it is loaded into."""
 
 
 def position_dtype(numel: int) -> torch.dtype:
@@ -125,13 +121,17 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
         raise DeltaFormatError(f"there are {nnz} values, but the weight has only {numel} entries")
     expected = code_length(numel, nnz)
     if code.numel() != expected:
-        raise DeltaFormatError(f"the index code of {nnz} of {numel} weights takes {expected} bytes, got {code.numel()}")
+        raise DeltaFormatError(
+            f"the index code of {nnz} of {numel} positions takes {expected} bytes, got {code.numel()}"
+        )
     if nnz == 0:
         return code.new_empty(0, dtype=position_dtype(numel))
     low_length = 0 if _is_mask(numel, nnz) else _elias_fano_lengths(numel, nnz)[0]
     positions = _set_bits(code[low_length:], nnz, position_dtype(numel))
     if low_length:
-        _check_last_high_part(positions, numel)
+        # A last bit after that of the largest position, joined with its low bits, could wrap around in int32.
+        if int(positions[-1]) - (nnz - 1) > numel >> _low_bits(numel, nnz):
+            raise DeltaFormatError("the index code has bits beyond its last position")
         _join_low(_array(positions), code[:low_length], _low_bits(numel, nnz))
     if problem := _order_problem(positions, numel):
         raise DeltaFormatError(f"the index code is damaged: {problem}")
@@ -139,15 +139,8 @@ def decode(code: Tensor, numel: int, nnz: int) -> Tensor:
 
 
 def check_values(values: Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> None:
-    """Refuse values of another shape or kind than finite floating-point ones of `shape`.
-
-    Args:
-        values: the values as they are in the file.
-        shape: the shape that they have to have.
-        dtype: what they are about to become, and have to be finite in.
-
-    Raises:
-        DeltaFormatError: they are not.
+    """Refuse values, as they are in a file, that are not floating-point numbers of this shape, finite once they become
+    `dtype`.
     """
     if values.dtype not in VALUE_DTYPES or tuple(values.shape) != shape:
         raise DeltaFormatError(
@@ -182,7 +175,6 @@ def _low_bits(numel: int, nnz: int) -> int:
 
 
 def _elias_fano_lengths(numel: int, nnz: int) -> tuple[int, int]:
-    """Bytes of the low part and of the high part."""
     if nnz == 0:
         return 0, 0
     low_bits = _low_bits(numel, nnz)
@@ -195,21 +187,13 @@ def _order_problem(positions: Tensor, numel: int) -> str | None:
         return None
     first, last, entries = int(positions[0]), int(positions[-1]), _array(positions)
     if first < 0 or last >= numel:
-        return f"position {first if first < 0 else last} lies outside a weight of {numel} entries"
+        return f"position {first if first < 0 else last} lies outside of the {numel} that there are"
     if not bool((entries[1:] > entries[:-1]).all()):
         return "positions are not strictly increasing"
     return None
 
 
-def _check_last_high_part(bits: Tensor, numel: int) -> None:
-    """Refuse a last bit after that of the largest position; joined with its low bits, it could wrap around in int32."""
-    nnz = bits.numel()
-    if int(bits[-1]) - (nnz - 1) > numel >> _low_bits(numel, nnz):
-        raise DeltaFormatError("the index code has bits beyond its last position")
-
-
 def _pack_bits(positions: Tensor, num_bits: int) -> Tensor:
-    """Bytes in which exactly the given bits are set."""
     bits = torch.zeros(num_bits, dtype=torch.uint8, device=positions.device)
     bits[positions.long()] = 1
     bits = bits.view(-1, 8)
@@ -241,7 +225,7 @@ def _set_bits(packed: Tensor, expected: int, dtype: torch.dtype) -> Tensor:
 
 def _check_number(found: int, expected: int) -> None:
     if found != expected:
-        raise DeltaFormatError(f"the index code selects {found} weights, but there are {expected} values")
+        raise DeltaFormatError(f"the index code selects {found} positions, expected {expected}")
 
 
 def _pack_low(positions: Tensor, low_bits: int) -> Tensor:
@@ -261,15 +245,8 @@ def _pack_low(positions: Tensor, low_bits: int) -> Tensor:
 
 
 def _join_low(entries: Any, packed: Tensor, low_bits: int) -> None:
-    """Turn bits of the high part into positions, in place: less their rank, then the low bits, inverse of `_pack_low`.
-
-    Args:
-        entries: an `_array` of the numbers of the bits, shape `(nnz,)`.
-        packed: the low parts of all entries.
-        low_bits: bits of each.
-
-    Raises:
-        DeltaFormatError: the padding is not zero.
+    """Turn an array of the numbers of the bits into positions, in place: less their rank, then the low bits of
+    `packed`.
     """
     words = _array(packed).reshape(-1, low_bits)
     step = min(len(words), _GROUPS) if packed.is_cpu else len(words)
@@ -293,13 +270,12 @@ def _join_low(entries: Any, packed: Tensor, low_bits: int) -> None:
 
 
 def _unpack_low(packed: Any, columns: Any, low: Any, low_bits: int) -> None:
-    """Unpack groups of eight entries, each `low_bits` bytes.
+    """Unpack groups of eight entries of `low_bits` bytes.
 
     Args:
         packed: the bytes, shape `(low_bits, groups)`.
         columns: room for them as wider integers, of the same shape.
         low: where the entries go, shape `(groups, 8)`.
-        low_bits: bits of each.
     """
     columns[:] = packed
     for entry in range(8):

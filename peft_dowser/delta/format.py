@@ -40,14 +40,9 @@ _LAST = ("config.json", "adapter_config.json")
 
 
 def check_manifest(manifest: Any) -> None:
-    """Refuse a manifest of a newer format, or something that is not a manifest.
-
-    Raises:
-        DeltaFormatError: this release cannot read the adapter.
-    """
+    """Refuse, with a DeltaFormatError, a manifest of a newer format, or something that is not a manifest."""
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool):
-        version = 0
+    version = version if type(version) is int else 0
     if version > FORMAT:
         raise DeltaFormatError(
             f"the adapter is in format {version}, written by {str(manifest.get('written_by'))[:50]!r}; this release of "
@@ -61,26 +56,14 @@ def check_manifest(manifest: Any) -> None:
 
 
 def check_readable(path: Path) -> None:
-    """Refuse a file of tensors that is not whole; only its header is read.
-
-    Raises:
-        DeltaFormatError: as `open_tensors`.
-    """
-    try:
-        with ExitStack() as files:
-            open_tensors(path, files)
-    except ValueError as error:
-        raise DeltaFormatError(str(error)) from error
+    """Refuse, as `open_tensors` does, a file of tensors that is not whole."""
+    with ExitStack() as files:
+        open_tensors(path, files)
 
 
 def entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
-    """What a manifest says of one module.
-
-    Args:
-        code: its index code, as in the file.
-        values: its values, as in the file.
-        layout: what they mean in the base weight.
-        sample: `base_sample` of the unmodified base weight.
+    """What a manifest says of one module: its tensors as in the file, what they mean in the weight, and the
+    `base_sample` of its unmodified weight.
     """
     channels = {} if layout.channel_dim is None else {"channel_dim": layout.channel_dim}
     return {
@@ -105,16 +88,8 @@ def digest(tensor: Tensor) -> str:
 
 
 def read_positions(code: Tensor, layout: Layout, count: int, code_digest: str | None) -> Tensor:
-    """The positions in an index code.
-
-    Args:
-        code: the index code.
-        layout: what the positions mean in the weight.
-        count: number of positions.
-        code_digest: SHA-256 of the code by the manifest, if there is one.
-
-    Raises:
-        DeltaFormatError: it is not the code of so many positions, or not the one that the manifest describes.
+    """The positions in an index code; refuses a code other than the one that the manifest describes, if it has a
+    digest.
     """
     positions = decode(code, layout.size, count)
     if code_digest is not None:
@@ -144,7 +119,6 @@ def base_sample(weight: Tensor) -> str | None:
 
 @cache
 def _sampled(numel: int) -> Tensor:
-    """Where in a weight of `numel` entries the sample is taken."""
     return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
 
 
@@ -224,22 +198,18 @@ def few(names: list[str]) -> str:
 
 
 def open_tensors(path: Path, files: ExitStack) -> Any:
-    """Open a safetensors file, of which only the header is read.
-
-    Args:
-        path: the file.
-        files: closes it.
+    """Open a safetensors file, of which only the header is read; `files` closes it.
 
     Raises:
-        ValueError: it is not a safetensors file, not of the length that its header says, or has tensors of a dtype that
-            torch does not know.
+        DeltaFormatError: it is not a safetensors file, not of the length that its header says, or has tensors of a
+            dtype that torch does not know.
     """
     try:
         file = files.enter_context(safe_open(path, framework="pt"))
         for key in {file.get_slice(key).get_dtype(): key for key in file.keys()}.values():
             file.get_tensor(key)  # memory of the file, which is not read
     except SafetensorError as error:
-        raise ValueError(
+        raise DeltaFormatError(
             f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({printable(str(error))}). It "
             "is incomplete or damaged; copy or download it again."
         ) from error
@@ -247,11 +217,7 @@ def open_tensors(path: Path, files: ExitStack) -> Any:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file.
-
-    Raises:
-        OSError: it cannot be written; safetensors raises SafetensorError, which is not an OSError.
-    """
+    """Write a safetensors file; raises OSError where it cannot be written, as SafetensorError is none."""
     try:
         save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:
@@ -259,11 +225,7 @@ def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mappin
 
 
 def check_output(folder: Path) -> None:
-    """Refuse to write into a folder that has files already.
-
-    Raises:
-        FileExistsError: it has some. What a process left that was killed while it wrote is named.
-    """
+    """Refuse, with a FileExistsError, to write into a folder that has files already."""
     if (folder / _WORK).exists():
         raise FileExistsError(
             f"'{folder}' has a folder '{_WORK}': another process is writing into it, or was killed while it did. If "
@@ -277,11 +239,7 @@ def check_output(folder: Path) -> None:
 def finished_together(folder: Path) -> Iterator[Path]:
     """A folder for the files of an output folder, which get their places when all of them are complete.
 
-    Args:
-        folder: the output folder; new or empty. Meanwhile `check_output` refuses it.
-
-    Raises:
-        FileExistsError: as `check_output`.
+    The output folder is new or empty; meanwhile `check_output` refuses it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     check_output(folder)

@@ -6,6 +6,7 @@ is the same on every device.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from .codec import position_dtype
 # Entries examined at a time: bounds the temporaries, whatever the size of the matrix.
 _BLOCK = 1 << 22
 
+_Digit: TypeAlias = Callable[[Tensor], Tensor]
+
 
 def trained_count(update_ratio: float, numel: int) -> int:
     """Number of weights that train: k = round(rho n), halves to the even side."""
@@ -22,12 +25,9 @@ def trained_count(update_ratio: float, numel: int) -> int:
 
 
 def frozen_reason(score: Tensor) -> str | None:
-    """Why scores cannot be ranked, or None where they can.
+    """Why float32 scores cannot be ranked, or None where they can.
 
-    Args:
-        score: scores, float32, any shape.
-
-    Note: a constant or non-finite score says nothing about which weight matters, so its matrix must stay frozen.
+    A constant or non-finite score says nothing about which weight matters, so its matrix must stay frozen.
     """
     lowest, highest = score.aminmax()
     if not bool(torch.isfinite(lowest) & torch.isfinite(highest)):
@@ -38,15 +38,9 @@ def frozen_reason(score: Tensor) -> str | None:
 
 
 def select(score: Tensor, count: int, largest: bool = False) -> Tensor:
-    """Select the `count` lowest (or highest) scores of one matrix.
+    """Select exactly the `count` lowest (or highest) of non-negative finite float32 scores of one matrix.
 
-    Args:
-        score: non-negative finite scores, float32, any shape.
-        count: number of entries to select.
-        largest: select the highest scores instead.
-
-    Returns:
-        Flat positions, strictly increasing, shape `(count,)`, int32 (int64 above 2**31 - 1 entries).
+    Returns flat positions, strictly increasing, shape `(count,)`, int32 (int64 above 2**31 - 1 entries).
     """
     return select_jointly([lambda: score], count, largest)[0]
 
@@ -77,36 +71,21 @@ def select_jointly(scores: Sequence[Callable[[], Tensor]], count: int, largest: 
 
 
 def select_rows(score: Tensor, count: int, largest: bool = False) -> Tensor:
-    """Select the `count` lowest (or highest) scores of every row.
-
-    Args:
-        score: non-negative finite scores, float32, shape `(out, in)`.
-        count: number of entries to select in each row.
-        largest: select the highest scores instead.
-
-    Returns:
-        Flat positions, strictly increasing, shape `(out * count,)`.
-    """
-    width = score.shape[1]
-    dtype = position_dtype(score.numel())
+    """Select the `count` lowest (or highest) scores of every row of a matrix; otherwise as `select`."""
+    height, width = score.shape
+    rows = torch.arange(height, device=score.device)[:, None]
+    step = max(1, _BLOCK // width)
     selected = []
-    for first, rows in _row_blocks(score):
-        columns = rows.sort(dim=1, descending=largest, stable=True).indices[:, :count]
-        row = torch.arange(first, first + rows.shape[0], device=score.device)[:, None]
-        selected.append((columns.sort(dim=1).values + row * width).reshape(-1).to(dtype))
+    for row, block in zip(rows.split(step), score.split(step), strict=True):
+        columns = block.sort(dim=1, descending=largest, stable=True).indices[:, :count]
+        selected.append((columns.sort(dim=1).values + row * width).reshape(-1).to(position_dtype(score.numel())))
     return torch.cat(selected)
 
 
 def select_at_random(numel: int, probability: float, seed: int) -> Tensor:
     """Select every entry of a matrix with a probability, so the number of them is random too (DARE).
 
-    Args:
-        numel: number of entries of the matrix.
-        probability: that an entry is selected, in [0, 1].
-        seed: one seed selects the same entries on every device.
-
-    Returns:
-        Flat positions, strictly increasing, on the CPU, int32 (int64 above 2**31 - 1 entries).
+    Returns flat positions as `select`, on the CPU; one seed selects the same entries on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     chance = torch.rand(numel, generator=generator, dtype=torch.float32, device="cpu")
@@ -139,12 +118,6 @@ def shared(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     return own, found[own]
 
 
-def _row_blocks(score: Tensor):
-    height = max(1, _BLOCK // score.shape[1])
-    for first in range(0, score.shape[0], height):
-        yield first, score[first : first + height]
-
-
 def _keys(score: Tensor, largest: bool) -> Tensor:
     """Integers in the order of selection: the bits of a non-negative float sort like the float itself."""
     bits = score.contiguous().view(-1).view(torch.int32)
@@ -162,19 +135,14 @@ def _threshold(scores: Sequence[Callable[[], Tensor]], count: int, largest: bool
     return (high_key << 16) | low_key, rank
 
 
-def _histogram(
-    scores: Sequence[Callable[[], Tensor]],
-    largest: bool,
-    bins: int,
-    digit: Callable[[Tensor], Tensor],
-) -> Tensor:
+def _histogram(scores: Sequence[Callable[[], Tensor]], largest: bool, bins: int, digit: _Digit) -> Tensor:
     total = torch.zeros(bins, dtype=torch.int64, device="cpu")
     for score in scores:
         _count(total, _keys(score(), largest), digit)
     return total
 
 
-def _count(total: Tensor, keys: Tensor, digit: Callable[[Tensor], Tensor]) -> None:
+def _count(total: Tensor, keys: Tensor, digit: _Digit) -> None:
     """Add the digits of all keys to a histogram; a function, so that no loop variable keeps keys of this matrix."""
     for block in keys.split(_BLOCK):
         total += torch.bincount(digit(block), minlength=len(total)).cpu()

@@ -174,7 +174,6 @@ class ForgettingCallback(TrainerCallback):
             )
 
     def _recorded_baseline(self, state: TrainerState) -> dict[str, float]:
-        """The baseline of a resumed training, from its log history."""
         wanted = ["upstream_loss"] if self.accuracy is None else ["upstream_loss", "upstream_accuracy"]
         for entry in state.log_history:
             if entry["step"] == 0 and all(key in entry for key in wanted):
@@ -185,7 +184,6 @@ class ForgettingCallback(TrainerCallback):
         )
 
     def _compared(self, model: Any) -> dict[str, float]:
-        """The values of a model, and how they differ from the baseline."""
         with measuring(model):
             values = self._measured(model, self.kl)
         values["forgetting"] = values["upstream_loss"] - self.baseline["upstream_loss"]
@@ -239,14 +237,8 @@ class ForgettingCallback(TrainerCallback):
 def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: bool) -> tuple[float, float]:
     """Mean next-token cross-entropy per token, and mean KL(base || model) per token, 0 if not requested.
 
-    Args:
-        model: the model, in eval mode; a `PeftModel` for the divergence.
-        prompts: inputs of one sample each; tokens that are padding, or whose label is -100, do not count.
-        batch_size: prompts per forward pass.
-        with_kl: run the base as well, its adapter disabled.
-
-    Raises:
-        ValueError: the model does not predict next tokens, or no token counts.
+    The model is in eval mode, a `PeftModel` for the divergence, for which the base runs as well, its adapter disabled.
+    Tokens that are padding, or whose label is -100, do not count. `batch_size` prompts run in one forward.
     """
     loss, total_divergence, tokens = 0.0, 0.0, 0
     for group in alike(prompts, padding=True):

@@ -46,15 +46,13 @@ def h_score(upstream: float, downstream: float) -> float:
 def retention(upstream: float, base_upstream: float) -> float:
     """Fraction of the base model's upstream accuracy that is left (not in the paper): A_up / A_up(base)."""
     _check_results(upstream=upstream, base_upstream=base_upstream)
-    _check_reference(base_upstream=base_upstream)
-    return upstream / base_upstream
+    return _fraction(upstream, base_upstream, "base_upstream")
 
 
 def plasticity(downstream: float, best_downstream: float) -> float:
     """Fraction of the downstream accuracy of the best single-task model (not in the paper): A_down / A_down(best)."""
     _check_results(downstream=downstream, best_downstream=best_downstream)
-    _check_reference(best_downstream=best_downstream)
-    return downstream / best_downstream
+    return _fraction(downstream, best_downstream, "best_downstream")
 
 
 def _check_results(**results: float) -> None:
@@ -63,10 +61,10 @@ def _check_results(**results: float) -> None:
             raise ValueError(f"{name} must be a finite number of at least 0, got {result!r}.")
 
 
-def _check_reference(**reference: float) -> None:
-    for name, result in reference.items():
-        if result == 0:
-            raise ValueError(f"{name} is 0, and no fraction of it exists. Check how the reference was evaluated.")
+def _fraction(result: float, reference: float, name: str) -> float:
+    if reference == 0:
+        raise ValueError(f"{name} is 0, and no fraction of it exists. Check how the reference was evaluated.")
+    return result / reference
 
 
 def mean_finetune_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
@@ -124,15 +122,10 @@ def _lower_triangle(accuracy: Sequence[Sequence[float]] | Tensor) -> list[Sequen
 
 
 def hamming(first: Tensor, second: Tensor, numel: int) -> float:
-    """Fraction of the weights of a matrix on which two masks differ (Appendix G): mean(M1 != M2).
+    """Fraction of the `numel` weights of a matrix on which two masks differ (Appendix G): mean(M1 != M2).
 
     Masks of trained and masks of protected weights give the same number. It grows with the density of the masks:
     compare it with `random_hamming`.
-
-    Args:
-        first: the first mask.
-        second: the second mask.
-        numel: number of entries of the matrix, at least 1.
     """
     if numel < 1:
         raise ValueError(f"numel must be an integer of at least 1, got {numel!r}.")
@@ -174,7 +167,6 @@ def random_hamming(p: float, q: float) -> float:
 
 
 def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
-    """Number of positions in both masks."""
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)
@@ -202,13 +194,12 @@ def spearman(first: Tensor, second: Tensor, seed: int = 0) -> float:
     Args:
         first: scores, any shape and float dtype.
         second: scores of the same shape; its dtype and device may differ.
-        seed: seed of the sample that is ranked above 1e6 entries. One seed gives one sample, on every device.
+        seed: seed of the sample that is ranked above 1e6 entries, one at random out of each of 1e6 equal stretches of
+            the matrix, so that neither time nor memory grows. The same on every device; another seed changes the
+            correlation by about 0.001.
 
     Raises:
         ValueError: shapes differ, there are no entries, some are NaN, or all that are ranked are equal.
-
-    Note: above 1e6 entries, one at random out of each of 1e6 equal stretches of the matrix is ranked, so that neither
-    time nor memory grows; the correlation then changes by about 0.001 with the seed.
     """
     if first.shape != second.shape:
         raise ValueError(

@@ -1,6 +1,7 @@
 """Saved Dowser adapters, read one module at a time and checked against the checkpoint of their base."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,9 +42,7 @@ class SavedAdapter:
 
     Attributes:
         name: its folder or Hub id.
-        config: its configuration.
         size: size of its file, in bytes.
-        file: its open file.
         counts: trained weights by module.
         others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
             modules that were trained as a whole.
@@ -61,15 +60,8 @@ class SavedAdapter:
         return layout.delta(self.stored(module, layout))
 
     def stored(self, module: str, layout: Layout, code: Tensor | None = None) -> Stored:
-        """The delta of a module, checked; its values are float32, as PEFT loads them.
-
-        Args:
-            module: its name in the base model.
-            layout: what its positions mean in its weight.
-            code: its index code, where that was read already.
-
-        Raises:
-            DeltaFormatError: the file does not hold positions in such a weight, or a value is not finite.
+        """The delta of a module, checked; its values are float32, as PEFT loads them. `code` is its index code, where
+        that was read already.
         """
         values, code = self._read(f"{PREFIX}{module}{VALUES}"), self.code(module) if code is None else code
         manifest = self.config.manifest
@@ -77,15 +69,13 @@ class SavedAdapter:
         return read_delta(values, code, layout, self.counts[module], code_digest, self._place(module))
 
     def values(self, module: str) -> Tensor:
-        """The values of a module as they are in the file, shape `(nnz,)`, or `(out, k)` for input channels.
-
-        Raises:
-            DeltaFormatError: they are not as many finite floating-point numbers as its count says.
-        """
+        """The values of a module as they are in the file, shape `(nnz,)`, or `(out, k)` for input channels; checked."""
         values, nnz = self._read(f"{PREFIX}{module}{VALUES}"), self.counts[module]
-        has_channels = self.config.granularity == "input_channel" and values.dim() == 2 and values.numel() == nnz
+        shape: tuple[int, ...] = (nnz,)
+        if self.config.granularity == "input_channel":  # of a weight whose shape may not be known here
+            shape = tuple(values.shape) if values.dim() == 2 and values.numel() == nnz else (nnz, 1)
         with naming(self._place(module)):
-            check_values(values, tuple(values.shape) if has_channels else (nnz,))
+            check_values(values, shape)
         return values
 
     def code(self, module: str) -> Tensor:
@@ -97,46 +87,28 @@ class SavedAdapter:
         return self._read(self.others[name])
 
     def check_complete(self) -> None:
-        """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted.
-
-        Raises:
-            DeltaFormatError: a count is not an integer of at least 1, or the file has other tensors.
-        """
+        """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted."""
         check_counts(self.counts, self._where)
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
     def layouts(self) -> dict[str, Layout]:
-        """What its positions mean by module, where no base is at hand: as its manifest describes it.
-
-        Raises:
-            DeltaFormatError: there is no manifest, it does not describe this file, or the file is not complete.
-        """
+        """What its positions mean by module, where no base is at hand: as its manifest describes it."""
         if self.config.manifest is None:
             raise DeltaFormatError(
                 f"{self._where} has no manifest, so the shapes of its weights are unknown. Load it with its base model "
                 "and save it again with this release."
             )
         self.check_complete()
-        return described_layouts(self.config.manifest, self.counts, self._where)
+        return described_layouts(self.config.manifest, self.counts, self.config.granularity, self._where)
 
     def check_fits(self, targets: Mapping[str, Target]) -> None:
-        """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
-
-        Args:
-            targets: the targets of the adapter's config in the model, by name.
-
-        Raises:
-            DeltaFormatError: it does not fit.
-        """
         check_fits(self.counts, layouts_of(targets, self.config.granularity), self.config.manifest, self._where)
         self.check_complete()
 
     def targets_in(self, model: nn.Module) -> dict[str, Target]:
-        """The weights of a model that the adapter trains, by module; reads no tensor.
-
-        Raises:
-            DeltaFormatError: the adapter does not fit the model.
+        """The weights of a model that the adapter trains, by module; refuses an adapter that does not fit, and reads no
+        tensor.
         """
         try:
             targets = resolve_targets(model, self.config)
@@ -146,16 +118,11 @@ class SavedAdapter:
         return {module: targets[module] for module in self.counts}
 
     def problems(self, base: Checkpoint, targets: Mapping[str, Target]) -> Iterator[str]:
-        """Everything that keeps the adapter from being merged into a base, one message each.
-
-        Args:
-            base: the base.
-            targets: the adapter's, in the model of the base.
+        """Everything that keeps the adapter from being merged into a base, one message each. `targets` are those in its
+        model.
         """
         for module, target in targets.items():
-            weight_problem = _pieces_problem if target.tensor_name in base.pieces else _weight_problem
-            if problem := weight_problem(base, target.tensor_name, target.shape):
-                yield problem
+            yield from _problem(_check_weight, base, target.tensor_name, target.shape)
             yield from _problem(self.stored, module, target.layout(self.config.granularity))
         names = [target.tensor_name for target in targets.values()]
         stored = [base.key(name) for name in names if name in base]
@@ -175,10 +142,6 @@ class SavedAdapter:
         """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
-
-        Args:
-            base: the base.
-            targets: the adapter's, in the model of the base.
         """
         if self.config.manifest is None:
             return None
@@ -217,48 +180,36 @@ class SavedAdapter:
 
 
 def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
-    """The message of a check that fails."""
     try:
         check(*arguments)
     except DeltaFormatError as error:
         yield str(error)
 
 
-def _weight_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    """Why nothing can be added to a weight of the base, or None."""
-    if name not in base:
-        return (
+def _check_weight(base: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
+    slices = [base.files[key].get_slice(key) for key in base.parts(name)]
+    if not slices:
+        raise DeltaFormatError(
             f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "
             "transformers builds this weight from other tensors. Merge in memory, with merge_and_unload()."
         )
-    if base.dtype(name) not in FLOAT_DTYPES or base.shape(name) != shape:
-        return (
-            f"The target weight '{name}' is {base.dtype(name)} of shape {base.shape(name)} in '{base.name}'; it must "
-            f"be one of {', '.join(FLOAT_DTYPES)}, of shape {shape}."
+    found = Counter((piece.get_dtype(), tuple(piece.get_shape())) for piece in slices)
+    numel = sum(math.prod(size) * count for (_, size), count in found.items())
+    # The pieces of a fused parameter are matrices, one below the other.
+    width = shape[2 if name in base.pieces else 1 :]
+    fits = numel == math.prod(shape) and {size[1:] for _, size in found} == {width}
+    if not fits or {dtype for dtype, _ in found} not in [{dtype} for dtype in FLOAT_DTYPES]:
+        kinds = [
+            f"{dtype} of shape {size}{f' ({count} times)' * (count > 1)}" for (dtype, size), count in found.items()
+        ]
+        raise DeltaFormatError(
+            f"The target weight '{name}' is {' and '.join(kinds)} in '{base.name}'; it must be one of "
+            f"{', '.join(FLOAT_DTYPES)}, of shape {shape}."
         )
-    return None
-
-
-def _pieces_problem(base: Checkpoint, name: str, shape: tuple[int, ...]) -> str | None:
-    """Why nothing can be added to a fused parameter that the base holds in pieces, or None."""
-    slices = [base.files[key].get_slice(key) for key in base.pieces[name]]
-    dtypes, widths = {piece.get_dtype() for piece in slices}, {tuple(piece.get_shape())[1:] for piece in slices}
-    rows = sum(piece.get_shape()[0] for piece in slices)
-    if len(dtypes) == 1 and dtypes < set(FLOAT_DTYPES) and widths == {shape[2:]} and rows == shape[0] * shape[1]:
-        return None
-    return (
-        f"The {len(slices)} tensors of '{base.name}' that make up the target weight '{name}' are {sorted(dtypes)} and "
-        f"have {rows} rows of shape {sorted(widths)}; together they must be one of {', '.join(FLOAT_DTYPES)}, of shape "
-        f"{shape}."
-    )
 
 
 def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
-    """Open an adapter in a folder or, by its id, on the Hub.
-
-    Args:
-        name: the folder or the id.
-        files: closes the file of the adapter.
+    """Open an adapter in a folder or, by its id, on the Hub; `files` closes it.
 
     Raises:
         OSError: there is no such adapter, or it is not in a safetensors file.
@@ -269,19 +220,10 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     if not path.is_file():
         raise FileNotFoundError(f"'{name}' holds no {SAFETENSORS_WEIGHTS_NAME}.")
     config = _config(folder, name)
-    try:
-        file = open_tensors(path, files)
-    except ValueError as error:
-        raise DeltaFormatError(str(error)) from error
-    others = [key for key in file.keys() if not is_delta(key)]
-    return SavedAdapter(
-        name,
-        config,
-        path.stat().st_size,
-        file,
-        counts=_counts(file) if config.nnz_pattern is None else config.nnz_pattern,
-        others={base_name(key): key for key in others},
-    )
+    file = open_tensors(path, files)
+    counts = _counts(file) if config.nnz_pattern is None else config.nnz_pattern
+    others = {base_name(key): key for key in file.keys() if not is_delta(key)}
+    return SavedAdapter(name, config, path.stat().st_size, file, counts, others)
 
 
 def _config(folder: Path, name: str) -> DowserConfig:
@@ -297,7 +239,6 @@ def _config(folder: Path, name: str) -> DowserConfig:
 
 
 def _counts(file: Any) -> dict[str, int]:
-    """Trained weights by module, read off the header of a file whose config does not give them."""
     return {
         key.removeprefix(PREFIX).removesuffix(VALUES): math.prod(file.get_slice(key).get_shape())
         for key in file.keys()

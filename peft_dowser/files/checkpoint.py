@@ -27,28 +27,22 @@ from ..delta.format import open_tensors, printable, quoted
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
-
 # Dtypes of weights that a delta can be added to, as safetensors writes them.
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
-
 
 # What makes a folder of weights a model: configurations, tokenizer (its files by the names of transformers' classes),
 # processor, templates, and the code that a configuration may name.
 _TOKENIZERS = ["*.txt", "*.model", "*.tiktoken", "*.spm", "bpe.codes", "prophetnet.tokenizer"]
 
-
 _COMPANIONS = ["*.json", *_TOKENIZERS, "*.jinja", "additional_chat_templates/*.jinja", "*.py"]
-
 
 # What describes other weights in the same folder.
 _NO_COMPANIONS = ["*.index.json", "adapter_config.json", "trainer_state.json"]
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
-    """The class of a model that its config names.
-
-    Raises:
-        ValueError: it names none, or one that transformers does not have.
+    """The class of a model that its config names; refuses a config that names none, or one that transformers does not
+    have.
     """
     if not config.architectures:
         raise ValueError(f"The config of '{name}' names no architecture, so its model class is unknown.")
@@ -85,7 +79,6 @@ class Checkpoint:
         return name in self.tensors or self.twins.get(name) in self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, which is not read."""
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
@@ -99,6 +92,10 @@ class Checkpoint:
     def key(self, name: str) -> str:
         """The name in the checkpoint of a tensor, or of the one that it is tied to."""
         return self.tensors[name if name in self.tensors else self.twins[name]]
+
+    def parts(self, name: str) -> list[str]:
+        """The names in the checkpoint of what makes up a tensor, in the order of its memory; empty where it is not."""
+        return self.pieces.get(name) or ([self.key(name)] if name in self else [])
 
     def stored(self, key: str) -> Tensor:
         """A tensor by its name in the checkpoint, as `read` gives it."""
@@ -116,11 +113,7 @@ class Checkpoint:
 
 
 def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
-    """Open a checkpoint in a folder or, by its id, on the Hub.
-
-    Args:
-        name: the folder or the id.
-        files: closes the files of the checkpoint.
+    """Open a checkpoint in a folder or, by its id, on the Hub; `files` closes it.
 
     Raises:
         OSError: there is no such checkpoint, or it is not in safetensors files.
@@ -153,7 +146,6 @@ def fetched(name: str, wanted: list[str]) -> Path:
 
 
 def _locate(name: str) -> tuple[Path, list[Path]]:
-    """The folder of a checkpoint and its safetensors files, downloaded where `name` is a Hub id."""
     folder = fetched(name, ["config.json", SINGLE_FILE, INDEX_FILE])
     if (folder / SINGLE_FILE).is_file():
         return folder, [folder / SINGLE_FILE]
@@ -200,9 +192,7 @@ def _names(keys: Iterable[str], model: PreTrainedModel) -> tuple[dict[str, str],
 def _in_memory(parts: dict[str, list[str]], converters: list[WeightConverter]) -> list[str] | None:
     """The tensors that make up a parameter, in the order of its memory; None where it is not just a stack of them.
 
-    Args:
-        parts: the tensors by the pattern that their names match, in the order of the experts.
-        converters: how transformers makes parameters of such tensors.
+    `parts` has the tensors by the pattern that their names match, in the order of the experts.
     """
     converter = next(converter for converter in converters if parts.keys() <= set(converter.source_patterns))
     operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]

@@ -19,7 +19,7 @@ from ..base.parts import embedding_tensors
 from ..config import DowserConfig
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
 from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples
-from ..delta.layout import Layout, Stored
+from ..delta.layout import Granularity, Layout, Stored
 
 # More than any weight has: thousands of times a position in such a one still fits 64 bits.
 _MOST_ENTRIES = 2**50
@@ -34,20 +34,9 @@ def read_delta(
     where: str,
     dtype: torch.dtype = torch.float32,
 ) -> Stored:
-    """The delta of one module, from its two tensors in a file.
+    """The delta of one module, from its two tensors in a file, for a weight of this layout; its values become `dtype`.
 
-    Args:
-        values: its values.
-        code: its index code.
-        layout: what they mean in the weight.
-        nnz: how many values there have to be.
-        code_digest: SHA-256 of the index code by the manifest, if there is one.
-        where: adapter and module, for the message.
-        dtype: what the values are read in.
-
-    Raises:
-        DeltaFormatError: the values are not finite floating-point numbers of this count, or the code is not one of so
-            many positions in such a weight, or not the one that the manifest describes.
+    `code_digest` is the SHA-256 of the index code by the manifest, if there is one; `where` begins the message.
     """
     with naming(where):
         count = layout.count(nnz)
@@ -57,7 +46,6 @@ def read_delta(
 
 @contextmanager
 def naming(where: str) -> Iterator[None]:
-    """Begin the message of a `DeltaFormatError` with the adapter and its module."""
     try:
         yield
     except DeltaFormatError as error:
@@ -69,14 +57,8 @@ def check_fits(
 ) -> None:
     """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
 
-    Args:
-        counts: its trained weights by module.
-        layouts: what its positions mean in the targets of its config in the model, by name.
-        saved: its manifest, if it has one.
-        where: the adapter, for the message.
-
-    Raises:
-        DeltaFormatError: it does not fit.
+    `counts` are its trained weights by module, `layouts` what its positions mean in the targets of its config in the
+    model, `saved` its manifest, if any.
     """
     check_counts(counts, where)
     if unknown := [name for name in counts if name not in layouts]:
@@ -103,21 +85,16 @@ def check_fits(
                 f"{str(entry.get('shape'))[:100]}. It belongs to another base model."
             )
         if entry.get("channel_dim") != layouts[name].channel_dim:
-            raise DeltaFormatError(
-                f"{where}: module {quoted(name)} trains {_granularity(layouts[name].channel_dim)} by its config, and "
-                f"{_granularity(entry.get('channel_dim'))} by its manifest. adapter_config.json was edited, or it "
-                "belongs to another base model."
-            )
+            raise _other_granularity(name, _granularity(layouts[name].channel_dim), entry.get("channel_dim"), where)
 
 
 def check_counts(counts: Mapping[str, Any], where: str) -> None:
-    """Refuse counts that name no module, or have anything but an integer of at least 1."""
     if not counts:
         raise DeltaFormatError(
             f"{where} was saved with values for no module. The file is incomplete, or its config was edited."
         )
     for name, nnz in counts.items():
-        if not isinstance(nnz, int) or isinstance(nnz, bool) or nnz < 1:
+        if type(nnz) is not int or nnz < 1:
             raise DeltaFormatError(
                 f"{where} has {repr(nnz)[:100]} trained weights for module {quoted(name)}, which must be an integer of "
                 "at least 1. The file is damaged, or its config was edited."
@@ -125,13 +102,6 @@ def check_counts(counts: Mapping[str, Any], where: str) -> None:
 
 
 def check_keys(expected: Collection[str], found: Collection[str], where: str) -> None:
-    """Refuse a file that lacks Dowser tensors, or has some that the adapter does not have.
-
-    Args:
-        expected: names of the Dowser tensors that the adapter has.
-        found: names of all tensors in the file.
-        where: the adapter, for the message.
-    """
     missing = [key for key in expected if key not in found]
     if missing:
         number = "none of them" if len(missing) == len(expected) else f"{len(expected) - len(missing)}"
@@ -149,25 +119,18 @@ def check_keys(expected: Collection[str], found: Collection[str], where: str) ->
 
 
 def check_names_in_file(names: Collection[str], expected: Collection[str], where: str) -> None:
-    """Refuse a file with names that a model gives the Dowser tensors of an adapter: a file does not know its name.
-
-    Args:
-        names: names of all tensors in the file.
-        expected: names of the Dowser tensors in the model.
-        where: the adapter, for the message.
+    """Refuse a file with names that a model gives the Dowser tensors of an adapter: a file does not know the adapter's
+    name.
     """
     found = {name.removeprefix(PREFIX) for name in names}
     if odd := [key for key in expected if key.removeprefix(PREFIX) in found]:
         raise DeltaFormatError(f"{where}: the file has {len(odd)} tensors that no file of an adapter has: {few(odd)}.")
 
 
-def described_layouts(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> dict[str, Layout]:
-    """What positions mean by module, where no base is at hand: as the manifest describes it.
-
-    Raises:
-        DeltaFormatError: the manifest does not describe the adapter with these counts, or gives a shape that no weight
-            has, or one that has no such input channels.
-    """
+def described_layouts(
+    saved: Mapping[str, Any], counts: Mapping[str, int], granularity: Granularity, where: str
+) -> dict[str, Layout]:
+    """What positions mean by module, where no base is at hand: as the manifest says, if it describes the adapter."""
     _check_modules(saved, counts, where)
     shapes = {module: saved["modules"][module].get("shape") for module in counts}
     for module, shape in shapes.items():
@@ -183,7 +146,21 @@ def described_layouts(saved: Mapping[str, Any], counts: Mapping[str, int], where
                 f"{where}: the manifest gives module {quoted(module)} the input channels {str(dim)[:100]}, which a "
                 f"weight of shape {shapes[module]} does not have. adapter_config.json was edited."
             )
-    return {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
+        if (dim is None) != (granularity == "weight"):
+            own = "single weights" if granularity == "weight" else "input channels"
+            raise _other_granularity(module, own, dim, where)
+    layouts = {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
+    for module, layout in layouts.items():
+        with naming(f"{where}, module {quoted(module)}"):
+            layout.count(counts[module])
+    return layouts
+
+
+def _other_granularity(module: str, own: str, described: Any, where: str) -> DeltaFormatError:
+    return DeltaFormatError(
+        f"{where}: module {quoted(module)} trains {own} by its config, and {_granularity(described)} by its manifest. "
+        "adapter_config.json was edited, or it belongs to another base model."
+    )
 
 
 def _granularity(channel_dim: Any) -> str:
@@ -191,7 +168,6 @@ def _granularity(channel_dim: Any) -> str:
 
 
 def _check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
-    """Refuse a manifest of other modules or counts, or with an entry that no release writes."""
     modules = saved["modules"]
     if modules.keys() != counts.keys():
         raise DeltaFormatError(
@@ -214,7 +190,7 @@ def _is_shape(shape: Any) -> TypeGuard[list[int]]:
     return (
         isinstance(shape, list)
         and len(shape) in (2, 3)
-        and all(isinstance(size, int) and not isinstance(size, bool) and size > 0 for size in shape)
+        and all(type(size) is int and size > 0 for size in shape)
         and math.prod(shape) < _MOST_ENTRIES
     )
 
@@ -232,7 +208,6 @@ def other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], wher
 
 
 def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
-    """Warn where `other_base` has something to say."""
     if problem := other_base(saved, samples, where):
         warnings.warn(problem, UserWarning, stacklevel=2)
 
@@ -253,7 +228,6 @@ def check_whole_tensor(tensor: Tensor, own: Tensor, key: str, where: str) -> Non
 
 
 def check_foreign(foreign: list[str], where: str) -> None:
-    """Refuse a file with whole tensors that the adapter does not train."""
     if foreign:
         raise DeltaFormatError(
             f"{where}: the file has {len(foreign)} tensors that the adapter does not train: {few(foreign)}. Loading "
@@ -263,7 +237,6 @@ def check_foreign(foreign: list[str], where: str) -> None:
 
 
 def check_missing(missing: list[str], where: str) -> None:
-    """Refuse a file that lacks tensors of modules or tokens that the adapter trains as a whole."""
     if missing:
         raise DeltaFormatError(
             f"{where}: the file lacks {len(missing)} tensors of modules that the adapter trains as a whole, or of "
@@ -273,14 +246,7 @@ def check_missing(missing: list[str], where: str) -> None:
 
 
 def foreign_to(base: nn.Module, keys: Collection[str], config: DowserConfig, modules: Iterable[str]) -> list[str]:
-    """The whole tensors of a saved adapter that it does not train.
-
-    Args:
-        base: the base, without adapters.
-        keys: names of the tensors in the base.
-        config: configuration of the adapter.
-        modules: names of the modules that have a delta.
-    """
+    """Those of the whole tensors of a saved adapter, by their names in the base, that it does not train."""
     own = {*in_modules_to_save(base, config), *embedding_tensors(base)}
     if config.bias == "dowser_only":
         own |= {f"{module}.bias" for module in modules}

@@ -42,7 +42,6 @@ from .checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
 METHODS = ("top_delta", "dare", "graft")
 
-
 # How often `graft` reads a pair.
 _GRAFT_READS = 5
 
@@ -77,12 +76,11 @@ def extract(
         ValueError: an argument is out of range, or the checkpoints do not fit each other, do not differ, or are
             damaged. Nothing is written.
         TypeError: a target module is not a linear layer.
-        OSError: a checkpoint cannot be found, the output folder is not empty, or it cannot be written; what is there is
-            no adapter.
+        OSError: a checkpoint cannot be found, or the output folder is not empty or cannot be written; then no adapter
+            is in it.
 
-    Note: with `update_ratio=1` the merged adapter is the fine-tuned model, bit for bit except where a weight changed
-    its sign or its size by more than a factor of two: there it may be off by the rounding of a float32, see
-    `delta.apply.Delta`. Tensors that differ outside the target weights are named in a warning.
+    Note: with `update_ratio=1` the merged adapter is the fine-tuned model, bit for bit but for the cases of
+    `delta.Delta`. Tensors that differ outside the target weights are named in a warning.
     """
     config = DowserConfig(
         update_ratio=update_ratio,
@@ -125,7 +123,6 @@ class _Pair:
     tuned: Checkpoint
 
     def read(self, module: str, bar: tqdm) -> tuple[Tensor, Tensor]:
-        """Both weights of a module."""
         bar.update()
         return _finite(self.base, _weight(module)), _finite(self.tuned, _weight(module))
 
@@ -133,12 +130,9 @@ class _Pair:
         return math.prod(self.base.shape(_weight(module)))
 
     def differ(self, name: str) -> bool:
-        """Whether a tensor is not the same in both."""
-        if name not in self.base or name not in self.tuned:
-            return True
-        if self.base.dtype(name) != self.tuned.dtype(name):
-            return True
-        return not torch.equal(self.base.read(name), self.tuned.read(name))
+        base, tuned = self.base, self.tuned
+        comparable = name in base and name in tuned and base.dtype(name) == tuned.dtype(name)
+        return not (comparable and torch.equal(base.read(name), tuned.read(name)))
 
 
 def _finite(checkpoint: Checkpoint, name: str) -> Tensor:
@@ -195,7 +189,6 @@ def _check_targets(pair: _Pair, modules: Iterable[str]) -> None:
 
 
 def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
-    """Name what differs outside the target weights: an adapter cannot hold it."""
     others = sorted((pair.base.tensors.keys() | pair.tuned.tensors.keys()) - set(map(_weight, modules)))
     different = [name for name in others if pair.differ(name)]
     if different:
@@ -208,18 +201,17 @@ def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
 
 def _deltas(pair: _Pair, names: list[str], config: DowserConfig, method: str) -> Iterator[tuple[str, Delta]]:
     reads = len(names) * (_GRAFT_READS if method == "graft" else 1)
+    ratio = config.update_ratio
     with tqdm(total=reads, desc="Extracting", unit="matrix", disable=not is_progress_bar_enabled()) as bar:
         if method == "graft":
-            yield from zip(
-                names, graft([partial(pair.read, name, bar) for name in names], config.update_ratio), strict=True
-            )
+            yield from zip(names, graft([partial(pair.read, name, bar) for name in names], ratio), strict=True)
             return
         for name in names:
             base, tuned = pair.read(name, bar)
             if method == "dare":
-                yield name, dare(base, tuned, config.update_ratio, derived_seed(config.seed, "dare", name))
+                yield name, dare(base, tuned, ratio, derived_seed(config.seed, "dare", name))
             else:
-                yield name, top_delta(base, tuned, config.update_ratio)
+                yield name, top_delta(base, tuned, ratio)
 
 
 def _changed(delta: Delta, scale: float) -> Delta:
@@ -232,7 +224,6 @@ def _changed(delta: Delta, scale: float) -> Delta:
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], config: DowserConfig, model: PreTrainedModel) -> None:
-    """Write the files that `PeftModel.save_pretrained` writes."""
     config.task_type = _task(model)
     mapping = None
     if config.task_type is None:

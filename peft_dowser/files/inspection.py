@@ -3,12 +3,11 @@
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
@@ -22,33 +21,6 @@ from .checkpoint import Checkpoint, open_checkpoint
 _CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "score", "select", "scope", "seed")
 
 
-@dataclass(frozen=True)
-class ModuleFacts:
-    """What a saved adapter holds for one module.
-
-    Attributes:
-        module: its name in the base model.
-        shape: shape of its weight, as stored; None where the adapter has no manifest.
-        trained: number of its values.
-        ratio: fraction of the weight that they are; None where the adapter has no manifest.
-        dtype: of the values in the file, "bfloat16" for example.
-        index_bits: size of the code of their positions, in bits.
-        bytes: size of values and code in the file.
-        delta_norm: L2 norm of the values.
-        vanished: fraction of the values that change no weight in bfloat16; None where no base was given.
-    """
-
-    module: str
-    shape: tuple[int, ...] | None
-    trained: int
-    ratio: float | None
-    dtype: str
-    index_bits: int
-    bytes: int
-    delta_norm: float
-    vanished: float | None
-
-
 def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, Any]:
     """Describe a saved adapter, without a model.
 
@@ -58,8 +30,10 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
             of its values vanishes when they are merged into this base in bfloat16, whatever dtype the base is in.
 
     Returns:
-        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" the
-        `ModuleFacts` of each as a dict, ordered by name.
+        How the mask was chosen, what all modules are together, "bytes" of the file, and under "modules" a dict for
+        each, ordered by name: the "module", "shape" of its weight as stored, number of "trained" weights and their
+        "ratio" (shape and ratio are None without a manifest), "dtype" of the values in the file, "index_bits" of their
+        positions, "bytes" of both, L2 norm "delta_norm", and "vanished", a fraction (None without a base).
 
     Raises:
         ValueError: a file is damaged, this is not a Dowser adapter, or it does not fit the base.
@@ -71,35 +45,31 @@ def inspect(adapter: str | Path, base: str | Path | None = None) -> dict[str, An
         layouts = {} if saved.config.manifest is None else saved.layouts()
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files))
         modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in sorted(saved.counts)]
-    chosen = {field: getattr(saved.config, field) for field in _CHOICES}
-    return chosen | _together(modules) | {"bytes": saved.size, "modules": [asdict(module) for module in modules]}
+    trained = sum(row["trained"] for row in modules)
+    numel = sum(math.prod(layout.shape) for layout in layouts.values())
+    return {field: getattr(saved.config, field) for field in _CHOICES} | {
+        "trained": trained,
+        "ratio": trained / numel if layouts else None,
+        "delta_norm": math.hypot(*(row["delta_norm"] for row in modules)),
+        "vanished": sum(vanished.values()) / trained if vanished else None,
+        "bytes": saved.size,
+        "modules": modules,
+    }
 
 
-def _facts(adapter: SavedAdapter, module: str, layout: Layout | None, vanished: int | None) -> ModuleFacts:
+def _facts(adapter: SavedAdapter, module: str, layout: Layout | None, vanished: int | None) -> dict[str, Any]:
     values, code = adapter.values(module), adapter.code(module)
     shape = None if layout is None else layout.shape
-    return ModuleFacts(
-        module=module,
-        shape=shape,
-        trained=values.numel(),
-        ratio=None if shape is None else values.numel() / math.prod(shape),
-        dtype=str(values.dtype).removeprefix("torch."),
-        index_bits=8 * code.nbytes,
-        bytes=values.nbytes + code.nbytes,
-        delta_norm=float(values.float().norm()),
-        vanished=None if vanished is None else vanished / values.numel(),
-    )
-
-
-def _together(modules: list[ModuleFacts]) -> dict[str, Any]:
-    trained = sum(module.trained for module in modules)
-    sizes = [math.prod(module.shape) for module in modules if module.shape is not None]
-    vanished = [module.vanished * module.trained for module in modules if module.vanished is not None]
     return {
-        "trained": trained,
-        "ratio": trained / sum(sizes) if sizes else None,
-        "delta_norm": math.hypot(*(module.delta_norm for module in modules)),
-        "vanished": sum(vanished) / trained if vanished else None,
+        "module": module,
+        "shape": shape,
+        "trained": values.numel(),
+        "ratio": None if shape is None else values.numel() / math.prod(shape),
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "index_bits": 8 * code.nbytes,
+        "bytes": values.nbytes + code.nbytes,
+        "delta_norm": float(values.float().norm()),
+        "vanished": None if vanished is None else vanished / values.numel(),
     }
 
 
@@ -111,17 +81,12 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint) -> dict[str, int]:
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
-        entries = _entries(base, target.tensor_name, delta.positions).to(torch.bfloat16)
+        parts = [base.stored(key).view(-1) for key in base.parts(target.tensor_name)]
+        weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+        entries = weight.index_select(0, delta.positions).to(torch.bfloat16)
         there = Delta(torch.arange(len(entries), device="cpu"), delta.values)
         found[module] = merged_entries(entries, there).vanished()
     return found
-
-
-def _entries(base: Checkpoint, name: str, positions: Tensor) -> Tensor:
-    """The entries of a weight at some positions; of a fused one, of the tensors that make it up."""
-    if name in base:
-        return base.read(name).view(-1).index_select(0, positions)
-    return torch.cat([base.stored(key).view(-1) for key in base.pieces[name]]).index_select(0, positions)
 
 
 @dataclass(frozen=True)
@@ -153,23 +118,12 @@ class Overlap:
         return max(-1.0, min(1.0, self.product / length)) if length else None
 
     def summary(self) -> dict[str, float | None]:
-        """The counts and the cosine by name."""
-        return {
-            "shared": self.shared,
-            "only_a": self.only_a,
-            "only_b": self.only_b,
-            "conflicts": self.conflicts,
-            "cosine": self.cosine,
-        }
+        counts = {name: getattr(self, name) for name in ("shared", "only_a", "only_b", "conflicts")}
+        return counts | {"cosine": self.cosine}
 
 
 def overlap(a: Delta, b: Delta) -> Overlap:
-    """Compare two deltas of one weight.
-
-    Args:
-        a: positions strictly increasing, shape `(k1,)`, int32 or int64; values likewise, any float dtype; read only.
-        b: likewise, on the same device; its count and the dtype of its positions may differ.
-    """
+    """Compare two deltas of one weight, on one device; counts and dtypes may differ."""
     own, other = shared(a.positions, b.positions)
     left, right = a.values[own].double(), b.values[other].double()
     return Overlap(
@@ -184,7 +138,6 @@ def overlap(a: Delta, b: Delta) -> Overlap:
 
 
 def total_overlap(overlaps: Iterable[Overlap]) -> Overlap:
-    """The overlap of several weights together."""
     every = list(overlaps)
     return Overlap(**{field.name: sum(getattr(one, field.name) for one in every) for field in fields(Overlap)})
 

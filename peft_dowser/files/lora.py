@@ -49,7 +49,7 @@ def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
             stored = Stored(positions, saved.values(module))  # in the dtype of the file
             first, second = lora_factors(stored, layout.size, rank)
             tensors |= {f"{PREFIX}{module}.lora_A.weight": first, f"{PREFIX}{module}.lora_B.weight": second}
-        tensors |= {PREFIX + name: saved.other(name) for name in saved.others}
+        tensors |= {key: saved.other(name) for name, key in saved.others.items()}  # named as in any adapter
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import is_progress_bar_enabled
 
 from .._transformers import convert_file_size_to_int
-from ..base.target import Target, layouts_of
+from ..base.target import Target
 from ..delta.apply import Delta, merged_entries, report_vanished
 from ..delta.codec import DeltaFormatError
 from ..delta.format import check_output, finished_together, quoted, write_tensors
@@ -104,24 +104,21 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
 class _Sum:
     """A base checkpoint plus an adapter.
 
-    Attributes:
-        adapter: the adapter.
-        base: the checkpoint.
-        vanished: by module, how many non-zero values changed no weight, of how many values; filled as tensors are read.
+    `vanished` has by module how many non-zero values changed no weight, of how many values; filled as tensors are read.
     """
 
     def __init__(self, adapter: SavedAdapter, base: Checkpoint, targets: Mapping[str, Target]) -> None:
         self.adapter = adapter
         self.base = base
         self.vanished: dict[str, tuple[int, int]] = {}
-        names = {module: target.tensor_name for module, target in targets.items()}
-        # By tensor of the checkpoint: its module, and where in the memory of the module's weight it begins.
-        self._places = {base.key(name): (module, 0) for module, name in names.items() if name in base}
-        for module in targets:
-            self._places |= _places(base, module)
+        # By tensor of the checkpoint: its target, and where in the memory of the target's weight it begins.
+        self._places: dict[str, tuple[Target, int]] = {}
+        for target in targets.values():
+            keys = base.parts(target.tensor_name)
+            starts = accumulate((math.prod(base.files[key].get_slice(key).get_shape()) for key in keys), initial=0)
+            self._places |= {key: (target, start) for key, start in zip(keys, starts, strict=False)}
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
         self._delta = lru_cache(maxsize=2)(adapter.delta)
-        self._layouts = layouts_of(targets, adapter.config.granularity)
         self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
 
     def read(self, key: str) -> Tensor:
@@ -144,8 +141,8 @@ class _Sum:
             "adapter computes on a base that is loaded so. For those bits merge in memory, with merge_and_unload()."
         )
 
-    def _added(self, weight: Tensor, module: str, start: int) -> Tensor:
-        delta = self._delta(module, self._layouts[module])
+    def _added(self, weight: Tensor, target: Target, start: int) -> Tensor:
+        module, delta = target.name, self._delta(target.name, target.layout(self.adapter.config.granularity))
         ends = torch.tensor([start, start + weight.numel()], dtype=torch.int64, device="cpu")
         own = slice(*torch.searchsorted(delta.positions, ends.to(delta.positions.dtype)).tolist())
         entries = merged_entries(weight, Delta(delta.positions[own] - start, delta.values[own]))
@@ -155,17 +152,6 @@ class _Sum:
         lost, total = self.vanished.get(module, (0, 0))
         self.vanished[module] = (lost + entries.vanished(), total + entries.sums.numel())
         return weight
-
-
-def _places(base: Checkpoint, module: str) -> dict[str, tuple[str, int]]:
-    """The pieces of a fused parameter, and where in its memory each begins."""
-    keys = base.pieces.get(module, [])
-    starts = accumulate((_numel(base, key) for key in keys), initial=0)
-    return {key: (module, start) for key, start in zip(keys, starts, strict=False)}
-
-
-def _numel(base: Checkpoint, key: str) -> int:
-    return math.prod(base.files[key].get_slice(key).get_shape())
 
 
 def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
@@ -187,7 +173,6 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
 
 
 def _write(work: Path, total: _Sum, limit: int) -> None:
-    """Write the weights, as one file or as shards with their index."""
     split = split_state_dict_into_shards_factory(
         {key: total.base.stored(key).nbytes for key in total.base.files},
         get_storage_size=lambda size: size,
@@ -210,7 +195,6 @@ def _copy_companions(base: Checkpoint, work: Path) -> None:
 
 
 def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
-    """How a checkpoint differs from the sum, one message per tensor."""
     base = total.base
     # A tied tensor that only the merged model stores counts too: with other content it is tied no more.
     names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
@@ -232,5 +216,4 @@ def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """The bytes of every entry, shape `(numel, bytes)`."""
     return tensor.reshape(-1, 1).view(torch.uint8)

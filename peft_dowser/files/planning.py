@@ -6,9 +6,10 @@ tensors, so both are exact; what a step needs beyond them is bounded by one laye
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +19,44 @@ from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 from .._transformers import uninitialized
 from ..base.parts import layer_of
 from ..base.search import fused_parameters, resolve_targets
-from ..base.target import layouts_of
-from ..config import DowserConfig, share_of
+from ..base.target import Target, layouts_of
+from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of
 from ..delta.codec import code_length, position_dtype
+from ..delta.layout import Layout
 from ..delta.masks import trained_count
 from .checkpoint import model_class
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "adafactor", "sgd")
 
-
 QUANTIZATIONS = ("none", "8bit", "4bit")
 
+# What a training keeps from step to step.
+STATE = ("weights", "values", "gradients", "optimizer", "buckets", "positions")
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
 
 # Bytes per weight of bitsandbytes' linears: int8 with a float32 scale per row (the row's length hides it), and NF4 with
 # a float32 scale for every 64 weights.
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5 + 4 / 64}
+
+
+@dataclass(frozen=True)
+class ProbeCost:
+    """What a probe takes for one score, its prompts included; nothing for a score that needs no probe.
+
+    Attributes:
+        forwards: how many prompts of T tokens run forward: N, and as many again where the model writes them itself.
+        backwards: how many prompts run backward, R times each: to the outputs of the adapted matrices only.
+        flops: arithmetic in the adapted matrices.
+        training_tokens: tokens of the planned training that take the same arithmetic there.
+        statistics: bytes of the result, in memory and on disk.
+    """
+
+    forwards: int
+    backwards: int
+    flops: float
+    training_tokens: int
+    statistics: int
 
 
 @dataclass
@@ -56,10 +77,9 @@ class Plan:
         positions: bytes of the decoded positions and of the index codes.
         activations: bytes that autograd keeps from forward to backward; with grouped-query attention counted for a
             batch with padding; without padding less is kept.
-        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, the product that the gradient
-            of this is taken from and, with gradient checkpointing, its activations.
-        statistics: bytes of a probe's result, in memory and on disk.
-        probe_flops: arithmetic of a probe in the adapted matrices: generation, one forward and R backwards.
+        temporary: bytes of the loss, or of a layer where that is more: its largest W + D, or D of input channels, the
+            product that the gradient of this is taken from and, with gradient checkpointing, its activations.
+        probes: what a probe takes, by score.
         step_flops: arithmetic of a training step in the adapted matrices.
         file: bytes of a saved adapter with bfloat16 values, without its config.
     """
@@ -76,16 +96,15 @@ class Plan:
     positions: int
     activations: int
     temporary: int
-    statistics: int
-    probe_flops: float
+    probes: dict[str, ProbeCost]
     step_flops: float
     file: int
 
     @property
     def total(self) -> int:
         """Bytes of a training step at its peak."""
-        parts = (self.weights, self.values, self.gradients, self.optimizer, self.buckets, self.positions)
-        return sum(parts) + max(self.activations + self.temporary, self.update)
+        state = sum(getattr(self, part) for part in STATE)
+        return state + max(self.activations + self.temporary, self.update)
 
 
 def plan(
@@ -132,30 +151,40 @@ def plan(
         matrices = [matrix for target in targets.values() for matrix in target.matrices()]
         features = [matrix.features for matrix in matrices]
         used = sum(target.numel * target.uses_per_token / len(target.matrices()) for target in targets.values())
-        trained = [target.tensor_name for target in targets.values()]
+        layouts = layouts_of(targets, config.granularity)
+        numbers = dict.fromkeys(targets, 0)  # positions by target
+        for matrix in matrices:
+            layout = matrix.layout(config.granularity)
+            numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
+        counts = {key: number * layouts[key].group for key, number in numbers.items()}
+        writes = skeleton.can_generate()
+        parameters, weights = skeleton.num_parameters(), _weight_bytes(skeleton, dtype, quantization)
         width = _DTYPE_BYTES[dtype]
+        if config.granularity == "input_channel":
+            trained = _with_channels(targets, layouts, numbers, getattr(torch, values_dtype))
+        else:
+            trained = [target.tensor_name for target in targets.values()]
         kept = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=False)
         activations, recomputed = kept, 0
         if gradient_checkpointing:
             activations = kept_bytes(skeleton, trained, batch, tokens, width, checkpointing=True)
             recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
     numels = {key: target.numel for key, target in targets.items()}
-    layouts = layouts_of(targets, config.granularity)
-    numbers = dict.fromkeys(targets, 0)  # positions by target
-    for matrix in matrices:
-        layout = matrix.layout(config.granularity)
-        numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
-    counts = {key: number * layouts[key].group for key, number in numbers.items()}
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
     codes = sum(layouts[key].code_length(number) for key, number in numbers.items())
     positions = sum(number * position_dtype(layouts[key].size).itemsize for key, number in numbers.items())
-    prompts = config.num_probes * config.probe_length
-    largest = max(numels.values())
+    # The temporaries of a layer are of the size of its weight, or of its trained channels.
+    largest = max((numels if config.granularity == "weight" else counts).values())
+    if config.granularity == "weight":
+        products = used * _products(quantization, gradient_checkpointing)
+    else:  # one of full size in each forward and for the gradient of the input; likewise, and for D, of the channels
+        forwards = 2 if gradient_checkpointing else 1
+        products = used * (forwards + 1) + nnz * (forwards + 2)
     return Plan(
-        parameters=skeleton.num_parameters(),
+        parameters=parameters,
         adapted=adapted,
         trained=nnz,
-        weights=_weight_bytes(skeleton, dtype, quantization),
+        weights=weights,
         values=nnz * size,
         gradients=nnz * size,
         optimizer=sum(_optimizer_bytes(optimizer, count, size) for count in counts.values()),
@@ -164,12 +193,31 @@ def plan(
         positions=positions + codes,
         activations=activations,
         temporary=max(2 * largest * width + recomputed, _loss_bytes(skeleton, batch, tokens, width)),
-        statistics=4 * sum(config.num_probes * (out + width) + width for out, width in features),
-        # Generation is a forward too; each of the R backwards computes gradients of activations only.
-        probe_flops=2.0 * used * prompts * (2 + config.num_rademacher),
-        step_flops=2.0 * used * batch * tokens * _products(quantization, gradient_checkpointing),
+        probes={
+            score: _probe_cost(score, config, features, used, products, writes=writes) for score in get_args(Score)
+        },
+        step_flops=2.0 * batch * tokens * products,
         file=codes + 2 * nnz,
     )
+
+
+def _with_channels(
+    targets: Mapping[str, Target], layouts: Mapping[str, Layout], numbers: Mapping[str, int], dtype: torch.dtype
+) -> list[str]:
+    """Let modules compute with so many trained input channels each; the names of their values."""
+
+    def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        chosen = args[0].index_select(-1, module.dowser_positions)
+        return output + nn.functional.linear(chosen, module.dowser_values.to(chosen.dtype))
+
+    trained = [name for name in targets if numbers[name]]
+    for name in trained:
+        module, layout, number = targets[name].module, layouts[name], numbers[name]
+        module.register_buffer("dowser_positions", torch.zeros(number, dtype=position_dtype(layout.size)))
+        values = torch.zeros(layout.values_shape(number), dtype=dtype)
+        module.register_parameter("dowser_values", nn.Parameter(values))
+        module.register_forward_hook(hook)
+    return [f"{name}.dowser_values" for name in trained]
 
 
 def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> float:
@@ -180,8 +228,34 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
     return (state + count * position_dtype(numel).itemsize + code_length(numel, count)) / numel
 
 
+def _probe_cost(
+    score: str, config: DowserConfig, features: Iterable[tuple[int, int]], used: float, products: float, writes: bool
+) -> ProbeCost:
+    """What a probe takes.
+
+    Args:
+        score: the score that it is for.
+        config: gives N, R and T.
+        features: outputs and inputs of every adapted matrix.
+        used: weights of the adapted matrices that one token is multiplied with.
+        products: weights that a token of the training is multiplied with, in all its products.
+        writes: the model writes the prompts, which takes a forward too.
+    """
+    if score not in PROBED_SCORES:
+        return ProbeCost(0, 0, 0.0, 0, 0)
+    count, gradient = config.num_probes, score == "gradient"
+    projections = 0 if score in FORWARD_SCORES else config.num_rademacher
+    forwards, backwards = count * (1 + writes), count * (projections + gradient)
+    # A backward computes gradients of activations; that of the loss also those of the weights.
+    probed = config.probe_length * (forwards + backwards + count * gradient)
+    entries = [
+        count * width + width + (count * out if projections else 0) + (out * width if gradient else 0)
+        for out, width in features
+    ]
+    return ProbeCost(forwards, backwards, 2.0 * used * probed, round(probed * used / products), 4 * sum(entries))
+
+
 def _skeleton(config: PreTrainedConfig, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model, not initialized."""
     model = uninitialized(model_class(config, name), config, dtype)
     model.tie_weights()  # a part of the initialization
     return model
@@ -192,16 +266,8 @@ def kept_bytes(
 ) -> int:
     """Bytes that autograd keeps from the forward to the backward of a step, less the weights themselves.
 
-    Args:
-        model: the model; under `FakeTensorMode` nothing is computed.
-        trained: names of the weights that have gradients: the inputs that each is multiplied with are kept for that.
-        batch: examples.
-        tokens: tokens of an example.
-        size: bytes of an entry of what the model keeps in its own dtype.
-        checkpointing: with gradient checkpointing.
-
-    Raises:
-        ValueError: the model reads something else.
+    Under `FakeTensorMode` nothing is computed. Of each of the weights that are `trained` the inputs are kept for its
+    gradient. An entry that the model keeps in its own dtype takes `size` bytes.
     """
     model.train().requires_grad_(False)
     for name in trained:
@@ -266,7 +332,6 @@ def _weight_bytes(model: nn.Module, dtype: str, quantization: str) -> int:
 # State of an optimizer per trained weight, by the size of a value; bitsandbytes keeps two bytes and, for every 256
 # values, two float32 scales (tensors below 4096 values stay in float32).
 def _optimizer_bytes(optimizer: str, count: int, size: int) -> int:
-    """State of one tensor of `count` values of `size` bytes."""
     if optimizer == "adamw_8bit" and count >= 4096:
         return 2 * count + 2 * 4 * math.ceil(count / 256)
     if optimizer == "adamw_8bit":

@@ -107,14 +107,13 @@ class _Deltas:
             product = replace(product, x=in_autocast(product.x))
         if product.expert is None:
             return sparse_experts(product, weight, self.values, self.positions)
-        matrix = weight[product.expert]
         values, positions = self._of(product.expert)
         if not any(at.numel() for at in positions):
-            return product.compute(matrix)
-        return sparse_experts(product, matrix[None], values, positions)
+            return product.compute(weight[product.expert])
+        return sparse_experts(product, weight, values, positions)
 
     def _of(self, expert: int) -> tuple[list[Tensor], list[Tensor]]:
-        """The deltas of one expert: values, and positions in its matrix."""
+        """The deltas of one expert."""
         if self._by_expert is None:
             shape = self.fused.weight.shape
             self._by_expert = []
@@ -123,6 +122,4 @@ class _Deltas:
                 sizes = [end - begin for begin, end in pairwise(bounds)]
                 # One split for all experts: its backward writes the gradient once, not once per expert.
                 self._by_expert.append((values.split(sizes), positions.split(sizes)))
-        offset = expert * self.fused.weight[0].numel()
-        values = [values[expert] for values, _ in self._by_expert]
-        return values, [positions[expert] - offset for _, positions in self._by_expert]
+        return [each[expert] for each, _ in self._by_expert], [each[expert] for _, each in self._by_expert]

@@ -73,7 +73,8 @@ class DowserLayer(BaseTunerLayer):
         """The values as they are added to the weight: times the adapter's scale. Refuses those of a placeholder."""
         own = cast(Values, self.dowser_values[adapter_name])
         values, scale = own.loaded(), self.scaling[adapter_name]
-        if not torch.compiler.is_compiling():
+        # A product with input channels rounds their values to the dtype of the input, whatever their own.
+        if self.index(adapter_name).layout.channel_dim is None and not torch.compiler.is_compiling():
             own.report_narrow(adapter_name)
         return values if scale == 1 else values * scale
 

@@ -82,7 +82,7 @@ def dense_temporary(shape: Sequence[int], like: Tensor) -> Tensor:
     On CPU it is one buffer, kept: every fresh allocation of that size costs its page faults again (15 ms instead of
     6 ms for W + D of 2048 x 5632 in float32), and fragments the heap. On a GPU the allocator of torch does the same.
     """
-    if like.device.type != "cpu":
+    if not like.is_cpu:
         return like.new_empty(shape)
     count = math.prod(shape)
     buffer: Tensor | None = getattr(_thread, "buffer", None)
@@ -140,23 +140,29 @@ def _output(
         product = flat @ total if bias is None else torch.addmm(bias, flat, total)
     else:
         product = F.linear(x, total, bias)
+    if product.dim() == x.dim() and not product._is_view():
+        return product
     # No view: of an op's output torch forbids that, where the model then changes it in place.
     return torch.ops.aten._unsafe_view(product, (*x.shape[:-1], product.shape[-1]))
 
 
-def _input_grad(
-    grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool
-) -> Tensor:
+def input_grad(grad: Tensor, weight: Weight, values: list[Tensor], positions: list[Tensor], transposed: bool) -> Tensor:
+    """The gradient g (W + D) of the input of `sparse_linear`, where g, shape `(..., out)`, is that of its output."""
     total = sum_of(weight, values, positions).to(grad.dtype)
     return grad @ (total.T if transposed else total)
 
 
-def _values_grad(
+def values_grad(
     grad: Tensor, x: Tensor, values: list[Tensor], positions: list[Tensor], transposed: bool
 ) -> list[Tensor]:
-    rows, columns = (x, grad) if transposed else (grad, x)
-    rows, columns = rows.reshape(-1, rows.shape[-1]), columns.reshape(-1, columns.shape[-1])
+    """The gradients of the values of each adapter, shape `(nnz_a,)`, where `grad` is that of the output."""
+    rows, columns = (_rows(x), _rows(grad)) if transposed else (_rows(grad), _rows(x))
     return [product_at(rows, columns, at).to(delta.dtype) for delta, at in zip(values, positions, strict=True)]
+
+
+def _rows(of: Tensor) -> Tensor:
+    """All leading dimensions as one."""
+    return of if of.dim() == 2 else of.reshape(-1, of.shape[-1])
 
 
 def _keep(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, deltas: Sequence[Tensor], transposed: bool) -> None:
@@ -169,20 +175,21 @@ def _keep(ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, deltas: Sequ
 
 
 def _gradients(
-    ctx: Any, grad: Tensor, wants: Sequence[bool], input_grad: Callable[..., Tensor], values_grad: Callable[..., Any]
+    ctx: Any, grad: Tensor, wants: Sequence[bool], of_input: Callable[..., Tensor], of_values: Callable[..., Any]
 ) -> tuple[Tensor | None, Tensor | None, Sequence[Tensor | None]]:
     """The gradients of x, bias and values, as far as `wants` says so of each of the three."""
     x, weight, *deltas = ctx.saved_tensors
-    values, positions = _halves(deltas)
+    values, positions = halves(deltas)
     wants_x, wants_bias, wants_values = wants
-    grad_x = input_grad(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
-    grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if wants_bias else None
+    grad_x = of_input(grad, ctx.compute_weight or weight, values, positions, ctx.transposed) if wants_x else None
+    grad_bias = _rows(grad).sum(0).to(ctx.bias_dtype) if wants_bias else None
     if not wants_values:
         return grad_x, grad_bias, [None] * len(values)
-    return grad_x, grad_bias, values_grad(grad, x, values, positions, ctx.transposed)
+    return grad_x, grad_bias, of_values(grad, x, values, positions, ctx.transposed)
 
 
-def _halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def halves(deltas: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The values of all adapters, and their positions, which follow them."""
     return list(deltas[: len(deltas) // 2]), list(deltas[len(deltas) // 2 :])
 
 
@@ -192,14 +199,14 @@ class _SparseLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, transposed, *deltas):
         _keep(ctx, x, weight, bias, deltas, transposed)
-        return _output(x, weight, bias, *_halves(deltas), transposed)
+        return _output(x, weight, bias, *halves(deltas), transposed)
 
     @staticmethod
     def backward(ctx, grad):
         refuse_second_derivatives()
         wants_x, _, wants_bias, _, *wants_values = ctx.needs_input_grad
         wants = wants_x, wants_bias, any(wants_values)
-        grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, _input_grad, _values_grad)
+        grad_x, grad_bias, grad_values = _gradients(ctx, grad, wants, input_grad, values_grad)
         return grad_x, None, grad_bias, None, *grad_values, *[None] * len(grad_values)
 
 
@@ -210,7 +217,7 @@ linear_op = torch.library.custom_op(
 
 input_grad_op = torch.library.custom_op(
     "dowser::linear_input_grad",
-    _input_grad,
+    input_grad,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor weight, {_DELTAS}) -> Tensor",
 )
@@ -218,7 +225,7 @@ input_grad_op = torch.library.custom_op(
 
 values_grad_op = torch.library.custom_op(
     "dowser::linear_values_grad",
-    _values_grad,
+    values_grad,
     mutates_args=(),
     schema=f"(Tensor grad, Tensor x, {_DELTAS}) -> Tensor[]",
 )
@@ -266,7 +273,7 @@ def product_at(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
         The entries, shape `(nnz,)`, float32 or the dtype of `rows`.
     """
     numel = rows.shape[1] * columns.shape[1]
-    density = _SAMPLED_DENSITY.get(rows.dtype, 0) if rows.device.type == "cpu" else 0
+    density = _SAMPLED_DENSITY.get(rows.dtype, 0) if rows.is_cpu else 0
     if positions.numel() < density * numel:
         return _sampled_product(rows, columns, positions)
     return _dense_product(rows, columns, positions)
@@ -304,17 +311,23 @@ def _token_blocks(values: Tensor) -> Iterator[Tensor]:
 
 def _dense_product(rows: Tensor, columns: Tensor, positions: Tensor) -> Tensor:
     height, width = rows.shape[1], columns.shape[1]
-    on_cpu = rows.device.type == "cpu"
-    block = min(height, max(1, _PRODUCT_BLOCK // (width * rows.element_size()))) if on_cpu else height
+    block = max(1, _PRODUCT_BLOCK // (width * rows.element_size())) if rows.is_cpu else height
+    if height > block:
+        return _dense_product_by_blocks(rows, columns, positions, block)
+    product = torch.mm(rows.T, columns, out=dense_temporary((height, width), rows))
+    return torch.index_select(product.view(-1), 0, positions)
+
+
+def _dense_product_by_blocks(rows: Tensor, columns: Tensor, positions: Tensor, block: int) -> Tensor:
+    height, width = rows.shape[1], columns.shape[1]
     firsts = torch.arange(0, height, block, device=positions.device, dtype=positions.dtype)
-    ends = torch.searchsorted(positions, firsts[1:] * width).tolist() if block < height else []
+    ends = torch.searchsorted(positions, firsts[1:] * width).tolist()
     found = rows.new_empty(positions.numel())
     product = dense_temporary((block, width), rows)
     for number, (begin, end) in enumerate(zip([0, *ends], [*ends, positions.numel()], strict=True)):
         row_block = rows[:, number * block : (number + 1) * block]
         part = torch.mm(row_block.T, columns, out=product[: row_block.shape[1]])
-        at = positions[begin:end] - number * block * width if number else positions[begin:end]
-        torch.index_select(part.view(-1), 0, at, out=found[begin:end])
+        torch.index_select(part.view(-1), 0, positions[begin:end] - number * block * width, out=found[begin:end])
     return found
 
 

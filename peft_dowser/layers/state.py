@@ -146,7 +146,9 @@ class Index(nn.Module):
         code = state_dict.get(prefix + "code")
         is_known = code is not None and self._is_decoded(code)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if "code" in self._non_persistent_buffers_set and code is not None:
+        if code is None:
+            return  # a load of another adapter
+        if "code" in self._non_persistent_buffers_set:
             self.code = code
         else:
             self._follow_code(is_known)

@@ -33,8 +33,9 @@ from .statistics import ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
-# A file, by what it holds and its digest; other files in the folder are left alone.
-_NAME = "{}-{}.safetensors"
+# Files, by a digest of what their content depends on, statistics also by their backwards; others in the folder are left
+# alone.
+_NAMES = ("probe-{}-{}.safetensors", "prompts-{}.safetensors")
 
 # Bytes of all cached files; the oldest are deleted beyond it.
 _LIMIT = 4_000_000_000
@@ -43,8 +44,10 @@ _LIMIT = 4_000_000_000
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def place_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> Path | None:
-    """The file in the cache for a probe with synthetic prompts, whether or not it exists.
+def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> list[Path]:
+    """The files in the cache that may hold what a probe with synthetic prompts measures; the first is its own.
+
+    A probe with backwards has measured what forwards alone measure too; the opposite does not hold.
 
     Args:
         model: the base model, not sharded.
@@ -52,24 +55,34 @@ def place_of(model: nn.Module, samples: Mapping[str, str | None], settings: Prob
         settings: how it is probed.
 
     Returns:
-        None where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized
-        weight stands for, what a hook does, or which image processor lies in a folder.
+        An empty list where the cache is off, or a digest cannot tell everything that the statistics depend on: what a
+        quantized weight stands for, what a hook does, or which image processor lies in a folder.
     """
     if None in samples.values():
-        return None
-    return _place("probe", model, settings, [list(samples), astuple(settings)])
+        return []
+    forwards = replace(settings, num_rademacher=0, gradient=False)
+    found = _folder_and_digest(model, settings, [list(samples), astuple(forwards)])
+    if found is None:
+        return []
+    folder, digest = found
+    backwards = f"{settings.num_rademacher}{'-gradient' if settings.gradient else ''}"
+    own = folder / _NAMES[0].format(digest, backwards)
+    others = [] if settings.backward else sorted(folder.glob(_NAMES[0].format(digest, "*")))
+    return [own, *(path for path in others if path != own)]
 
 
 def place_of_prompts(model: nn.Module, settings: ProbeSettings) -> Path | None:
     """The file in the cache for the prompts that a base writes, whose adapters, if it has any, are disabled.
 
     Returns:
-        None as for a probe.
+        None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
     """
-    return _place("prompts", model, settings, [settings.num_probes, settings.probe_length, settings.seed])
+    found = _folder_and_digest(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
+    return None if found is None else found[0] / _NAMES[1].format(found[1])
 
 
-def _place(content: str, model: nn.Module, settings: ProbeSettings, depends_on: Sequence[Any]) -> Path | None:
+def _folder_and_digest(model: nn.Module, settings: ProbeSettings, depends_on: Sequence[Any]) -> tuple[Path, str] | None:
+    """The folder of the cache, and a digest of the model and of whatever else something depends on."""
     folder = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
     if folder.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
         return None
@@ -78,17 +91,17 @@ def _place(content: str, model: nn.Module, settings: ProbeSettings, depends_on: 
     digest = hashlib.sha256(json.dumps([*_surroundings(model), *depends_on]).encode())
     for line in _weights(model):
         digest.update(line)
-    return Path(folder).expanduser() / _NAME.format(content, digest.hexdigest())
+    return Path(folder).expanduser(), digest.hexdigest()
 
 
-def read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
-    """The statistics in a file of the cache, in the order of the names of the matrices.
+def read(paths: Sequence[Path], names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
+    """The statistics in the first of some files that can be used, in the order of the names; None where none can."""
+    found = (_read(path, names, samples) for path in paths if path.exists())
+    return next((statistics for statistics in found if statistics is not None), None)
 
-    Returns:
-        None where there is no such file, or, with a warning, a damaged one.
-    """
-    if not path.exists():
-        return None
+
+def _read(path: Path, names: Sequence[str], samples: Mapping[str, str | None]) -> ProbeStatistics | None:
+    """The statistics in a file; None, with a warning, where it is damaged."""
     try:
         statistics = ProbeStatistics.load(path)
         modules = statistics.modules
@@ -150,7 +163,8 @@ def _keep(content: str, save: Callable[[Path], None], path: Path) -> None:
 
 def _make_room(folder: Path, size: int) -> None:
     """Delete the oldest files until there is room for as many bytes more."""
-    ours = (file for content in ("probe", "prompts") for file in folder.glob(_NAME.format(content, "[0-9a-f]" * 64)))
+    digest = "[0-9a-f]" * 64
+    ours = (file for name in _NAMES for file in folder.glob(name.format(digest, "*")))
     newest = sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True)
     for file in newest:
         size += file.stat().st_size

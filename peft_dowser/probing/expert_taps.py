@@ -33,6 +33,7 @@ class ExpertsTap:
         mask: real tokens of the batch, `(batch, tokens)`, float32.
         experts: number of experts.
         wants_gradient: rows are kept until the backward of a loss needs them.
+        wants_graph: backwards follow; otherwise the forward runs without a graph.
         calls: how often the module was called.
         rows: number of real tokens that each expert got, `(experts,)`.
         activity: sum over calls of the mean |h|, `(batch * experts, in)`.
@@ -46,6 +47,7 @@ class ExpertsTap:
     mask: Tensor
     experts: int
     wants_gradient: bool = False
+    wants_graph: bool = True
     calls: int = 0
     rows: Tensor | None = None
     activity: Tensor | None = None
@@ -63,15 +65,21 @@ class ExpertsTap:
             tokens: the token of every row, numbered through the batch, `(rows,)`.
             weight: the fused parameter, or the matrix of `product.expert`.
         """
+        hidden, expert, mask = product.x.detach(), product.expert_of_row(), self.mask.to(tokens.device)
+        share = (mask / mask.sum(1, keepdim=True)).view(-1)[tokens]
+        slot = tokens // mask.shape[1] * self.experts + expert
+        real = (share > 0).float()
+        self.rows = plus(self.rows, torch.bincount(expert[share > 0], minlength=self.experts))
+        self.activity = plus(self.activity, self._sums(hidden.abs(), share, slot, len(mask)))
+        self.energy = plus(self.energy, self._sums(hidden.float().square(), real, expert, 1))
+        if not self.wants_graph:
+            return product.compute(weight)
         # As in `Tap`: until the first probed module the forward runs without a graph.
         torch.set_grad_enabled(True)
         result = product.compute(weight)
         if not result.requires_grad:
             self.starts.append(result.requires_grad_(True))
             result = result.clone()  # the module may add a bias in place, which a leaf does not allow
-        hidden, expert, mask = product.x.detach(), product.expert_of_row(), self.mask.to(tokens.device)
-        share = (mask / mask.sum(1, keepdim=True)).view(-1)[tokens]
-        slot = tokens // mask.shape[1] * self.experts + expert
         kept = hidden if self.wants_gradient else None
 
         def backward(grad: Tensor) -> None:
@@ -84,10 +92,6 @@ class ExpertsTap:
                     self.gradient[number] = plus(self.gradient.get(number), found)
 
         result.register_hook(backward)
-        real = (share > 0).float()
-        self.rows = plus(self.rows, torch.bincount(expert[share > 0], minlength=self.experts))
-        self.activity = plus(self.activity, self._sums(hidden.abs(), share, slot, len(mask)))
-        self.energy = plus(self.energy, self._sums(hidden.float().square(), real, expert, 1))
         return result
 
     def by_expert(self) -> Iterator[tuple[int, Tap]]:

@@ -1,4 +1,7 @@
-"""The passes of a probe: for every batch of prompts one forward and R backwards, reduced to statistics by taps."""
+"""The passes of a probe: for every batch of prompts one forward and R backwards, reduced to statistics by taps.
+
+R is 0 for the scores that read no sensitivity: then nothing but the forward runs, and without a graph.
+"""
 
 import gc
 import inspect
@@ -59,7 +62,7 @@ class Passes:
     def statistics(self) -> dict[str, ModuleStatistics]:
         """Statistics of this rank's prompts, in the order of `mine`."""
         size = self._batch_size()
-        total = len(self.mine) * self.settings.num_rademacher
+        total = len(self.mine) * max(1, self.settings.num_rademacher)
         with tqdm(
             total=total, desc="Probing", unit="pass", disable=not (self.ranks.is_first and is_progress_bar_enabled())
         ) as bar:
@@ -145,11 +148,10 @@ class Passes:
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
-                name: ExpertsTap(mask, target.shape[0], self.settings.gradient) for name, target in self.fused.items()
+                name: ExpertsTap(mask, target.shape[0], self.settings.gradient, self.settings.backward)
+                for name, target in self.fused.items()
             }
-        of_plain = {
-            name: tap_of(target, masks, len(chosen), self.settings.gradient) for name, target in self.plain.items()
-        }
+        of_plain = {name: tap_of(target, masks, len(chosen), self.settings) for name, target in self.plain.items()}
         taps: list[Tap | ExpertsTap] = [*of_plain.values(), *of_experts.values()]
         generators = [
             torch.Generator().manual_seed(derived_seed(self.settings.seed, "rademacher", number)) for number in chosen
@@ -158,6 +160,8 @@ class Passes:
             for numbers in self._rounds():
                 with torch.no_grad():  # the taps turn it on
                     outputs = self._forward(inputs, mask, written)
+                if not self.settings.backward:
+                    bar.update(len(chosen))
                 starts = [start for tap in taps for start in tap.starts]
                 for number in numbers:
                     output, direction = self._probed_output(outputs, written), None
@@ -194,7 +198,9 @@ class Passes:
     def _rounds(self) -> list[range]:
         """What follows each forward: the Rademacher vectors of its backwards, by number; after the last, the loss."""
         count = self.settings.num_rademacher + int(self.settings.gradient)
-        return [range(number, number + 1) for number in range(count)] if self.ranks.one_backward else [range(count)]
+        if self.ranks.one_backward and count:
+            return [range(number, number + 1) for number in range(count)]
+        return [range(count)]
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
         if self.kind is Kind.OTHER or mask is None or written is None:
@@ -239,7 +245,7 @@ class Passes:
             out, width = self.matrices[name].features
             zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
             module = ModuleStatistics(
-                sensitivity=zeros(len(self.prompts), out),
+                sensitivity=zeros(len(self.prompts), out) if self.settings.num_rademacher else None,
                 activity=zeros(len(self.prompts), width),
                 energy=zeros(width),
                 gradient=zeros(out, width) if self.settings.gradient else None,
@@ -248,7 +254,7 @@ class Passes:
         forwards = len(self._rounds())
         module.activity[chosen] = (tap.activity / tap.calls).cpu()
         module.energy += (tap.energy / forwards).cpu()
-        if tap.sensitivity is not None:
+        if module.sensitivity is not None and tap.sensitivity is not None:
             backwards = tap.calls // forwards * self.settings.num_rademacher
             module.sensitivity[chosen] = (tap.sensitivity / backwards).cpu()
         if module.gradient is not None and tap.gradient is not None:

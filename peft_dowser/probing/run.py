@@ -2,11 +2,12 @@
 
 Every parameter is frozen while the probe runs, and the graph begins at the outputs of the first probed modules, so
 autograd computes gradients of activations only, through the probed layers only. Samples of a batch do not interact:
-one backward serves all of them.
+one backward serves all of them. For a score that reads no sensitivity there is no graph and no backward.
 """
 
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -42,7 +43,9 @@ def probe(
     Args:
         model: the base model, with its weights loaded; quantities are measured in its own dtype, and under autocast
             only where it is half and has parts that were made wider, such as norms.
-        config: gives the targets, N, R, T, the seed and the batch size; None takes the defaults.
+        config: gives the targets, N, R, T, the seed and the batch size; None takes the defaults. Its score says what is
+            measured: for "activity" and "wanda" no A, and so without a backward; for "gradient" also the gradient of
+            the prompts' loss.
         prompts: inputs to probe with instead of synthetic ones: texts, for the tokenizer in the folder
             or Hub id that the model was loaded from; token ids, shape `(tokens,)`; or the keyword arguments of the
             model's forward with a batch dimension of 1, such as a processor returns.
@@ -56,12 +59,14 @@ def probe(
             other means than FSDP2 or DeepSpeed ZeRO-3.
         RuntimeError: called under `torch.inference_mode`, or one prompt alone does not fit into memory.
 
-    Note: the time is one forward and R backwards over N T tokens, plus the generation of the prompts; the memory is one
-    batch plus N (out + in) numbers per module. A probe with synthetic prompts is kept in a cache, `DOWSER_CACHE` or the
-    folder `dowser` in that of Hugging Face, and read from there the next time; `DOWSER_CACHE=off` turns it off. In a
-    distributed run every rank must call this: each probes a part of the prompts, and all return the whole. A base that
-    is sharded with FSDP2 or DeepSpeed ZeRO-3 gathers the weights that its own forward and backward gather, and one
-    matrix at a time for `samples`; ZeRO-3 gathers for one backward per forward, so R forwards run there.
+    Note: the time is one forward and R backwards over N T tokens, for "activity" and "wanda" the forward alone, plus
+    the generation of the prompts and a forward of two of them, which tells whether prompts can share a batch. The
+    memory is one batch plus N (out + in) numbers per module; without A, N in. A probe with synthetic prompts is kept in
+    a cache, `DOWSER_CACHE` or the folder `dowser` in that of Hugging Face, and read from there the next time;
+    `DOWSER_CACHE=off` turns it off. In a distributed run every rank must call this: each probes a part of the prompts,
+    and all return the whole. A base that is sharded with FSDP2 or DeepSpeed ZeRO-3 gathers the weights that its own
+    forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for one backward per forward, so
+    R forwards run there.
     """
     config = config or DowserConfig()
     check_is_base(model)
@@ -75,18 +80,16 @@ def probe_targets(
     model = uncompiled(model)
     targets = {use.name: use for target in targets.values() for use in target.uses}
     if torch.is_inference_mode_enabled():
-        raise RuntimeError(
-            "The probe needs gradients, but runs under torch.inference_mode(); leave that context first."
-        )
+        raise RuntimeError("The probe does not run under torch.inference_mode(); leave that context first.")
     ranks = Ranks.of(model)
     settings = ranks.for_all(lambda: settings)
     samples = ranks.for_all(lambda: {name: target.sample() for name, target in targets.items()})
     names = [matrix.name for target in targets.values() for matrix in target.matrices()]
-    at = None
+    places: list[Path] = []
     if prompts is None and not ranks.in_step:
-        at = ranks.for_all(lambda: cache.place_of(model, samples, settings))
-    if at is not None and (known := ranks.for_all(lambda: cache.read(at, names, samples))) is not None:
-        return known
+        places = ranks.for_all(lambda: cache.places_of(model, samples, settings))
+    if places and (known := ranks.for_all(lambda: cache.read(places, names, samples))) is not None:
+        return known if settings.backward else known.of_forwards()
     _report_idle(ranks, next(iter(targets.values())).device)
     inputs = ranks.for_all(lambda: _inputs(model, settings, prompts))
     mine, found = ranks.on_each(lambda: _probed(model, targets, settings, inputs, ranks))
@@ -99,8 +102,8 @@ def probe_targets(
         seed=settings.seed,
     )
     statistics = ProbeStatistics(ranks.gathered(names, mine, found), info, samples)
-    if at is not None:
-        ranks.for_all(lambda: cache.keep(statistics, at))
+    if places:
+        ranks.for_all(lambda: cache.keep(statistics, places[0]))
     return statistics
 
 

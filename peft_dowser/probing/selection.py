@@ -71,7 +71,7 @@ def score_matrix(matrix: Target, config: DowserConfig, statistics: ProbeStatisti
         if use.name in statistics.modules:
             score = _score_of_use(use, config, statistics)
             score = score if use.transposed == matrix.transposed else score.T
-            total = score if total is None else total.add_(score)
+            total = score if total is None else total.contiguous().add_(score)
     return cast(Tensor, total)
 
 

@@ -1,10 +1,8 @@
 """How to probe, as one value that prompts and passes read; the choice of targets and masks stays in the config."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ..config import DowserConfig
+from ..config import FORWARD_SCORES, DowserConfig
 
 
 @dataclass(frozen=True)
@@ -13,7 +11,7 @@ class ProbeSettings:
 
     Attributes:
         num_probes: N, the number of synthetic prompts.
-        num_rademacher: R, the number of random projections of the output per prompt.
+        num_rademacher: R, the number of random projections of the output per prompt; 0 in a probe of forwards only.
         probe_length: T, the tokens of a synthetic prompt.
         probe_images: fraction of the prompts that begin with a noise image.
         seed: seed of prompts and projections.
@@ -29,11 +27,16 @@ class ProbeSettings:
     batch_size: int | None
     gradient: bool
 
+    @property
+    def backward(self) -> bool:
+        """Whether anything is measured that needs a graph."""
+        return self.num_rademacher > 0 or self.gradient
+
     @classmethod
-    def of(cls, config: "DowserConfig") -> "ProbeSettings":
+    def of(cls, config: DowserConfig) -> "ProbeSettings":
         return cls(
             num_probes=config.num_probes,
-            num_rademacher=config.num_rademacher,
+            num_rademacher=0 if config.score in FORWARD_SCORES else config.num_rademacher,
             probe_length=config.probe_length,
             probe_images=config.probe_images,
             seed=config.seed,

@@ -24,20 +24,21 @@ class ModuleStatistics:
 
     Attributes:
         sensitivity: mean over the Rademacher vectors and the real tokens of |d(xi^T f)/dz_i|, shape `(N, out)`: the
-            ||J_i|| of Eq. 5, up to a constant.
+            ||J_i|| of Eq. 5, up to a constant; None where the probe ran forwards only.
         activity: mean over the real tokens of |h_j|, shape `(N, in)`.
         energy: sum over all probes and real tokens of h_j squared, shape `(in,)` (the norm that Wanda uses).
         gradient: gradient of the probes' mean next-token loss, shape `(out, in)`; only for `score="gradient"`.
     """
 
-    sensitivity: Tensor
+    sensitivity: Tensor | None
     activity: Tensor
     energy: Tensor
     gradient: Tensor | None = None
 
     def of_prompts(self, numbers: Sequence[int]) -> "ModuleStatistics":
         """The statistics with the rows of these prompts only."""
-        return replace(self, sensitivity=self.sensitivity[numbers], activity=self.activity[numbers])
+        sensitivity = None if self.sensitivity is None else self.sensitivity[numbers]
+        return replace(self, sensitivity=sensitivity, activity=self.activity[numbers])
 
 
 @dataclass
@@ -47,7 +48,8 @@ class ProbeInfo:
     Attributes:
         base_model: name or path of the probed model, "" where it has none.
         num_probes: N, the number of prompts.
-        num_rademacher: R, the number of random projections of the output per prompt.
+        num_rademacher: R, the number of random projections of the output per prompt; 0 where the probe ran forwards
+            only, and no module has a sensitivity.
         probe_length: T, the tokens of a synthetic prompt; 0 where the caller passed the prompts.
         probe_images: fraction of the prompts that begin with a noise image.
         seed: seed of prompts and projections.
@@ -133,12 +135,14 @@ class ProbeStatistics:
             fields.setdefault(name, {})[part] = tensor
         try:
             info = ProbeInfo(**json.loads(metadata["info"]))
-            modules = {name: ModuleStatistics(**found) for name, found in fields.items()}
+            # R = 0 says that there is no sensitivity; a file that lacks one otherwise is not whole.
+            absent: dict[str, Any] = {"sensitivity": None} if info.num_rademacher == 0 else {}
+            modules = {name: ModuleStatistics(**absent | found) for name, found in fields.items()}
             samples = _samples(json.loads(metadata.get("samples", "{}")))  # early files have none
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"'{path}' lacks a part of the probe statistics ({printable(str(error))}).") from error
         for name, module in modules.items():
-            _check_module(name, module, info.num_probes, path)
+            _check_module(name, module, info, path)
         return cls(modules, info, samples)
 
     def named_as(self, names: Collection[str], own: str) -> "ProbeStatistics":
@@ -187,6 +191,11 @@ class ProbeStatistics:
             samples={renamed(name): sample for name, sample in self.samples.items()},
         )
 
+    def of_forwards(self) -> "ProbeStatistics":
+        """What a probe that ran forwards only would have measured."""
+        modules = {name: replace(module, sensitivity=None, gradient=None) for name, module in self.modules.items()}
+        return replace(self, modules=modules, info=replace(self.info, num_rademacher=0))
+
     def unlike(self, samples: Mapping[str, str | None]) -> list[str]:
         """Names of the weights that differ from the probed ones by more than a cast to another float dtype."""
         return unlike_samples(self.samples, samples)
@@ -207,9 +216,10 @@ def combined(parts: Sequence[tuple[Sequence[int], ModuleStatistics | None]]) -> 
     if len(parts) == 1:
         return reached[0][1]
     total = sum(len(numbers) for numbers, _ in parts)
+    sensitivities = [(numbers, part.sensitivity) for numbers, part in reached if part.sensitivity is not None]
     gradients = [len(numbers) / total * part.gradient for numbers, part in reached if part.gradient is not None]
     return ModuleStatistics(
-        sensitivity=_rows(total, [(numbers, part.sensitivity) for numbers, part in reached]),
+        sensitivity=_rows(total, sensitivities) if sensitivities else None,
         activity=_rows(total, [(numbers, part.activity) for numbers, part in reached]),
         energy=torch.stack([part.energy for _, part in reached]).sum(0),
         gradient=torch.stack(gradients).sum(0) if gradients else None,
@@ -240,20 +250,22 @@ def _check_version(metadata: dict[str, str], path: str | Path) -> None:
         )
 
 
-def _check_module(name: str, module: ModuleStatistics, num_probes: int, path: str | Path) -> None:
+def _check_module(name: str, module: ModuleStatistics, info: ProbeInfo, path: str | Path) -> None:
     where = f"'{path}': the statistics of module {quoted(name)}"
+    tensors = {field: tensor for field, tensor in vars(module).items() if tensor is not None}
+    if info.num_rademacher == 0 and tensors.keys() != {"activity", "energy"}:
+        raise ValueError(f"{where} hold more than forwards measure, but the file says R = 0: forwards only.")
     factors = (module.sensitivity, module.activity)
-    out, width = (factor.shape[-1] if factor.dim() == 2 else 0 for factor in factors)
+    out, width = (0 if factor is None or factor.dim() != 2 else factor.shape[-1] for factor in factors)
     shapes = {
-        "sensitivity": (num_probes, out),
-        "activity": (num_probes, width),
+        "sensitivity": (info.num_probes, out),
+        "activity": (info.num_probes, width),
         "energy": (width,),
         "gradient": (out, width),
     }
-    tensors = {field: tensor for field, tensor in vars(module).items() if tensor is not None}
     if any(tuple(tensor.shape) != shapes[field] for field, tensor in tensors.items()):
         raise ValueError(f"{where} have shapes that disagree.")
     if any(tensor.dtype != torch.float32 for tensor in tensors.values()):
         raise ValueError(f"{where} are not float32.")
-    if any(bool((tensor < 0).any()) for tensor in (*factors, module.energy)):
+    if any(bool((tensor < 0).any()) for field, tensor in tensors.items() if field != "gradient"):
         raise ValueError(f"{where} have negative entries, which no probe gives. The file is damaged; probe again.")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base.target import Target, TargetKind
+from .settings import ProbeSettings
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Tap:
             reads; empty where the inputs have no tokens.
         batch: number of prompts in the batch.
         wants_gradient: inputs are kept until the backward of a loss needs them.
+        wants_graph: backwards follow; otherwise the forward runs without a graph.
         width: `in`; of an embedding, the number of tokens that it knows. Only a `LookupTap` needs it.
         calls: how often the module was called with at least one row.
         activity: sum over calls of the mean |h|, `(batch, in)`.
@@ -32,6 +34,7 @@ class Tap:
     masks: Sequence[Tensor]
     batch: int
     wants_gradient: bool = False
+    wants_graph: bool = True
     width: int = 0
     calls: int = 0
     activity: Tensor | None = None
@@ -47,15 +50,17 @@ class Tap:
         if not hidden.numel():
             return output  # an expert without tokens
         activity, energy = self._measured(hidden)
+        self.calls += 1
+        self.activity = plus(self.activity, activity)
+        self.energy = plus(self.energy, energy)
+        if not self.wants_graph:
+            return output
         # Until here the forward ran without a graph, so that it begins at the first probed modules even where a hook of
         # the caller makes the embeddings require grad.
         torch.set_grad_enabled(True)
         kept = hidden if self.wants_gradient else None
         starts = not output.requires_grad
         output.requires_grad_(True).register_hook(lambda grad: self._backward(grad.detach(), kept))
-        self.calls += 1
-        self.activity = plus(self.activity, activity)
-        self.energy = plus(self.energy, energy)
         if starts:
             self.starts.append(output)
             return output.clone()  # the model may change it in place, which a leaf does not allow
@@ -144,9 +149,9 @@ class LookupTap(Tap):
 _TAPS: dict[TargetKind, type[Tap]] = {"linear": Tap, "conv1d": Tap, "embedding": LookupTap, "quantized": Tap}
 
 
-def tap_of(target: Target, masks: Sequence[Tensor], batch: int, wants_gradient: bool) -> Tap:
+def tap_of(target: Target, masks: Sequence[Tensor], batch: int, settings: ProbeSettings) -> Tap:
     """A tap for one matrix."""
-    return _TAPS[target.kind](masks, batch, wants_gradient, width=target.features[1])
+    return _TAPS[target.kind](masks, batch, settings.gradient, settings.backward, width=target.features[1])
 
 
 @contextmanager

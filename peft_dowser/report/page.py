@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..delta.format import quoted
 from ..files.inspection import inspect
-from ..probing.statistics import ProbeStatistics
-from .plot import importance_map, mask_density, norm_map
+from ..probing.statistics import ModuleStatistics, ProbeStatistics
+from .plot import delta_map, importance_map, mask_density
 
 if TYPE_CHECKING:  # if it is missing, `plot` says what to install
     from matplotlib.figure import Figure
@@ -26,7 +26,6 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; bo
 td.number, th.number { text-align: right; }
 th { font-weight: 600; } img { max-width: 100%; height: auto; } figure { margin: 1rem 0; }
 figcaption { color: #555; }"""
-
 
 # The page may load nothing, whatever a name in the adapter contains.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -64,10 +63,11 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
     rows = [
         ("base model", facts["base_model_name_or_path"] or "not named"),
         ("update ratio asked for", f"{facts['update_ratio']:g}"),
+        ("granularity", facts["granularity"]),
         ("chosen by", f"score {facts['score']}, the {facts['select']}est by {facts['scope']}"),
         ("seed", facts["seed"]),
         ("adapted modules", f"{len(modules):,}"),
-        ("trained weights", f"{facts['trained']:,} ({_percent(facts['ratio'])} of the adapted ones)"),
+        ("trained weights", f"{facts['trained']:,} ({facts['ratio']:.2%} of the adapted ones)"),
         ("norm of the delta", f"{facts['delta_norm']:.4g}"),
         ("size of the file", f"{facts['bytes']:,} bytes, values in {', '.join(sorted({m['dtype'] for m in modules}))}"),
     ]
@@ -76,37 +76,39 @@ def _facts(facts: dict[str, Any], modules: list[dict[str, Any]]) -> str:
 
 def _deltas(adapter: str | Path, modules: list[dict[str, Any]]) -> Iterable[str]:
     most = max(modules, key=lambda row: row["delta_norm"])["module"]
-    yield _section(
-        "Where training moved the weights",
-        _picture(
-            norm_map(modules),
-            "Norm and root mean square of the values of every module; log scale where they vary widely.",
-        ),
-    )
-    yield _section(
-        "Which rows and columns train",
-        _picture(mask_density(adapter, most), f"The module that moved most: {most}."),
-    )
+    caption = "Norm and root mean square of the values of every module; log scale where they vary widely."
+    yield _section("Where training moved the weights", _picture(delta_map(adapter), caption))
+    caption = f"The module that moved most: {most}."
+    yield _section("Which rows and columns train", _picture(mask_density(adapter, most), caption))
 
 
 def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str, Any]]) -> str:
     roots = {row["module"].partition(".")[0] for row in modules}
     statistics = statistics.named_as({row["module"] for row in modules}, roots.pop() if len(roots) == 1 else "")
-    sizes = {name: (found.sensitivity.shape[1], found.activity.shape[1]) for name, found in statistics.modules.items()}
     # For an expert, the statistics put its number after the name of the fused parameter.
-    probed = {name.partition("[")[0]: sorted(size) for name, size in sizes.items()}
-    other = [row["module"] for row in modules if probed.get(row["module"]) != sorted(row["shape"][-2:])]
+    probed = {name.partition("[")[0]: found for name, found in statistics.modules.items()}
+    other = [row["module"] for row in modules if not _fits(probed.get(row["module"]), row["shape"][-2:])]
     if other:
         raise ValueError(
             f"'{path}' has no statistics that fit {len(other)} of the {len(modules)} modules of the adapter, such as "
             f"{quoted(other[0])}. They belong to another model, or to a part of it; probe the base of the adapter."
         )
     info = statistics.info
+    passes = f"{info.num_rademacher} projections each" if info.num_rademacher else "forwards only"
     caption = (
-        f"Means over {info.num_probes} prompts of {info.probe_length} tokens, {info.num_rademacher} projections each, "
-        f"seed {info.seed}; base model: {info.base_model or 'not named'}."
+        f"Means over {info.num_probes} prompts of {info.probe_length} tokens, {passes}, seed {info.seed}; base model: "
+        f"{info.base_model or 'not named'}."
     )
     return _section("What the probe found", _picture(importance_map(statistics), caption))
+
+
+def _fits(found: ModuleStatistics | None, shape: Sequence[int]) -> bool:
+    """Whether statistics can be those of a stored weight, which may be transposed."""
+    if found is None:
+        return False
+    if found.sensitivity is None:
+        return found.activity.shape[1] in shape
+    return sorted((found.sensitivity.shape[1], found.activity.shape[1])) == sorted(shape)
 
 
 def _modules(modules: list[dict[str, Any]]) -> str:
@@ -115,7 +117,7 @@ def _modules(modules: list[dict[str, Any]]) -> str:
             row["module"],
             " x ".join(map(str, row["shape"])),
             f"{row['trained']:,}",
-            _percent(row["ratio"]),
+            f"{row['ratio']:.2%}",
             row["dtype"],
             f"{row['bytes']:,}",
             f"{row['index_bits'] / row['trained']:.2f}",
@@ -128,24 +130,25 @@ def _modules(modules: list[dict[str, Any]]) -> str:
 
 
 def _page(title: str, sections: Sequence[str]) -> str:
-    return "\n".join(
-        [
-            "<!DOCTYPE html>",
-            '<html lang="en">',
-            "<head>",
-            '<meta charset="utf-8">',
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>",
-            f"<style>\n{_STYLE}\n</style>",
-            "</head>",
-            "<body>",
-            f"<h1>{escape(title)}</h1>",
-            *sections,
-            "</body>",
-            "</html>\n",
-        ]
-    )
+    content = "\n".join(sections)
+    return f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>
+{_STYLE}
+</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{content}
+</body>
+</html>
+"""
 
 
 def _section(title: str, content: str) -> str:
@@ -171,7 +174,3 @@ def _picture(figure: "Figure", caption: str) -> str:
     return (
         f'<figure>\n<img alt="{text}" src="data:image/png;base64,{data}">\n<figcaption>{text}</figcaption>\n</figure>'
     )
-
-
-def _percent(ratio: float) -> str:
-    return f"{ratio:.2%}"

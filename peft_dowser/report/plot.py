@@ -19,7 +19,7 @@ from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
 from ..files.inspection import inspect
 from ..probing import scores
-from ..probing.statistics import ModuleStatistics, ProbeStatistics
+from ..probing.statistics import ProbeStatistics
 
 try:
     from matplotlib.axes import Axes
@@ -48,55 +48,42 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
             the score of Eq. 5, without them the factor that the probe adds to |W|: the mean of |J_i| |h_j|.
 
     Returns:
-        Three maps, modules by layers. Experts of one parameter are averaged. Grey where nothing was probed, or where
-        the mean is 0.
+        Three maps, modules by layers; only that of the activity where the probe ran forwards only. Experts of one
+        parameter are averaged. Grey where nothing was probed, or where the mean is 0.
 
     Raises:
-        ValueError: there are no statistics, or `weights` lacks a module or has another shape.
+        ValueError: there are no statistics, or `weights` lacks a module or has another shape, or comes with statistics
+            that hold no sensitivity.
     """
     if not statistics.modules:
         raise ValueError("The statistics are empty: the probe reached no module.")
     if weights is not None and (missing := [name for name in statistics.modules if name not in weights]):
         raise ValueError(f"weights lack {len(missing)} of the modules that were probed, for example '{missing[0]}'.")
     modules = statistics.modules.items()
-    maps = {
-        "sensitivity  |J|": {name: float(module.sensitivity.mean()) for name, module in modules},
-        "activity  |h|": {name: float(module.activity.mean()) for name, module in modules},
-    }
-    if weights is None:
-        maps["score without |W|"] = {name: _without_weight(module) for name, module in modules}
-    else:
+    sensitivities = {name: module.sensitivity for name, module in modules if module.sensitivity is not None}
+    maps: dict[str, dict[str, float]] = {}
+    if sensitivities:
+        maps["sensitivity  |J|"] = {name: float(found.mean()) for name, found in sensitivities.items()}
+    maps["activity  |h|"] = {name: float(module.activity.mean()) for name, module in modules}
+    if weights is not None:
         maps["score  |J| |W| |h|"] = {n: float(scores.dowser(weights[n], module).mean()) for n, module in modules}
+    elif sensitivities:
+        maps["score without |W|"] = {
+            name: _without_weight(found, statistics.modules[name].activity) for name, found in sensitivities.items()
+        }
     return _maps(maps)
 
 
 def delta_map(adapter: str | Path) -> Figure:
     """Draw where training moved the weights: the norm of the delta of every module, layer by layer.
 
-    Args:
-        adapter: folder or Hub id of a saved Dowser adapter.
-
-    Returns:
-        One map, modules by layers: the root mean square of the values, so that large modules do not outshine small
-        ones, and their L2 norm.
-
-    Raises:
-        ValueError: as `inspect`.
-        OSError: as `inspect`.
+    Two maps, modules by layers: the L2 norm of the values, and their root mean square, in which large modules do not
+    outshine small ones. `adapter` is a folder or Hub id; errors are those of `inspect`.
     """
-    return norm_map(inspect(adapter)["modules"])
-
-
-def norm_map(modules: Sequence[Mapping[str, Any]]) -> Figure:
-    """`delta_map` from the rows that `inspect` gives for the modules of an adapter."""
-    return _maps(
-        {
-            "norm of the delta": {row["module"]: row["delta_norm"] for row in modules},
-            "root mean square of the values": {
-                row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules
-            },
-        }
-    )
+    modules = inspect(adapter)["modules"]
+    norms = {row["module"]: row["delta_norm"] for row in modules}
+    means = {row["module"]: row["delta_norm"] / math.sqrt(row["trained"]) for row in modules}
+    return _maps({"norm of the delta": norms, "root mean square of the values": means})
 
 
 def mask_density(adapter: str | Path, module: str) -> Figure:
@@ -108,8 +95,8 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
 
     Returns:
         The trained fraction of every row and of every column of the stored weight (of stretches of them if there are
-        more than 4096), and a map of it in blocks. A fused weight of experts is shown as one matrix, expert below
-        expert.
+            more than 4096), and a map of it in blocks. A fused weight of experts is shown as one matrix, expert below
+            expert.
 
     Raises:
         ValueError: the adapter is damaged, has no manifest, or does not adapt the module.
@@ -132,12 +119,11 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
 def retention_plasticity(points: Mapping[str, Sequence[tuple[float, float]]]) -> Figure:
     """Draw what was kept against what was learned: a dot for every run, a ring for the mean of a method.
 
+    The scatter lies over lines of equal harmonic mean (H-score, Eq. 9).
+
     Args:
         points: by method, the pairs (kept, learned) of its runs: `metrics.retention` and `metrics.plasticity`, or
             accuracies as fractions.
-
-    Returns:
-        The scatter, over lines of equal harmonic mean (H-score, Eq. 9).
 
     Raises:
         ValueError: a method has no point, or a number is negative or not finite.
@@ -161,9 +147,9 @@ def retention_plasticity(points: Mapping[str, Sequence[tuple[float, float]]]) ->
     return figure
 
 
-def _without_weight(module: ModuleStatistics) -> float:
+def _without_weight(sensitivity: Tensor, activity: Tensor) -> float:
     """Mean over all entries of A^T B / N, which is never formed."""
-    return float((module.sensitivity.mean(1) * module.activity.mean(1)).mean())
+    return float((sensitivity.mean(1) * activity.mean(1)).mean())
 
 
 def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
@@ -242,12 +228,8 @@ def _blocks(rows: Tensor, columns: Tensor, height: int, width: int) -> Tensor:
 
 
 def _stretches(lines: Tensor, number: int, entries: int) -> tuple[Any, Any]:
-    """Where the stretches of rows begin, and the trained fraction of each; or of columns.
-
-    Args:
-        lines: the row of every trained weight.
-        number: number of rows.
-        entries: number of weights in a row.
+    """Where stretches of the rows begin, and the trained fraction of each; or of columns. `lines` has the row of
+    every weight.
     """
     parts = min(number, _STRETCHES)
     starts = _starts(number, parts)
@@ -261,7 +243,6 @@ def _starts(number: int, parts: int) -> Tensor:
 
 
 def _draw_levels(axes: Axes, reach: float) -> None:
-    """Lines of equal harmonic mean."""
     steps = [reach * 1.05 * step / 100 for step in range(101)]
     heights = [[h_score(kept, learned) for kept in steps] for learned in steps]
     lines = axes.contour(steps, steps, heights, levels=_LEVELS, colors="lightgrey", linewidths=0.8)

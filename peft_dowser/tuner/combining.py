@@ -12,30 +12,17 @@ from ..delta.arithmetic import CombinationType, SignMethod, combine
 from ..delta.layout import Granularity
 from ..delta.seeds import derived_seed
 from ..layers.layer import DowserLayer
+from .merging import check_unmerged
 
 
 def check_sources(
     configs: Mapping[str, DowserConfig], layers: Iterable[DowserLayer], adapters: Sequence[str], adapter_name: str
 ) -> None:
-    """Refuse adapters that cannot be combined, and a name that is taken.
-
-    Args:
-        configs: config by adapter name.
-        layers: the adapted layers of the model.
-        adapters: adapters to combine.
-        adapter_name: name of the result.
-
-    Raises:
-        ValueError: an adapter is unknown, merged, or trains more than sparse deltas; or the name is taken.
-    """
     if unknown := sorted(set(adapters) - set(configs)):
         raise ValueError(f"Unknown adapters {unknown}; the model has {sorted(configs)}.")
     if adapter_name in configs:
         raise ValueError(f"Adapter '{adapter_name}' exists already. Choose another adapter_name, or delete it first.")
-    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
-        raise ValueError(
-            f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before combining adapters."
-        )
+    check_unmerged(layers, "combining adapters")
     for name in adapters:
         if also := configs[name].also_trains:
             raise ValueError(
@@ -53,13 +40,8 @@ def combined_deltas(
     majority_sign_method: SignMethod,
     seed: int,
 ) -> dict[str, Delta]:
-    """Combine the deltas of every layer; the arguments are those of `DowserModel.add_weighted_adapter`.
-
-    Returns:
-        The deltas by module, without the empty ones.
-
-    Raises:
-        ValueError: an argument is out of range, no value is left, or some are not finite.
+    """The combined deltas by module, without the empty ones; the arguments are those of
+    `DowserModel.add_weighted_adapter`.
     """
     deltas = {}
     for layer in layers:

@@ -2,9 +2,9 @@
 
 import time
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -26,6 +26,7 @@ from ..probing.selection import choose_masks, same_on_all_ranks
 from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
+from .merging import check_unmerged
 from .notices import (
     report_bare_experts,
     report_other_probe,
@@ -42,69 +43,72 @@ _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_output
 
 
 @dataclass
-class Injection(ABC):
+class Injection:
     """What is known of an adapter while it is added, and forgotten when it is there.
 
     Attributes:
-        adapter_name: its name.
-        config: its config: the caller's object, which PEFT goes on to change.
+        config: the caller's object, which PEFT goes on to change.
         snapshot: what the model was before.
+        twin: the adapter that has the same config, and so the same positions; TRL makes its reference model this way.
+        counts: trained weights by module of a saved adapter, whose file is read later.
         targets: the weights that its config targets, by name, once they are found.
-        masks: flat positions, or numbers of input channels, by module, once they are known; not of a saved adapter,
-            whose file is read later.
+        masks: flat positions, or numbers of input channels, by module of an adapter that is not saved, once they are
+            known.
         samples: `base_sample` by module, where they had to be read.
     """
 
     adapter_name: str
     config: DowserConfig
     snapshot: Snapshot
+    twin: str | None = None
+    counts: Mapping[str, int] | None = None
     targets: Mapping[str, Target] = field(default_factory=dict)
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     samples: Mapping[str, str | None] = field(default_factory=dict)
 
-    @staticmethod
+    @classmethod
     def begin(
+        cls,
         model: nn.Module,
         adapter_name: str,
         configs: Mapping[str, DowserConfig],
         state_dict: Mapping[str, Tensor] | None,
     ) -> "Injection":
-        """Begin to add an adapter: a twin of another one, a saved one, or a new one.
-
-        Args:
-            model: the model that it is for, as it is without it.
-            adapter_name: its name.
-            configs: config by adapter name, with the one that was given for this adapter.
-            state_dict: tensors of a saved adapter, where PEFT was given some.
-        """
-        config = configs[adapter_name]
-        known = adapter_name, config, Snapshot(model, adapter_name)
+        """Begin to add an adapter; `state_dict` has the tensors of a saved one, where PEFT was given some."""
+        config, snapshot = configs[adapter_name], Snapshot(model, adapter_name)
         twin = next((name for name, given in configs.items() if given is config and name != adapter_name), None)
         # A new adapter is meant where the caller has changed the config since.
         if twin is not None and (config.nnz_pattern is not None or config.settings() == config.record.settings):
-            return Twin(*known, twin=twin)
+            return cls(adapter_name, config, snapshot, twin)
         counts = config.nnz_pattern if state_dict is None else counts_in(state_dict)
         load = current_load()
         if counts is None and (load is not None or config.lacks_counts):
             counts = _counts_beside(load, adapter_name)
         config.record = AdapterRecord(in_use=True, counts=counts)
-        return New(*known) if counts is None else Saved(*known, counts=counts)
+        return cls(adapter_name, config, snapshot, counts=counts)
 
     def prepare(self, model: nn.Module) -> None:
         """Find the targets, and decide what the adapter has at each; the model stays as it is."""
+        is_new = self.twin is None and self.counts is None
         self.config.check()
         check_whole_modules(model, self.config)
-        _check_unmerged(model, is_chosen=isinstance(self, New))
+        _check_base_unmerged(model, is_new)
         check_whole(model)
         self.targets = resolve_targets(model, self.config)
         _check_not_nested(model, self.targets)
         by_default = self.config.target_modules is None
         self._name_targets()
-        self._decide(model, by_default)
+        if is_new:
+            self._choose(model, by_default)
+        elif self.counts is not None:
+            self._check_saved(model, self.counts)
+        else:
+            twin = cast(str, self.twin)
+            layers = [layer for _, layer in adapted(model, twin)]
+            self.masks = {layer.module_name: layer.index(twin).decoded().clone() for layer in layers}
 
     @property
     def fused(self) -> list[str]:
-        """Names of the targets that are fused parameters."""
         return [name for name, target in self.targets.items() if target.kind == "fused"]
 
     def _name_targets(self) -> None:
@@ -122,68 +126,34 @@ class Injection(ABC):
         if config.last_layers is not None:
             config.target_parameters = fused or None
 
-    @abstractmethod
-    def _decide(self, model: nn.Module, by_default: bool) -> None:
-        """Fill `masks`, or check what is saved; `by_default` is whether no target modules were given."""
-
     def adapts(self, name: str) -> bool:
-        """Whether the adapter has values at a target of this name."""
-        return name in self.masks
+        return name in (self.masks if self.counts is None else self.counts)
 
     def add_to(self, layer: DowserLayer, active: list[str]) -> None:
         """Add the adapter to a layer that it `adapts`; `active` are the adapters that are to be active."""
-        self._add_values(layer)
+        module, manifest = layer.module_name, self.config.manifest
+        if self.counts is None:
+            config = self.config
+            layer.add_positions(self.adapter_name, self.masks[module], config.granularity, config.init_weights)
+        else:
+            known = manifest["modules"][module]["code_sha256"] if manifest else None
+            layer.add_placeholder(self.adapter_name, self.counts[module], self.config.granularity, known)
         layer.set_adapter(active, inference_mode=self.config.inference_mode)
-
-    def _add_values(self, layer: DowserLayer) -> None:
-        mask, config = self.masks[layer.module_name], self.config
-        layer.add_positions(self.adapter_name, mask, config.granularity, config.init_weights)
 
     def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
         """Samples of base weights by name. A layer that has an adapter may be merged, so it keeps the sample."""
         known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
         return {name: known[name] if name in known else self.targets[name].sample() for name in names}
 
-
-@dataclass
-class Twin(Injection):
-    """An adapter with the config of another one, and so its positions. TRL makes its reference model this way."""
-
-    twin: str = ""
-
-    def _decide(self, model: nn.Module, by_default: bool) -> None:
-        layers = [layer for _, layer in adapted(model, self.twin)]
-        self.masks = {layer.module_name: layer.index(self.twin).decoded().clone() for layer in layers}
-
-
-@dataclass
-class Saved(Injection):
-    """An adapter whose positions come from a file: layers get placeholders of the sizes in `counts`."""
-
-    counts: Mapping[str, int] = field(default_factory=dict)
-
-    def _decide(self, model: nn.Module, by_default: bool) -> None:
-        """Refuse an adapter that is not for this model, and warn where it was made for other weights."""
+    def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
         where, manifest = f"Adapter '{self.adapter_name}'", self.config.manifest
-        check_fits(self.counts, layouts_of(self.targets, self.config.granularity), manifest, where)
-        report_read(model, self.counts, self.adapter_name)
+        check_fits(counts, layouts_of(self.targets, self.config.granularity), manifest, where)
+        report_read(model, counts, self.adapter_name)
         if manifest is not None:
-            self.samples = self._read_samples(model, self.counts)
+            self.samples = self._read_samples(model, counts)
             warn_of_other_base(manifest, self.samples, where)
 
-    def adapts(self, name: str) -> bool:
-        return name in self.counts
-
-    def _add_values(self, layer: DowserLayer) -> None:
-        module, manifest = layer.module_name, self.config.manifest
-        known = manifest["modules"][module]["code_sha256"] if manifest else None
-        layer.add_placeholder(self.adapter_name, self.counts[module], self.config.granularity, known)
-
-
-class New(Injection):
-    """An adapter whose weights are chosen now, by the scores of the base."""
-
-    def _decide(self, model: nn.Module, by_default: bool) -> None:
+    def _choose(self, model: nn.Module, by_default: bool) -> None:
         started = time.perf_counter()
         with bare_base(model):
             statistics = self._statistics(model)
@@ -233,9 +203,8 @@ def prepare_for_task(model: nn.Module, config: DowserConfig) -> None:
 def _counts_beside(load: Load | None, adapter_name: str) -> dict[str, int]:
     """The counts of a saved adapter whose config has none, from the config in the folder of its file.
 
-    Raises:
-        DeltaFormatError: there are none. No mask is chosen instead, or a stranger would decide what is probed, how
-            long, and which files are read for it.
+    Where there are none, no mask is chosen instead, or a stranger would decide what is probed, how long, and which
+    files are read for it.
     """
     if load is None or load.counts is None:
         raise DeltaFormatError(
@@ -256,7 +225,7 @@ def check_adapter_name(adapter_name: str) -> None:
         )
 
 
-def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
+def _check_base_unmerged(model: nn.Module, is_new: bool) -> None:
     """Refuse a base with merged adapters: its weights would be scored, or kept as rows of tokens.
 
     For a saved adapter, or a twin, PEFT unmerges our layers.
@@ -264,13 +233,9 @@ def _check_unmerged(model: nn.Module, is_chosen: bool) -> None:
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, BaseTunerLayer) and (is_chosen or not isinstance(module, DowserLayer))
+        if isinstance(module, BaseTunerLayer) and (is_new or not isinstance(module, DowserLayer))
     ]
-    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
-        raise ValueError(
-            f"Adapters {merged} are merged into the base model, so its weights are not its own. Call "
-            "unmerge_adapter() before adding an adapter."
-        )
+    check_unmerged(layers, "adding an adapter")
 
 
 def _place_of_base(model: nn.Module) -> str:

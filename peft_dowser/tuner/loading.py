@@ -27,6 +27,7 @@ from ..delta.layout import Stored
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
 from ..layers.layer import DowserLayer, adapted
 from ..layers.state import Index, Values
+from .merging import check_replaceable
 from .snapshot import Snapshot
 from .whole import check_replaced, saved_names
 
@@ -48,7 +49,6 @@ class Load:
     deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
-        """Copy tensors of the model before they are written."""
         self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
 
     def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
@@ -61,7 +61,6 @@ class Load:
             self.deltas.append((cast(Values, layer.dowser_values[adapter_name]), index, kept))
 
     def undo(self) -> None:
-        """Make the models what they were when the load began."""
         with torch.no_grad():
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
@@ -80,7 +79,6 @@ _CURRENT: ContextVar[Load | None] = ContextVar("load", default=None)
 
 
 def current_load() -> Load | None:
-    """The load that is under way, if one is."""
     return _CURRENT.get()
 
 
@@ -178,27 +176,18 @@ def _check_end(snapshot: Snapshot, report: Any, given: Mapping[str, Any]) -> Non
     """Refuse what transformers has loaded, unless it is the whole of an adapter and nothing else.
 
     transformers shows the file to nobody, replaces every tensor of the model whose name is in the file, and casts to
-    any dtype.
-
-    Args:
-        snapshot: what the model was before.
-        report: what transformers says of the load.
-        given: the arguments of `load_adapter`.
-
-    Raises:
-        DeltaFormatError: tensors are missing, or tensors were replaced that the adapter does not train.
+    any dtype. `report` is what it says of the load, and `given` are the arguments of `load_adapter`.
     """
     model, name = snapshot.model, snapshot.adapter_name
     check_loaded(model, name)
     config = cast(DowserConfig, model.peft_config[name])  # type: ignore[index]
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType[NAME]]
     tuner._remap_adapter_state_dict_for_load(model, config, name, dict(_tensors(given)))  # checks them
-    check_replaced(model, name, [replaced for replaced, _ in snapshot.replaced()])
+    check_replaced(model, name, list(snapshot.replaced()))
     check_missing(sorted(set(report.missing_keys) & set(saved_names(model, name).values())), f"Adapter '{name}'")
 
 
 def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """The tensors in the file that transformers has loaded."""
     if given.get("adapter_state_dict") is not None:
         return given["adapter_state_dict"]
     config = given.get("load_config")
@@ -214,22 +203,13 @@ def read_file(
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
 ) -> list[Stored]:
-    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into.
+    """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into, with their names in the
+    model.
 
-    Args:
-        layers: those that carry the adapter, with their names in the model.
-        adapter_name: its name.
-        state_dict: its tensors, as the model calls them.
-        names: their names in the file.
-
-    Returns:
-        The deltas in the order of the layers, their values in the dtypes of the layers.
-
-    Raises:
-        ValueError: the adapter is merged.
-        DeltaFormatError: modules are missing or unknown, or a tensor has the wrong type, length or content.
+    `state_dict` has its tensors, as the model calls them, and `names` are their names in the file. Returns the deltas
+    in the order of the layers, their values in the dtypes of the layers.
     """
-    check_unmerged([layer for _, layer in layers], adapter_name)
+    check_replaceable([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
     values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
@@ -254,16 +234,9 @@ def fill(
     state_dict: Mapping[str, Tensor],
     deltas: Sequence[Stored],
 ) -> dict[str, Tensor]:
-    """Give the layers the positions of a file that was judged as a whole, so that nothing decodes them again.
+    """Give the layers the positions in the deltas of `read_file`, so that nothing decodes them again.
 
-    Args:
-        layers: those that carry the adapter, with their names in the model.
-        adapter_name: its name.
-        state_dict: its tensors, as the model calls them.
-        deltas: what `read_file` has read from these.
-
-    Returns:
-        The tensors of the deltas that are to be loaded.
+    Returns the tensors of the deltas that are to be loaded, by their names in `state_dict`.
     """
     tensors = {}
     for (name, layer), delta in zip(layers, deltas, strict=True):
@@ -273,16 +246,7 @@ def fill(
     return tensors
 
 
-def check_unmerged(layers: Iterable[DowserLayer], adapter_name: str) -> None:
-    """Refuse to replace an adapter that is merged: its positions say where to put back what the merge overwrote."""
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise ValueError(
-            f"Adapter '{adapter_name}' is merged into the base. Call unmerge_adapter() before replacing it."
-        )
-
-
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
-    """Refuse an adapter that was not loaded, or not as a whole."""
     loaded = {}
     for name, layer in adapted(model, adapter_name):
         loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited

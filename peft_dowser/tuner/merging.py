@@ -10,7 +10,7 @@ from torch import nn
 
 from ..base.distributed import is_spread
 from ..delta.format import few
-from ..layers.layer import dowser_layers
+from ..layers.layer import DowserLayer, dowser_layers
 from . import writing
 
 # By model, the calls that its merge is for. Not an attribute: none of them uses a copy of the model.
@@ -20,14 +20,8 @@ _calls: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
 def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[str] | None, safe_merge: bool) -> None:
     """Refuse a merge that cannot be done in all layers; every layer stays as it is.
 
-    Args:
-        model: model with `DowserLayer`s; some adapters may be merged already.
-        known: its adapters.
-        adapter_names: those to merge; None takes the active ones.
-        safe_merge: whether sums that are not finite are to be refused.
-
-    Raises:
-        ValueError: an adapter is unknown, which PEFT would leave out without a word, or a sum is not finite.
+    An adapter that is not `known` is refused, which PEFT would leave out without a word, and with `safe_merge` a sum
+    that is not finite. Some adapters may be merged already; None names the active ones.
     """
     names = () if isinstance(adapter_names, str) else adapter_names or ()  # PEFT refuses a string
     if unknown := sorted(set(names) - set(known)):
@@ -43,6 +37,17 @@ def prepare_merge(model: nn.Module, known: Collection[str], adapter_names: list[
                 layer.unmerge()
             while len(layer.merged_adapters) > merged:
                 layer.unmerge_last()
+
+
+def check_unmerged(layers: Iterable[BaseTunerLayer], before: str) -> None:
+    """Refuse what needs the weights of the base while adapters are merged into them."""
+    if merged := sorted({name for layer in layers for name in layer.merged_adapters}):
+        raise ValueError(f"Adapters {merged} are merged into the base model. Call unmerge_adapter() before {before}.")
+
+
+def check_replaceable(layers: Iterable[DowserLayer], adapter_name: str) -> None:
+    """Refuse to replace a merged adapter: its positions say where to put back what the merge overwrote."""
+    check_unmerged([layer for layer in layers if adapter_name in layer.merged_adapters], f"replacing '{adapter_name}'")
 
 
 def note_merged_everywhere(model: nn.Module) -> None:
@@ -65,11 +70,9 @@ def unmerge_everywhere(model: nn.Module) -> None:
 def briefly_merged(model: nn.Module) -> Iterator[None]:
     """Merge the active adapters for a while; afterwards the weights are what they were, bit for bit.
 
-    The first of several threads merges, the last unmerges. Nothing happens to a model whose adapters
-    are merged or disabled already, or whose weights are spread over ranks.
-
-    Args:
-        model: model with `DowserLayer`s; those whose merge does not write in place stay unmerged.
+    The first of several threads merges, the last unmerges. Nothing happens to a model whose adapters are merged or
+    disabled already, or whose weights are spread over ranks; a layer whose merge does not write in place stays
+    unmerged.
     """
     layers = [] if is_spread(model) else [layer for layer in dowser_layers(model) if layer.merges_in_place]
 
@@ -101,10 +104,8 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
 
 
 def report_not_finite(found: Iterable[tuple[str, Mapping[str, int]]]) -> None:
-    """Warn once where a merge has written values that are not finite.
-
-    Args:
-        found: names of modules, each with the numbers of such values by adapter.
+    """Warn once where a merge has written values that are not finite: their numbers by adapter, with the name of the
+    module.
     """
     counts = {module: sum(numbers.values()) for module, numbers in found if any(numbers.values())}
     if counts:

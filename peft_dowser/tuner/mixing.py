@@ -10,22 +10,17 @@ from torch import Tensor, nn
 from .._peft import AuxiliaryTrainingWrapper, adapters_of
 from ..layers.layer import DowserLayer, dowser_layers
 from ..layers.tied import Tied
+from .merging import check_unmerged
 
 # What PEFT calls the bare base model in `adapter_names`.
 BASE = "__base__"
 
 
 def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]) -> None:
-    """Refuse names that a mixed batch cannot have.
+    """Refuse names, one per row, that a mixed batch cannot have.
 
-    Args:
-        model: the adapted model.
-        names: one per row.
-        known: adapters by name.
-
-    Raises:
-        ValueError: a name is unknown, an adapter is merged, one of them changes the weights of experts, which see
-            tokens and not rows, or gradient checkpointing would run layers again when the names are gone.
+    They are refused if one is unknown, an adapter is merged, one of them changes the weights of experts, which see
+    tokens and not rows, or gradient checkpointing would run layers again when the names are gone.
     """
     if torch.is_grad_enabled() and any(
         module.training and getattr(module, "gradient_checkpointing", False) for module in model.modules()
@@ -37,8 +32,7 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
     if unknown := sorted(set(names) - {BASE, *known}):
         raise ValueError(f"adapter_names has unknown adapters {unknown}; the model has {sorted(known)} and '{BASE}'.")
     layers = dowser_layers(model)
-    if any(layer.merged for layer in layers):
-        raise ValueError("adapter_names: an adapter is merged into the base; call unmerge_adapter() first.")
+    check_unmerged(layers, "a forward with adapter_names")
     fused = [layer for layer in layers if layer.target.kind == "fused"]
     if any(layer.in_use() or set(names) & set(layer.dowser_values) for layer in fused):
         raise ValueError(
@@ -49,7 +43,6 @@ def check_names(model: nn.Module, names: Sequence[str], known: Mapping[str, Any]
 
 @contextmanager
 def mixed_batch(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """Hand the names to every adapted layer for a while."""
     around = {child: parent for parent in model.modules() for child in parent.children() if _takes_names(child)}
     entered: dict[nn.Module, torch.Size] = {}  # shape of what entered a module last
 

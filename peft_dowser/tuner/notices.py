@@ -17,7 +17,7 @@ from ..base.distributed import rank
 from ..base.parts import layer_of
 from ..base.readers import reader_of
 from ..base.target import Target
-from ..config import DowserConfig
+from ..config import FORWARD_SCORES, DowserConfig
 from ..delta.format import few
 from ..layers.layer import DowserLayer
 from ..probing.selection import digest_of
@@ -25,9 +25,15 @@ from ..probing.statistics import ProbeInfo, ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
+_UNTRAINED = (
+    "Adapter '%s': %d of %d modules got no gradient in the first optimizer step: %s. They may train later where this "
+    "batch did not need them, as it is with some experts, or with an image tower on text. Otherwise the model reads "
+    "their weights without calling them, or makes no use of them, and they will never train: leave them out "
+    "(exclude_modules)."
+)
+
 
 def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target]) -> None:
-    """Say which keys of `ratio_pattern` name no target."""
     matched = {get_pattern_key(list(config.ratio_pattern), name) for name in targets}
     unmatched = sorted(set(config.ratio_pattern) - matched)
     if unmatched:
@@ -40,7 +46,6 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
 
 
 def report_bare_experts(fused: Mapping[str, Target]) -> None:
-    """Say that the default targets leave out the weights of experts, and how to include them."""
     # What transformers marks as experts; other parameters of three dimensions may be anything.
     fused = {name: target for name, target in fused.items() if is_experts(target.module)}
     if fused:
@@ -53,9 +58,10 @@ def report_bare_experts(fused: Mapping[str, Target]) -> None:
 
 
 def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
-    """Say where statistics were made in another way than their config asks for."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     asked = {name: getattr(config, name) for name in info.settings()}
+    if config.score in FORWARD_SCORES:
+        del asked["num_rademacher"]  # read by no such score
     asked = {name: value for name, value in asked.items() if value not in (defaults[name], info.settings()[name])}
     if asked:
         logger.warning(
@@ -68,7 +74,6 @@ def report_other_probe(config: DowserConfig, info: ProbeInfo) -> None:
 
 
 def report_read(model: nn.Module, modules: Iterable[str], adapter_name: str) -> None:
-    """Say which modules of a saved adapter have no effect before a merge."""
     read = {name: reader for name in modules if (reader := reader_of(model, name)) is not None}
     if read:
         kinds = " and ".join(sorted(set(read.values())))
@@ -91,7 +96,7 @@ def report_untrained(layers: Sequence[DowserLayer], adapter_name: str) -> None:
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if known and (untrained := _untrained(optimizer, known, adapter_name)) is not None:
             if untrained and rank() == 0:
-                _warn_of_untrained(untrained, len(known), adapter_name)
+                logger.warning(_UNTRAINED, adapter_name, len(untrained), len(known), untrained)
             known.clear()
         # Torch is iterating over the hooks: only the last one can be removed from among them, others wait for a step.
         if not known and next(reversed(handle.hooks_dict_ref() or {}), None) == handle.id:
@@ -116,19 +121,6 @@ def _untrained(
     return None if waits else untrained
 
 
-def _warn_of_untrained(untrained: list[str], total: int, adapter_name: str) -> None:
-    logger.warning(
-        "Adapter '%s': %d of %d modules got no gradient in the first optimizer step: %s. They may train later where "
-        "this batch did not need them, as it is with some experts, or with an image tower on text. Otherwise the model "
-        "reads their weights without calling them, or makes no use of them, and they will never train: leave them out "
-        "(exclude_modules).",
-        adapter_name,
-        len(untrained),
-        total,
-        untrained,
-    )
-
-
 def report_selection(
     masks: Mapping[str, Tensor], counts: Mapping[str, int], targets: Mapping[str, Target], seconds: float
 ) -> None:
@@ -149,7 +141,6 @@ def report_selection(
 
 
 def warn_of_other_weights(statistics: ProbeStatistics, samples: Mapping[str, str | None], where: str) -> None:
-    """Warn once where weights are not those that were probed."""
     if different := statistics.unlike(samples):
         warnings.warn(
             f"The probe statistics '{where}' are of other weights than this model has in {len(different)} of "

@@ -38,23 +38,11 @@ def leave_positions_to_us(model: nn.Module) -> None:
 def complete(
     selected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
 ) -> dict[str, Tensor]:
-    """Complete what PEFT selects for a save, and refuse values of which this rank has only a part.
+    """Complete what PEFT selects of a state dict for a save, and refuse values of which this rank has only a part.
 
     PEFT looks for tensors under the names of the modules. FSDP1 and activation checkpointing add parts to the names of
     modules but not of tensors; torch.compile adds one to both, which a file must not have. A state dict may lack the
-    index code, see `layers.state.Index`.
-
-    Args:
-        selected: the adapter's tensors, their keys with the adapter's name.
-        state_dict: the state that they are selected from.
-        layers: those that carry the adapter, in the model that the state dict comes from.
-        adapter_name: name of the adapter.
-
-    Returns:
-        All tensors of the adapter.
-
-    Raises:
-        ValueError: values of a module are empty or sharded, or something has written into the positions.
+    index code, see `layers.state.Index`. The layers are those that carry the adapter, whose name is in all keys.
     """
     completed, state_dict = _as_usual(selected), _as_usual(state_dict)
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
@@ -92,18 +80,11 @@ def with_usual_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_na
 
 
 def _as_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors under the names that they have where nothing is compiled."""
     return {usual_name(name): tensor for name, tensor in tensors.items()}
 
 
 def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
-    """The manifest of what is about to be saved.
-
-    Args:
-        layers: those that carry the adapter.
-        tensors: its tensors, their keys with its name.
-        adapter_name: its name.
-    """
+    """The manifest of what is about to be saved, of tensors by their names in the model."""
     code, values = named(CODE, adapter_name), named(VALUES, adapter_name)
 
     def entry_of(layer: DowserLayer) -> dict[str, Any]:
@@ -116,13 +97,7 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
 
 
 def own_biases(selected: Mapping[str, Tensor], config: DowserConfig, modules: Collection[str]) -> dict[str, Tensor]:
-    """PEFT's selection for a save; with bias="dowser_only", without the biases of modules of other adapters.
-
-    Args:
-        selected: tensors by their name in the model.
-        config: configuration of the adapter.
-        modules: names of its modules in the base.
-    """
+    """PEFT's selection for a save; with bias="dowser_only", without the biases of modules of other adapters."""
     own = {f"{module}.base_layer.bias" for module in modules}
     return {
         key: tensor
@@ -132,10 +107,8 @@ def own_biases(selected: Mapping[str, Tensor], config: DowserConfig, modules: Co
 
 
 def check_unmerged_embeddings(model: nn.Module) -> None:
-    """Refuse to save an adapter while PEFT would take merged weights for those of the base.
-
-    Raises:
-        ValueError: adapters are merged into the embeddings or the output head.
+    """Refuse to save an adapter while PEFT would take merged weights of the embeddings or the output head for the
+    base's.
     """
     layers = [module.layer if isinstance(module, Tied) else module for _, module in embedding_modules(model)]
     layers = [layer for layer in layers if isinstance(layer, DowserLayer)]
@@ -147,7 +120,6 @@ def check_unmerged_embeddings(model: nn.Module) -> None:
 
 
 def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
-    """Warn that the adapter is saved as it was trained, not as it is scaled."""
     scales = sorted({layer.scaling[adapter_name] for layer in layers} - {1.0})
     if scales:
         warnings.warn(

@@ -26,17 +26,16 @@ class Snapshot:
         ]
         self._trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
-    def replaced(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that were replaced by others with other content, and their names."""
+    def replaced(self) -> Iterator[str]:
+        """The names of the tensors that were replaced by others with other content."""
         names = {module: name for name, module in self.model.named_modules()}
         for module, _, parameters, buffers in self._state:
             for name, before in (parameters | buffers).items():
                 now = module._parameters.get(name, module._buffers.get(name))
                 if module in names and now is not None and before is not None and differ(before, now):
-                    yield f"{names[module]}.{name}", before
+                    yield f"{names[module]}.{name}"
 
     def restore(self) -> None:
-        """Take the adapter out of the model, and put back what was replaced."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT announces the next active adapter
             for module, *_ in self._state:

@@ -3,23 +3,21 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 from torch import Tensor, nn
 
 from ..base.search import check_is_model
 from ..base.storage import offload_hook
-from ..base.target import Target, layouts_of
+from ..base.target import Target
 from ..config import AdapterRecord, DowserConfig
 from ..delta.apply import Delta, Written, merged_entries
 from ..delta.format import few
-from ..delta.layout import Layout
 from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
 from ..layers.layer import DowserLayer, adapted, dowser_layers
 from . import writing
-from .loading import check_unmerged
+from .merging import check_replaceable
 
 
 def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default") -> None:
@@ -61,14 +59,14 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         model.peft_config[adapter_name] = config  # type: ignore[index, operator]
 
     with writing.lock:
-        check_unmerged(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
+        check_replaceable(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
         writing.to_the_end(fill)
 
 
 def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:
     if not layers:
         raise ValueError(f"The model has no Dowser adapter '{adapter_name}' to replace. Load one with load_adapter().")
-    check_unmerged(layers.values(), adapter_name)
+    check_replaceable(layers.values(), adapter_name)
     known = cast(DowserConfig, model.peft_config[adapter_name])  # type: ignore[index]
     if known.granularity != saved.config.granularity:
         raise ValueError(
@@ -133,8 +131,10 @@ class Patch:
                 )
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
-            layouts = layouts_of(self._targets, saved.config.granularity)
-            self._deltas = {name: _delta(saved, target, layouts[name]) for name, target in self._targets.items()}
+            self._deltas = {}
+            for name, target in self._targets.items():
+                delta = saved.delta(name, target.layout(saved.config.granularity))
+                self._deltas[name] = Delta(*(part.to(target.device) for part in delta))
         # What is to be put back, by module, and whether `apply` has written all of it and was not interrupted.
         self._written: dict[str, Written] = {}
         self._is_complete = False
@@ -202,18 +202,12 @@ class Patch:
         self.apply()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
 def _weight(target: Target) -> Tensor:
     return cast(Tensor, target.weight).data
-
-
-def _delta(saved: SavedAdapter, target: Target, layout: Layout) -> Delta:
-    return Delta(*(part.to(target.device) for part in saved.delta(target.name, layout)))
 
 
 def _check_writable(targets: Mapping[str, Target]) -> None:

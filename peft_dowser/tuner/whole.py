@@ -23,14 +23,8 @@ def fitted(
 ) -> dict[str, Tensor]:
     """The whole tensors of a saved adapter under their names in a model, in the dtypes that they have there.
 
-    Args:
-        model: the model that they are about to be loaded into, its layers in place.
-        adapter_name: name of the adapter.
-        tensors: its tensors other than the deltas, by their names in the file or in the model.
-        state: all tensors of the model, by name.
-
-    Raises:
-        DeltaFormatError: the adapter does not train one of them, or it does not fit.
+    `tensors` are those of the file that are not part of a delta, by their names there or in the model, and `state` has
+    all tensors of the model, the layers in place, by name.
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
@@ -45,7 +39,6 @@ def fitted(
 
 
 def check_replaced(model: nn.Module, adapter_name: str, replaced: Sequence[str]) -> None:
-    """Refuse an adapter whose load has replaced tensors of the base that it does not train."""
     names = _names_of(replaced, _brought(model, adapter_name, model.state_dict()))
     check_foreign([name for name in replaced if name not in names], f"Adapter '{adapter_name}'")
 
@@ -54,9 +47,6 @@ def check_whole_modules(model: nn.Module, config: DowserConfig) -> None:
     """Refuse modules and tokens to train as a whole that a model does not have, before any module is replaced.
 
     A name in `modules_to_save` that is not a module is ignored: PEFT itself adds names of heads that a model may have.
-
-    Raises:
-        ValueError: a module only holds others, or a token has no row in the embeddings, or is listed twice.
     """
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, _HOLDERS) and name.endswith(tuple(config.modules_to_save or ())):
@@ -99,12 +89,7 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
     """What a file of an adapter may bring besides its deltas, as PEFT saves it: names in the model by `_plain` name.
 
     These are the biases that its config says it trains, modules and tokens that it trains as a whole, and the
-    embeddings with all that PEFT has put around them.
-
-    Args:
-        model: the model, its layers in place.
-        adapter_name: name of the adapter.
-        state: names of all tensors of the model.
+    embeddings with all that PEFT has put around them. `state` has the names of all tensors of the model.
     """
     configs = cast(Mapping[str, DowserConfig], model.peft_config)
     bias = configs[adapter_name].bias

@@ -10,8 +10,7 @@ lock = threading.RLock()
 def to_the_end(step: Callable[[], None]) -> None:
     """Run a step to its end even if Ctrl-C interrupts it, and raise the interruption afterwards.
 
-    Args:
-        step: continues where it has stopped when it is called again.
+    The step continues where it has stopped when it is called again.
     """
     try:
         step()

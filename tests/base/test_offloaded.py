@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from models import IDS, config, logits, set_values, tiny_llama
+from cases import every_granularity
+from models import IDS, assert_as_merged, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_dowser import DowserLayer, probe
+from peft_dowser.delta.layout import Granularity
 
 
 def on_cpu(model: nn.Module, folder: Path) -> nn.Module:
@@ -37,23 +39,27 @@ def positions(model: nn.Module) -> list[Tensor]:
 
 
 @OFFLOADS
-def test_the_probe_and_the_mask_are_those_of_the_base_at_hand(offload: Offload, tmp_path: Path) -> None:
+@every_granularity
+def test_the_probe_and_the_mask_are_those_of_the_base_at_hand(
+    offload: Offload, granularity: Granularity, tmp_path: Path
+) -> None:
     here, away = tiny_llama(), offload(tiny_llama(), tmp_path)
     assert any(parameter.is_meta for parameter in away.parameters())
     expected, found = probe(here, config()), probe(away, config())
     for name, module in expected.modules.items():
         assert torch.equal(found.modules[name].sensitivity, module.sensitivity)
         assert torch.equal(found.modules[name].activity, module.activity)
-    adapted = get_peft_model(away, config())
-    assert all(map(torch.equal, positions(adapted), positions(get_peft_model(here, config()))))
+    adapted, at_hand = (get_peft_model(base, config(granularity=granularity)) for base in (away, here))
+    assert all(map(torch.equal, positions(adapted), positions(at_hand)))
     assert any(parameter.is_meta for parameter in away.parameters())
 
 
 @OFFLOADS
-def test_it_trains_as_the_base_at_hand(offload: Offload, tmp_path: Path) -> None:
+@every_granularity
+def test_it_trains_as_the_base_at_hand(offload: Offload, granularity: Granularity, tmp_path: Path) -> None:
     losses = []
     for base in (tiny_llama(), offload(tiny_llama(), tmp_path)):
-        model = get_peft_model(base, config())
+        model = get_peft_model(base, config(granularity=granularity))
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(3):
             loss = model(input_ids=IDS, labels=IDS).loss
@@ -65,8 +71,9 @@ def test_it_trains_as_the_base_at_hand(offload: Offload, tmp_path: Path) -> None
 
 
 @OFFLOADS
-def test_saved_loaded_merged_and_restored(offload: Offload, tmp_path: Path) -> None:
-    here = get_peft_model(tiny_llama(), config()).eval()
+@every_granularity
+def test_saved_loaded_merged_and_restored(offload: Offload, granularity: Granularity, tmp_path: Path) -> None:
+    here = get_peft_model(tiny_llama(), config(granularity=granularity)).eval()
     set_values(here)
     here.save_pretrained(tmp_path / "adapter")
     base = offload(tiny_llama(), tmp_path)
@@ -78,8 +85,8 @@ def test_saved_loaded_merged_and_restored(offload: Offload, tmp_path: Path) -> N
     model.generate(input_ids=IDS, max_new_tokens=2, do_sample=False)
     torch.testing.assert_close(logits(model), logits(here))
     model.merge_adapter()
-    assert torch.equal(logits(model), logits(here))
+    assert_as_merged(logits(here), logits(model), granularity)
     model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
-    assert torch.equal(logits(model.merge_and_unload()), logits(here))
+    assert_as_merged(logits(here), logits(model.merge_and_unload()), granularity)

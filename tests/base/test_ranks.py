@@ -1,10 +1,12 @@
 """Two processes: one mask, one probe in two parts, equal losses, and an error of one rank raised on both."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every_granularity
 from groups import on_ranks
 from models import config, tiny_llama
 from peft import get_peft_model
@@ -13,13 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from peft_dowser import DowserLayer, probe
+from peft_dowser.delta.layout import Granularity
 
 pytestmark = pytest.mark.slow  # starts processes
 
 
-def train(rank: int) -> dict:
+def train(rank: int, granularity: Granularity) -> dict:
     # A seed of its own on each rank would choose different masks.
-    model = get_peft_model(tiny_llama(), config(seed=rank))
+    model = get_peft_model(tiny_llama(), config(seed=rank, granularity=granularity))
     codes = [m.dowser_index["default"].code for m in model.modules() if isinstance(m, DowserLayer)]
     parallel = DistributedDataParallel(model)
     sent = [name for name, _ in model.named_buffers() if name not in parallel.parameters_to_ignore]
@@ -38,8 +41,8 @@ def train(rank: int) -> dict:
     return {"sent": sent, "codes": codes, "losses": losses, "values": values}
 
 
-def train_alone() -> list[float]:
-    model = get_peft_model(tiny_llama(), config(seed=0))
+def train_alone(granularity: Granularity) -> list[float]:
+    model = get_peft_model(tiny_llama(), config(seed=0, granularity=granularity))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for step in range(4):
@@ -52,9 +55,9 @@ def train_alone() -> list[float]:
     return losses
 
 
-def accumulated_alone() -> dict[str, torch.Tensor]:
+def accumulated_alone(granularity: Granularity) -> dict[str, torch.Tensor]:
     """The values of one process that takes the ranks' parts of every batch one after the other."""
-    model = get_peft_model(tiny_llama(), config(seed=0))
+    model = get_peft_model(tiny_llama(), config(seed=0, granularity=granularity))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     for step in range(4):
         optimizer.zero_grad()
@@ -64,16 +67,18 @@ def accumulated_alone() -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_two_ranks_have_one_mask_and_the_losses_of_one_process(tmp_path: Path) -> None:
-    first, second = on_ranks(train, tmp_path)
+@every_granularity
+def test_two_ranks_have_one_mask_and_the_losses_of_one_process(granularity: Granularity, tmp_path: Path) -> None:
+    first, second = on_ranks(partial(train, granularity=granularity), tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(first["codes"], second["codes"], strict=True))
     assert first["losses"] == second["losses"]
     assert first["sent"]  # the frequencies of the rotary embedding
     assert not any("dowser" in name for name in first["sent"])
     assert all(torch.equal(value, second["values"][name]) for name, value in first["values"].items())
-    torch.testing.assert_close(torch.tensor(first["losses"]), torch.tensor(train_alone()), rtol=1e-4, atol=1e-5)
+    alone = torch.tensor(train_alone(granularity))
+    torch.testing.assert_close(torch.tensor(first["losses"]), alone, rtol=1e-4, atol=1e-5)
     # Half of (a + b) and half of a plus half of b are the same bits.
-    expected = accumulated_alone()
+    expected = accumulated_alone(granularity)
     assert all(torch.equal(value, expected[name]) for name, value in first["values"].items())
 
 

@@ -1,6 +1,6 @@
-"""Write the golden adapter of the current format: python tests/data/make_golden.py
+"""Write the golden adapters of the current format that are not there yet: python tests/data/make_golden.py
 
-Every later release must read it and give the logits beside it. Run once per format version, on a release.
+Every later release must read them and give the logits beside them. Run once per format version, on a release.
 """
 
 import subprocess
@@ -18,6 +18,11 @@ from peft_dowser.delta.format import FORMAT
 
 FOLDER = Path(__file__).parent
 SHAPES = {"up": (48, 16), "down": (16, 48), "out": (24, 16)}
+# The configs, by the names of the folders. Both have Elias-Fano in "down" and a mask of bits in "out".
+GOLDEN = {
+    f"format_{FORMAT}": {"ratio_pattern": {"out": 0.5}},
+    f"format_{FORMAT}_input_channel": {"granularity": "input_channel", "channels": 3, "ratio_pattern": {"out": 0.5}},
+}
 
 
 class Base(nn.Module):
@@ -43,19 +48,23 @@ def inputs() -> Tensor:
 
 
 def main() -> None:
-    """Write the adapter, unless the code that writes it is in no commit."""
+    """Write the adapters, unless the code that writes them is in no commit."""
     if subprocess.run(["git", "status", "--porcelain"], cwd=FOLDER, capture_output=True, text=True, check=True).stdout:
-        sys.exit("The tree has uncommitted changes: commit them first, so that a commit can be named that wrote this.")
-    folder = FOLDER / f"format_{FORMAT}"
-    if folder.exists():
-        sys.exit(f"'{folder}' exists: a golden adapter is never written anew.")
-    # Elias-Fano in "up" and "down", a mask of bits in "out".
-    config = DowserConfig(score="magnitude", target_modules=list(SHAPES), ratio_pattern={"out": 0.5})
+        sys.exit("The tree has uncommitted changes: commit them first, so that a commit can be named that wrote them.")
+    missing = [name for name in GOLDEN if not (FOLDER / name).exists()]
+    if not missing:
+        sys.exit(f"'{FOLDER}' has all of them: a golden adapter is never written anew.")
+    for name in missing:
+        write(FOLDER / name, DowserConfig(score="magnitude", target_modules=list(SHAPES), **GOLDEN[name]))
+
+
+def write(folder: Path, config: DowserConfig) -> None:
+    """Write an adapter with values as if it had been trained, and what it gives."""
     model = get_peft_model(Base(), config).eval()
     for layer in model.modules():
         if isinstance(layer, peft_dowser.DowserLayer):
             values = layer.values("default")
-            values.data = numbers(values.numel()) / 8
+            values.data = numbers(values.numel()).view(values.shape) / 8
     model.save_pretrained(folder)
     (folder / "README.md").unlink()
     with torch.no_grad():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import GRANULARITIES, every_granularity
 from datasets import Dataset
 from models import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -28,6 +29,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import ForgettingCallback
+from peft_dowser.delta.layout import Granularity
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -49,8 +51,9 @@ def history(trainer: Trainer, key: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[key]) for entry in trainer.state.log_history if key in entry]
 
 
-def test_upstream_loss_and_forgetting_at_every_evaluation(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
+@every_granularity
+def test_upstream_loss_and_forgetting_at_every_evaluation(granularity: Granularity, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(update_ratio=0.5, granularity=granularity))
     trainer, _ = trained(model, tmp_path, [ForgettingCallback(TEXTS, batch_size=3, kl=True)], **EVALUATED)
     losses, rises = history(trainer, "upstream_loss"), history(trainer, "forgetting")
     assert [step for step, _ in losses] == [0, 2, 4]  # the end is the last evaluation
@@ -86,19 +89,19 @@ def test_the_baseline_is_exactly_that_of_the_bare_base(tmp_path: Path) -> None:
     assert model.training  # as the Trainer left it
 
 
-@pytest.mark.parametrize("adapted", [True, False])
-def test_measuring_changes_no_trained_weight(tmp_path: Path, adapted: bool) -> None:
+@pytest.mark.parametrize("adapted", [*GRANULARITIES, None])
+def test_measuring_changes_no_trained_weight(tmp_path: Path, adapted: Granularity | None) -> None:
     def run(callbacks: list[TrainerCallback]) -> dict[str, Tensor]:
         model = tiny_llama()
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.2  # training draws random numbers
         if adapted:
-            model = get_peft_model(model, config())
+            model = get_peft_model(model, config(granularity=adapted))
         torch.manual_seed(0)
         trained(model, tmp_path, callbacks, **EVALUATED)
         return weights(model)
 
-    callback = ForgettingCallback(config=config(), kl=adapted, accuracy=lambda model: float(torch.rand(())))
+    callback = ForgettingCallback(config=config(), kl=adapted is not None, accuracy=lambda model: float(torch.rand(())))
     expected = run([])
     assert same(run([callback]), expected)
 

@@ -192,7 +192,7 @@ def test_adapters_that_share_no_module_are_refused(tmp_path: Path) -> None:
         ({"shape": [2048]}, r"the shape \[2048\]"),
         ({"shape": [2**40, 2**40]}, "which no weight has"),
         ({"shape": [2, 2]}, f"module '{UP}'.*but the weight has only 4 entries"),
-        ({"shape": [2**20, 2**20]}, f"module '{UP}': the index code of 614 of 1099511627776 weights takes"),
+        ({"shape": [2**20, 2**20]}, f"module '{UP}': the index code of 614 of 1099511627776 positions takes"),
         ({"nnz": 3}, f"module '{UP}' has 614 values, its manifest says 3"),
     ],
 )

@@ -558,7 +558,7 @@ def flip(tensors: dict[str, Tensor], part: str, change: Callable[[Tensor], Tenso
         (lambda t: flip(t, f"{UP}.dowser_values", lambda v: v[1:]), "expected 205 floating-point values"),
         (lambda t: flip(t, f"{UP}.dowser_values", lambda v: v.int()), "the file has torch.int32"),
         (lambda t: flip(t, f"{UP}.dowser_index", lambda v: v.fill_(255)), "the index code selects"),
-        (lambda t: flip(t, f"{UP}.dowser_index", lambda v: v[1:]), "the index code of 205 of 2048 weights takes"),
+        (lambda t: flip(t, f"{UP}.dowser_index", lambda v: v[1:]), "the index code of 205 of 2048 positions takes"),
         (lambda t: {k: v for k, v in t.items() if f"{UP}.dowser_index" not in k}, "has 27; missing: "),
         (lambda t: t | {"base_model.model.x.dowser_values.weight": torch.ones(3)}, "that this adapter does not have: "),
         (lambda t: t | {"base_model.model.x.lora_A.weight": torch.ones(3)}, "neither a Dowser tensor nor a tensor of"),

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    BertConfig,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     GPT2Config,
@@ -25,7 +28,8 @@ from transformers import (
 
 from peft_dowser import DowserConfig, DowserLayer, probe
 from peft_dowser.cli import main
-from peft_dowser.files.planning import bytes_per_weight, kept_bytes, plan
+from peft_dowser.config import PROBED_SCORES
+from peft_dowser.files.planning import ProbeCost, bytes_per_weight, kept_bytes, plan
 
 
 def architecture():
@@ -58,7 +62,7 @@ def test_planned_state_is_that_of_the_real_tensors(dtype: str, optimizer: str, g
     real = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[optimizer](trained, lr=1e-3)
     step(model, real)
     indices = [layer.index("default") for layer in model.modules() if isinstance(layer, DowserLayer)]
-    assert found.adapted == sum(index.numel for index in indices)
+    assert found.adapted == sum(math.prod(index.layout.shape) for index in indices)
     assert found.trained == sum(parameter.numel() for parameter in trained)
     assert found.values == size_of(trained)
     assert found.gradients == size_of(parameter.grad for parameter in trained)
@@ -83,9 +87,12 @@ def test_planned_state_of_the_8_bit_optimizer_is_the_real_one() -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_planned_activations_are_what_autograd_keeps(dtype: str) -> None:
-    found = plan(architecture(), config(), dtype=dtype, batch=2, tokens=12)
-    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude")).train()
+@pytest.mark.parametrize(
+    "given", [{}, {"granularity": "input_channel"}, {"granularity": "input_channel", "channels": 9}]
+)
+def test_planned_activations_are_what_autograd_keeps(dtype: str, given: dict) -> None:
+    found = plan(architecture(), config(**given), dtype=dtype, batch=2, tokens=12)
+    model = get_peft_model(tiny_llama(dtype=getattr(torch, dtype)), config(score="magnitude", **given)).train()
     owned = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
@@ -196,12 +203,62 @@ def test_the_products_of_a_step_are_counted(quantization: str, additive: bool, c
     assert planned.step_flops / one == counter.get_total_flops() / full
 
 
-def test_planned_statistics_are_those_of_a_probe() -> None:
-    found = plan(architecture(), config())
-    modules = probe(tiny_llama(), config()).modules.values()
-    energy = sum(size_of([module.energy]) for module in modules)
-    factors = sum(size_of([module.sensitivity, module.activity]) for module in modules)
-    assert found.statistics == factors + energy
+@pytest.mark.parametrize("score", PROBED_SCORES)
+def test_planned_probes_are_the_real_ones(score: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bytes, and in the prompts that run forward and backward."""
+    base, given = tiny_llama(), config(score=score, num_probes=64, probe_length=32)
+    cost = plan(architecture(), given).probes[score]
+    tokens, directions = [], []
+    grad = torch.autograd.grad
+
+    def noted(output: torch.Tensor, starts: list[torch.Tensor], direction: torch.Tensor | None, **kwargs: Any) -> Any:
+        directions.append(direction)
+        return grad(output, starts, direction, **kwargs)
+
+    base.model.layers[0].mlp.register_forward_pre_hook(lambda _, args: tokens.append(args[0].shape[:-1].numel()))
+    monkeypatch.setattr(torch.autograd, "grad", noted)
+    found = probe(base, given)
+    assert cost.backwards == 64 * len(directions)  # all prompts are in one batch
+    assert cost.forwards <= sum(tokens) / 32 < 1.1 * cost.forwards
+    modules = found.modules.values()
+    assert cost.statistics == size_of(t for module in modules for t in vars(module).values() if t is not None)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_probe_is_planned_as_so_many_tokens_of_training(checkpointing: bool) -> None:
+    given = config(num_probes=64, num_rademacher=8, probe_length=64)
+    found = plan(architecture(), given, gradient_checkpointing=checkpointing)
+    products = {"dowser": 2 + 8, "shift": 2 + 8, "activity": 2, "wanda": 2, "gradient": 2 + 8 + 2}
+    for score, count in products.items():  # the gradient of a loss takes two: of activations, and of weights
+        cost = found.probes[score]
+        assert cost.flops == 2.0 * found.adapted * 64 * 64 * count
+        assert cost.training_tokens == round(64 * 64 * count / (4 if checkpointing else 3))
+        assert cost.training_tokens == pytest.approx(cost.flops / (found.step_flops / 512), rel=1e-3)
+    for score in ("random", "magnitude"):
+        assert found.probes[score] == ProbeCost(0, 0, 0.0, 0, 0)
+
+
+def test_an_encoder_does_not_write_its_prompts() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    found = plan(BertConfig(architectures=["BertForMaskedLM"], vocab_size=64, **sizes), config(), tokens=12)
+    assert (found.probes["dowser"].forwards, found.probes["dowser"].backwards) == (4, 8)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_products_of_a_step_with_channels_are_counted(checkpointing: bool) -> None:
+    """All targets of a model, each with an input that requires a gradient."""
+    given = {"granularity": "input_channel", "channels": 4}
+    model, total = get_peft_model(tiny_llama(), config(score="random", **given)), 0
+    for layer in model.modules():
+        if isinstance(layer, DowserLayer):
+            x = torch.randn(12, layer.in_features, requires_grad=True)
+            with FlopCounterMode(display=False) as counter:
+                run = partial(checkpoint, layer, use_reentrant=True) if checkpointing else layer
+                run(x).sum().backward()
+            total += counter.get_total_flops()
+    assert plan(
+        architecture(), config(**given), tokens=12, gradient_checkpointing=checkpointing
+    ).step_flops == pytest.approx(total)
 
 
 @pytest.mark.parametrize(("quantization", "bytes_per_weight"), [("8bit", 1), ("4bit", 0.5625)])
@@ -260,13 +317,19 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     assert main(["plan", str(tmp_path), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     found = plan(tmp_path, DowserConfig())
-    assert printed == vars(found) | {"total": found.total}
+    assert printed == asdict(found) | {"total": found.total}
     assert main(["plan", str(tmp_path), "--json", "--target-modules", "all-linear"]) == 0
     assert json.loads(capsys.readouterr().out) == printed
     assert main(["plan", str(tmp_path), "--update-ratio", "0.2", "--optimizer", "adamw_8bit"]) == 0
     table = capsys.readouterr().out
     assert "trained 4,100 of 20,480 adapted weights" in table  # every matrix is rounded
+    assert main(["plan", str(tmp_path)]) == 0
+    assert f"  update       {found.update / 1e9:9.3f}\n" in capsys.readouterr().out
     assert "adamw_8bit" in table
+    numbers = {line.split("  ")[1].strip(): line.split()[-5:] for line in table.splitlines() if ", " in line[:20]}
+    assert numbers["dowser, shift"] == ["128", "512", "0.0", "0.000", "13,653"]
+    assert numbers["activity, wanda"] == ["128", "0", "0.0", "0.000", "2,731"]
+    assert numbers["random, magnitude"] == ["0", "0", "0.0", "0.000", "0"]
 
 
 @pytest.mark.parametrize(

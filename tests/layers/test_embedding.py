@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from peft_dowser import DowserLayer, probe
+from peft_dowser.config import Score
 from peft_dowser.layers.linear_op import summed_rows
 
 EMBEDDING = "model.embed_tokens"
@@ -171,7 +173,7 @@ def test_statistics_are_those_of_one_hot_inputs() -> None:
     assert one.activity[0, 5] == 0.5
 
 
-@pytest.mark.parametrize("score", ["dowser", "random", "magnitude", "wanda", "gradient"])
+@pytest.mark.parametrize("score", get_args(Score))
 def test_every_score_chooses_the_exact_share(score: str) -> None:
     model = get_peft_model(tiny_llama(), config(target_modules=["embed_tokens"], score=score, update_ratio=0.3))
     assert embedding(model).values("default").numel() == round(0.3 * 64 * 32)

@@ -14,7 +14,7 @@ import transformers
 from accelerate import cpu_offload
 from datasets import Dataset
 from groups import on_ranks
-from models import MOE, config, set_values, tiny_llama, tiny_moe
+from models import MOE, CountedOps, config, set_values, tiny_llama, tiny_moe
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
@@ -48,6 +48,7 @@ from peft_dowser.files.inspection import inspect
 from peft_dowser.files.merging import merge, verify
 from peft_dowser.layers.experts import Experts
 from peft_dowser.layers.experts_op import expert_bounds, sparse_experts
+from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.probing import scores
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -169,6 +170,16 @@ def test_gradients_are_those_of_a_dense_twin_at_the_positions(family: str, imple
         assert layer.weight.grad is None
 
 
+def test_eager_mode_runs_no_op_of_the_library() -> None:
+    for implementation in IMPLEMENTATIONS:
+        model = with_experts(tiny_moe("mixtral"))
+        model.set_experts_implementation(implementation)
+        with CountedOps() as ops:
+            model(input_ids=some_ids(), labels=some_ids()).loss.backward()
+        assert ops.counts["aten::index_add_"]
+        assert not [name for name in ops.counts if name.startswith("dowser::")]
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_of_the_size_of_an_expert_is_kept_for_the_backward(family: str, implementation: str) -> None:
@@ -275,7 +286,7 @@ def test_the_gradient_of_a_product_is_right_in_float64(kind: str, transposed: bo
         def multiply(product: Product) -> Tensor:
             if product.expert is None:
                 return sparse_experts(product, weight, [values], [positions])
-            return sparse_experts(product, weight[2:], [values[5:]], [positions[5:] - 40])
+            return sparse_experts(product, weight, [values[5:]], [positions[5:]])
 
         with standing_in(module, {"weight": multiply}):
             if kind == "one":
@@ -359,6 +370,68 @@ def test_stand_ins_go_when_the_forward_fails() -> None:
     with pytest.raises(Exception):  # noqa: B017
         experts(torch.zeros(3, 16))
     assert isinstance(experts.base_layer.down_proj, nn.Parameter)
+
+
+# Off the CPU
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors say that they are not on a CPU, so that they take the way of a GPU."""
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("tokens", [1, 9])  # of which each goes to two experts: fewer rows than experts, and more
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_off_the_cpu_outputs_and_gradients_are_those_of_a_dense_twin(
+    family: str, implementation: str, dtype: torch.dtype, tokens: int
+) -> None:
+    base = tiny_moe(family, dtype)
+    base.set_experts_implementation(implementation)
+    model = with_experts(copy.deepcopy(base))
+    model.add_adapter("other", config(target_parameters=PARAMETERS, target_modules=[], score="random", seed=5))
+    set_values(model, seed=1)
+    model.base_model.set_adapter(["default", "other"])
+    dense = by_hand(base, model, ("default", "other"))
+    ids = some_ids(1, tokens)
+    outputs = [each(input_ids=ids) for each in (model, dense)]
+    assert torch.equal(outputs[0].logits, outputs[1].logits)
+    for output in outputs:
+        output.logits.float().square().sum().backward()
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 3e-2}[dtype]
+    for name, layer in layers_of(model).items():
+        full = dense.get_parameter(name).grad.view(-1).float()
+        for adapter in ("default", "other"):
+            found, expected = layer.values(adapter).grad, full[layer.delta(adapter).positions]
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance * float(full.abs().max()))
+
+
+@pytest.mark.usefixtures("elsewhere")
+@pytest.mark.parametrize("transposed", [False, True])
+def test_off_the_cpu_grouped_gradients_are_those_of_one_product_per_expert(transposed: bool) -> None:
+    """Also where experts have no rows, and rows no expert."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((4, 16, 24) if transposed else (4, 24, 16), generator=generator)
+    positions = torch.randperm(weight.numel(), generator=generator)[:300].sort().values.int()
+    values = torch.randn(300, generator=generator, requires_grad=True)
+    x = torch.randn(10, 16, generator=generator, requires_grad=True)
+    grad = torch.randn(10, 24, generator=generator)
+    ends = torch.tensor([3, 3, 8, 9], dtype=torch.int32)
+    output = sparse_experts(Product(x, "grouped_mm", transposed, 24, ends=ends), weight, [values], [positions])
+    of_x, of_values = torch.autograd.grad(output, (x, values), grad)
+    dense = weight.clone()
+    add_delta_(dense, positions, values.detach())
+    of_weight = torch.zeros_like(dense)
+    for expert, rows in ((0, slice(0, 3)), (2, slice(3, 8)), (3, slice(8, 9))):
+        matrix = dense[expert].T if transposed else dense[expert]
+        product = grad[rows].T @ x[rows].detach()
+        of_weight[expert] = product.T if transposed else product
+        torch.testing.assert_close(output[rows], F.linear(x[rows], matrix))
+        torch.testing.assert_close(of_x[rows], grad[rows] @ matrix)
+    torch.testing.assert_close(of_values, of_weight.view(-1)[positions.long()])
 
 
 # Probing, against a model in which every expert is a linear of its own.
@@ -452,6 +525,31 @@ def test_statistics_are_those_of_experts_that_are_linears(family: str, implement
     for name in reached:
         for field, value in expected[name].items():
             torch.testing.assert_close(getattr(found[name], field), value, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:.*of the target matrices stay frozen")
+@pytest.mark.parametrize("score", ["shift", "activity"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_expert_trains_its_own_lowest_scores(family: str, score: str, tmp_path: Path) -> None:
+    """Against the factors of experts that are linears, multiplied prompt by prompt."""
+    base = tiny_moe(family)
+    given = config(score=score, target_parameters=PARAMETERS, target_modules=[], seed=4)
+    probe(base, given, prompts=PROMPTS).save(tmp_path / "probe.safetensors")
+    expected = oracle(base, PROMPTS, seed=4, draws=given.num_rademacher)
+    given.statistics = str(tmp_path / "probe.safetensors")
+    model = get_peft_model(base, given)
+    layers = [layer for layer in dowser_layers(model) if ".layers.0." in layer.module_name]
+    assert len(layers) == 2
+    for layer in layers:
+        trained = torch.zeros(layer.weight.shape, dtype=torch.bool)
+        trained.view(-1)[layer.index("default").decoded().long()] = True
+        for expert, mask in enumerate(trained):
+            factors = expected[f"{layer.module_name}[{expert}]"]
+            chosen = mask.T if family == "gpt_oss" else mask
+            gain = factors["sensitivity"] if score == "shift" else torch.ones_like(factors["sensitivity"])
+            found = gain.double().T @ factors["activity"].double()
+            assert int(chosen.sum()) == (round(0.1 * chosen.numel()) if factors["tokens"] else 0)
+            assert not chosen.any() or found[chosen].max() <= found[~chosen].min() * (1 + 1e-5)
 
 
 def test_batches_and_untargeted_parameters_do_not_matter() -> None:
@@ -784,14 +882,14 @@ def test_pieces_of_another_shape_are_refused(tmp_path: Path) -> None:
     tensors = load_file(path)
     key = next(key for key in tensors if "layers.0" in key and key.endswith("experts.2.w2.weight"))
     for change, message in (
-        ({key: tensors[key][:-1].contiguous()}, "63 rows"),
-        ({key: tensors[key].to(torch.int8)}, r"\['F32', 'I8'\]"),
+        ({key: tensors[key][:-1].contiguous()}, r"\(3 times\) and F32 of shape \(15,"),
+        ({key: tensors[key].to(torch.int8)}, r"\(3 times\) and I8 of shape \(16,"),
     ):
         save_file(tensors | change, path, metadata={"format": "pt"})
-        with pytest.raises(DeltaFormatError, match=f"make up the target weight '{DOWN}'.*{message}"):
+        with pytest.raises(DeltaFormatError, match=rf"target weight '{DOWN}' is F32 of shape \(16, .*{message}"):
             merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
     save_file({name: tensor for name, tensor in tensors.items() if name != key}, path, metadata={"format": "pt"})
-    with pytest.raises(DeltaFormatError, match=f"'{DOWN}'.*48 rows"):
+    with pytest.raises(DeltaFormatError, match=rf"'{DOWN}' is F32 of shape \(16, \d+\) \(3 times\) in"):
         merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
 
 

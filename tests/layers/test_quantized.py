@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import every_granularity
 from models import IDS, CountedOps, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from peft_dowser import DowserLayer
 from peft_dowser.base.storage import backend_of, unpack
+from peft_dowser.delta.layout import Granularity
 from peft_dowser.evaluation.rehearsal import rehearse
 from peft_dowser.layers.layer import dowser_layers
 from peft_dowser.layers.quantized import QuantizedLinear
@@ -83,29 +85,34 @@ def layers(model: nn.Module) -> list[QuantizedLinear]:
     return [module for module in model.modules() if isinstance(module, QuantizedLinear)]
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_scores_are_those_of_the_dequantized_weights(folder: str, kind: str) -> None:
-    model = get_peft_model(load(folder, kind), config(score="magnitude", update_ratio=0.25))
+def test_the_scores_are_those_of_the_dequantized_weights(folder: str, kind: str, granularity: Granularity) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity, score="magnitude", update_ratio=0.25))
     assert len(layers(model)) == 14
     for layer in layers(model):
         weight = backend_of(layer.base_layer).get_base_weight(layer.base_layer)  # type: ignore[union-attr]
-        chosen = weight.abs().view(-1)[layer.index("default").decoded().long()]
-        assert chosen.numel() == weight.numel() // 4
-        assert chosen.max() <= weight.abs().view(-1).kthvalue(weight.numel() // 4).values
+        scores = weight.abs().view(-1) if granularity == "weight" else weight.abs().mean(0)
+        chosen = scores[layer.index("default").decoded().long()]
+        assert chosen.numel() == scores.numel() // 4
+        assert chosen.max() <= scores.kthvalue(scores.numel() // 4).values
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_product(folder: str, kind: str) -> None:
+def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_product(
+    folder: str, kind: str, granularity: Granularity
+) -> None:
     base = load(folder, kind)
     before = logits(base)
-    model = get_peft_model(base, config())
+    model = get_peft_model(base, config(granularity=granularity))
     assert torch.equal(logits(model), before)
     set_values(model)
     layer = layers(model)[0]
     x = torch.randn(5, layer.in_features)
-    dense = torch.zeros(layer.out_features * layer.in_features)
-    dense[layer.index("default").decoded().long()] = layer.values("default").detach()
-    expected = layer.base_layer(x) + x @ dense.view(layer.out_features, layer.in_features).T
+    dense, at = torch.zeros(layer.out_features, layer.in_features), layer.index("default").decoded().long()
+    (dense.view(-1) if granularity == "weight" else dense)[..., at] = layer.values("default").detach()
+    expected = layer.base_layer(x) + x @ dense.T
     torch.testing.assert_close(layer(x), expected)
     with model.disable_adapter():
         assert torch.equal(logits(model), before)
@@ -153,10 +160,13 @@ def test_a_library_that_computes_with_integers_runs_itself(folder: str, kind: st
     assert {layer.is_additive for layer in layers(model)} == {kind in ("8-bit", "torchao")}
 
 
+@every_granularity
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointed_it_has_the_same_gradients(folder: str, kind: str, reentrant: bool) -> None:
-    model = get_peft_model(load(folder, kind), config(score="random")).train()
+def test_checkpointed_it_has_the_same_gradients(
+    folder: str, kind: str, granularity: Granularity, reentrant: bool
+) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity, score="random")).train()
     set_values(model)
     model.enable_input_require_grads()
     found = []
@@ -169,9 +179,10 @@ def test_checkpointed_it_has_the_same_gradients(folder: str, kind: str, reentran
     assert all(map(torch.equal, *found))
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_trains_saves_and_loads(folder: str, kind: str, tmp_path: Path) -> None:
-    model = get_peft_model(prepare_model_for_kbit_training(load(folder, kind)), config())
+def test_it_trains_saves_and_loads(folder: str, kind: str, granularity: Granularity, tmp_path: Path) -> None:
+    model = get_peft_model(prepare_model_for_kbit_training(load(folder, kind)), config(granularity=granularity))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(5):
@@ -188,11 +199,14 @@ def test_it_trains_saves_and_loads(folder: str, kind: str, tmp_path: Path) -> No
     assert torch.equal(logits(loaded), logits(model))
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_adapter_of_the_base_in_floating_point_loads_without_a_warning(
-    folder: str, kind: str, tmp_path: Path
+    folder: str, kind: str, granularity: Granularity, tmp_path: Path
 ) -> None:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), config(score="magnitude"))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), config(granularity=granularity, score="magnitude")
+    )
     set_values(model)
     model.save_pretrained(tmp_path)
     base = load(folder, kind)
@@ -203,12 +217,13 @@ def test_an_adapter_of_the_base_in_floating_point_loads_without_a_warning(
         assert torch.equal(layer.values("default"), original.values("default"))
 
 
+@every_granularity
 @pytest.mark.filterwarnings(MERGING)
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_rounds_and_unmerging_restores_every_bit(folder: str, kind: str) -> None:
+def test_merging_rounds_and_unmerging_restores_every_bit(folder: str, kind: str, granularity: Granularity) -> None:
     base = load(folder, kind)
     before = logits(base)
-    model = get_peft_model(base, config(update_ratio=0.25))
+    model = get_peft_model(base, config(granularity=granularity, update_ratio=0.25))
     set_values(model)
     adapted = logits(model)
     model.merge_adapter()
@@ -221,11 +236,16 @@ def test_merging_rounds_and_unmerging_restores_every_bit(folder: str, kind: str)
         assert torch.equal(logits(model), before)
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.filterwarnings(MERGING, "ignore:Already following adapters were merged")
-def test_what_is_merged_is_what_runs_also_in_layers_without_it(folder: str, kind: str) -> None:
-    model = get_peft_model(load(folder, kind), config(target_modules=["q_proj"]), adapter_name="a")
-    model.add_adapter("b", config(target_modules=["up_proj"]))
+def test_what_is_merged_is_what_runs_also_in_layers_without_it(
+    folder: str, kind: str, granularity: Granularity
+) -> None:
+    model = get_peft_model(
+        load(folder, kind), config(granularity=granularity, target_modules=["q_proj"]), adapter_name="a"
+    )
+    model.add_adapter("b", config(granularity=granularity, target_modules=["up_proj"]))
     set_values(model)
     merged = logits(copy.deepcopy(model).merge_and_unload(adapter_names=["a"]))
     model.set_adapter("b")
@@ -238,11 +258,14 @@ def test_what_is_merged_is_what_runs_also_in_layers_without_it(folder: str, kind
     assert torch.equal(logits(model), before)
 
 
+@every_granularity
 @pytest.mark.filterwarnings(MERGING, "ignore:Already following adapters were merged")
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_adapters_are_added_to_the_original_before_it_is_quantized_once(folder: str, kind: str) -> None:
-    model = get_peft_model(load(folder, kind), config(score="random"))
-    model.add_adapter("other", config(score="random", seed=1))
+def test_two_adapters_are_added_to_the_original_before_it_is_quantized_once(
+    folder: str, kind: str, granularity: Granularity
+) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity, score="random"))
+    model.add_adapter("other", config(granularity=granularity, score="random", seed=1))
     set_values(model)
     apart, together = copy.deepcopy(model), copy.deepcopy(model)
     apart.merge_adapter(["default"])
@@ -253,9 +276,12 @@ def test_two_adapters_are_added_to_the_original_before_it_is_quantized_once(fold
     assert torch.equal(logits(apart), logits(model))
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_merging_is_announced_and_unloading_gives_a_quantized_model(folder: str, kind: str) -> None:
-    model = get_peft_model(load(folder, kind), config(update_ratio=0.25))
+def test_merging_is_announced_and_unloading_gives_a_quantized_model(
+    folder: str, kind: str, granularity: Granularity
+) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity, update_ratio=0.25))
     set_values(model)
     with pytest.warns(UserWarning, match="rounds every weight of the adapted matrices again"):
         merged = model.merge_and_unload()
@@ -263,9 +289,10 @@ def test_merging_is_announced_and_unloading_gives_a_quantized_model(folder: str,
     assert backend_of(merged.model.layers[0].self_attn.q_proj) is not None
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_generating_leaves_the_base_quantized_once(folder: str, kind: str) -> None:
-    model = get_peft_model(load(folder, kind), config())
+def test_generating_leaves_the_base_quantized_once(folder: str, kind: str, granularity: Granularity) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity))
     set_values(model)
     before = logits(model)
     with warnings.catch_warnings():
@@ -274,9 +301,10 @@ def test_generating_leaves_the_base_quantized_once(folder: str, kind: str) -> No
     assert torch.equal(logits(model), before)
 
 
+@every_granularity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS)
-def test_trl_trains_it(folder: str, kind: str, tmp_path: Path) -> None:
+def test_trl_trains_it(folder: str, kind: str, granularity: Granularity, tmp_path: Path) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
@@ -297,7 +325,7 @@ def test_trl_trains_it(folder: str, kind: str, tmp_path: Path) -> None:
         ),
         train_dataset=Dataset.from_list(texts),
         processing_class=tokenizer,
-        peft_config=config(score="random"),
+        peft_config=config(granularity=granularity, score="random"),
     )
     layers = [module for module in trainer.model.modules() if isinstance(module, DowserLayer)]
     trainer.train()
@@ -307,9 +335,10 @@ def test_trl_trains_it(folder: str, kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded.eval()), logits(trainer.model.eval()))
 
 
+@every_granularity
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_rehearsal_has_the_gradient_of_the_divergence(kind: str, folder: str) -> None:
-    model = get_peft_model(load(folder, kind), config(score="random", update_ratio=0.3))
+def test_a_rehearsal_has_the_gradient_of_the_divergence(kind: str, granularity: Granularity, folder: str) -> None:
+    model = get_peft_model(load(folder, kind), config(granularity=granularity, score="random", update_ratio=0.3))
     set_values(model)
     rehearse(model, [{"input_ids": row[None]} for row in IDS], 0.5)
     values = {name: p for name, p in model.named_parameters() if ".dowser_values." in name}

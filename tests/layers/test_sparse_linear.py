@@ -349,7 +349,7 @@ def test_whatever_subset_of_gradients_is_asked_for_comes_out(wanted: tuple[bool,
 
 @pytest.mark.parametrize(
     ("wanted", "unused"),
-    [(0, ["_values_grad"]), (1, ["_values_grad", "sum_of"]), (2, ["sum_of"])],
+    [(0, ["values_grad"]), (1, ["values_grad", "sum_of"]), (2, ["sum_of"])],
     ids=["x", "bias", "values"],
 )
 def test_what_is_not_asked_for_is_not_computed(wanted: int, unused: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,16 +70,21 @@ def test_the_gradient_is_that_of_the_shared_weight() -> None:
     torch.testing.assert_close(layer.values("default").grad, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_score_adds_both_uses() -> None:
+@pytest.mark.parametrize("name", ["dowser", "shift", "activity"])
+def test_the_score_adds_both_uses(name: str) -> None:
     base = tied_llama()
-    choice = config(target_modules=["embed_tokens"], ensure_weight_tying=True, num_probes=8)
+    choice = config(score="dowser", target_modules=["embed_tokens"], ensure_weight_tying=True, num_probes=8)
     modules = probe(base, choice).modules
     assert modules.keys() == {EMBEDDING, "lm_head"}
     weight = base.lm_head.weight.detach().double()
     lookup, head = modules[EMBEDDING], modules["lm_head"]
-    score = weight.abs() * (
-        lookup.activity.double().T @ lookup.sensitivity.double() + head.sensitivity.double().T @ head.activity.double()
-    )
+    score = lookup.activity.double().T @ lookup.sensitivity.double()
+    score += head.sensitivity.double().T @ head.activity.double()
+    if name == "dowser":
+        score *= weight.abs()
+    if name == "activity":  # of a token in the embedding, of a hidden feature in the head
+        score = lookup.activity.double().mean(0)[:, None] + head.activity.double().mean(0)[None]
+    choice.score = name
     model = get_peft_model(base, choice)
     trained = torch.zeros(score.numel(), dtype=torch.bool)
     trained[shared_layer(model).index("default").positions.long()] = True

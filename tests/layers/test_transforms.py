@@ -127,7 +127,7 @@ def test_it_is_refused_where_torch_compiles(transform: str, trainable: bool) -> 
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-@pytest.mark.parametrize("make", [linear, conv, hooked])
+@pytest.mark.parametrize("make", [linear, conv, hooked, FirstExperts])
 @pytest.mark.parametrize("transform", OTHERS)
 def test_other_transforms_are_refused_too(transform: str, make: Callable[[], nn.Module], trainable: bool) -> None:
     model = ran(make, trainable)

@@ -56,7 +56,7 @@ def assert_same(one: ProbeStatistics, other: ProbeStatistics) -> None:
             assert tensor is same is None or torch.equal(tensor, same), (name, part)
 
 
-@pytest.mark.parametrize("score", ["dowser", "gradient"])
+@pytest.mark.parametrize("score", ["dowser", "activity", "gradient"])
 def test_what_was_probed_once_is_read(score: str, folder: Path, probed: list, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "peft_dowser")
     model = tiny_llama(layers=11)  # by name, layer 10 comes before layer 2
@@ -68,6 +68,40 @@ def test_what_was_probed_once_is_read(score: str, folder: Path, probed: list, ca
     assert len(probed) == 1
     assert f"were read from the cache, and not probed: '{path}'" in caplog.text
     assert len(files(folder)) == 1
+
+
+@pytest.mark.parametrize(("full", "cheap"), [("shift", "activity"), ("dowser", "wanda"), ("gradient", "activity")])
+def test_a_full_probe_serves_one_of_forwards_only(full: str, cheap: str, folder: Path, probed: list) -> None:
+    probe(tiny_llama(), config(score=full))
+    served = probe(tiny_llama(), config(score=cheap, num_rademacher=5))
+    assert len(probed) == 1
+    for path in files(folder):
+        path.unlink()
+    assert_same(served, probe(tiny_llama(), config(score=cheap)))
+    assert len(probed) == 2
+    assert served.info.num_rademacher == 0
+
+
+@pytest.mark.parametrize("full", ["dowser", "shift", "gradient"])
+def test_a_probe_of_forwards_only_serves_no_other(full: str, folder: Path, probed: list) -> None:
+    probe(tiny_llama(), config(score="activity"))
+    found = probe(tiny_llama(), config(score=full))
+    assert len(probed) == 2
+    assert all(module.sensitivity is not None for module in found.modules.values())
+    assert probe(tiny_llama(), config(score="wanda")).info.num_rademacher == 0  # its own comes first
+    assert len(probed) == 2
+    assert len(files(folder)) == 2
+
+
+def test_a_damaged_full_probe_is_no_help(folder: Path, probed: list, caplog: pytest.LogCaptureFixture) -> None:
+    probe(tiny_llama(), config())
+    (path,) = files(folder)
+    path.write_bytes(b"no statistics")
+    found = probe(tiny_llama(), config(score="activity"))
+    assert len(probed) == 2
+    assert f"'{path}' cannot be used" in caplog.text
+    assert_same(probe(tiny_llama(), config(score="activity")), found)
+    assert len(probed) == 2
 
 
 def test_adapters_of_one_base_share_a_probe(folder: Path, probed: list) -> None:
@@ -213,7 +247,7 @@ def test_writers_and_readers_at_once_see_whole_files(folder: Path, caplog: pytes
     def work(number: int) -> ProbeStatistics | None:
         if number % 2:
             cache.keep(first, path)
-        return cache.read(path, list(first.modules), first.samples)
+        return cache.read([path], list(first.modules), first.samples)
 
     with ThreadPoolExecutor(8) as pool:
         for found in pool.map(work, range(48)):

@@ -85,7 +85,9 @@ def test_sensitivity_estimates_the_norm_of_the_jacobian(model: nn.Module) -> Non
 
 
 @slow_attention
-def test_score_is_equation_5_summed_densely_per_sample(model: nn.Module) -> None:
+@pytest.mark.parametrize("score", ["dowser", "shift"])
+def test_score_is_equation_5_summed_densely_per_sample(score: str, model: nn.Module) -> None:
+    """With |W|, and without it."""
     name = LAYERS[1]
     weight = model.get_submodule(name).weight.detach()
     statistics = probe(model, config(target_modules=[name], num_rademacher=2, seed=3), prompts=PROMPTS)
@@ -93,9 +95,10 @@ def test_score_is_equation_5_summed_densely_per_sample(model: nn.Module) -> None
     for number, ids in enumerate(PROMPTS):
         jac, hidden = jacobian(model, model.get_submodule(name), ids)
         gain = torch.einsum("rv,vto->rto", signs(3, number, 2, jac.shape[0]), jac).abs().mean((0, 1))
-        dense += gain[:, None] * weight.abs() * hidden.abs().mean(0)[None]
-    expected = dense / len(PROMPTS)
-    torch.testing.assert_close(scores.dowser(weight, statistics.modules[name]).double(), expected, rtol=1e-5, atol=0)
+        size = weight.abs() if score == "dowser" else 1
+        dense += gain[:, None] * size * hidden.abs().mean(0)[None]
+    found = scores.FROM_STATISTICS[score](weight, statistics.modules[name])
+    torch.testing.assert_close(found.double(), dense / len(PROMPTS), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

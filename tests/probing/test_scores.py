@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peft_dowser.base.target import target_of
+from peft_dowser.config import PROBED_SCORES
 from peft_dowser.probing import scores
 from peft_dowser.probing.selection import score_matrix
 from peft_dowser.probing.statistics import ModuleStatistics, ProbeInfo, ProbeStatistics
@@ -20,6 +21,8 @@ N, OUT, IN = 5, 23, 17
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCORES = {
     "dowser": scores.dowser,
+    "shift": scores.shift,
+    "activity": scores.activity,
     "wanda": scores.wanda,
     "gradient": scores.gradient,
     "magnitude": lambda weight, statistics: scores.magnitude(weight),
@@ -55,6 +58,10 @@ def by_formula(name: str, weight: Tensor, given: ModuleStatistics) -> Tensor:
             if name == "dowser":
                 terms = [given.sensitivity[n, i].item() * size * given.activity[n, j].item() for n in range(N)]
                 expected[i, j] = sum(terms) / N
+            if name == "shift":
+                expected[i, j] = sum(given.sensitivity[n, i].item() * given.activity[n, j].item() for n in range(N)) / N
+            if name == "activity":
+                expected[i, j] = sum(given.activity[n, j].item() for n in range(N)) / N
             if name == "magnitude":
                 expected[i, j] = size
             if name == "wanda":
@@ -110,7 +117,17 @@ def test_a_zero_weight_scores_zero(name: str) -> None:
     assert not bool(found.signbit().any())
 
 
-@pytest.mark.parametrize(("name", "factor"), [("dowser", "activity"), ("dowser", "sensitivity"), ("wanda", "energy")])
+FACTORS = [
+    ("dowser", "activity"),
+    ("dowser", "sensitivity"),
+    ("shift", "activity"),
+    ("shift", "sensitivity"),
+    ("activity", "activity"),
+    ("wanda", "energy"),
+]
+
+
+@pytest.mark.parametrize(("name", "factor"), FACTORS)
 def test_a_silent_input_or_output_scores_zero(name: str, factor: str) -> None:
     given = statistics()
     getattr(given, factor)[..., 7] = 0
@@ -131,13 +148,14 @@ def test_a_gradient_of_minus_zero_scores_plus_zero() -> None:
 @pytest.mark.parametrize("name", SCORES)
 def test_weights_and_statistics_are_only_read(name: str, dtype: torch.dtype) -> None:
     weight, given = weight_of(dtype), statistics()
-    found = SCORES[name](weight, given)
-    found.fill_(-1)
+    for row in SCORES[name](weight, given):
+        row.fill_(-1)
     assert torch.equal(weight, weight_of(dtype))
     assert all(torch.equal(tensor, getattr(statistics(), field)) for field, tensor in vars(given).items())
 
 
-def test_the_sums_of_dowser_are_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["dowser", "shift"])
+def test_the_sums_over_prompts_are_in_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products of float32 may be computed in TF32 on a GPU; whole blocks or single rows, the scores are the same."""
     products: list[torch.dtype] = []
 
@@ -149,23 +167,34 @@ def test_the_sums_of_dowser_are_in_float64(monkeypatch: pytest.MonkeyPatch) -> N
 
     weight, given = weight_of(torch.float32), statistics()
     exact = given.sensitivity.double().T @ given.activity.double()
-    expected = (exact.float() * weight).abs() / N
+    expected = (exact.float() * weight).abs() / N if name == "dowser" else exact.float() / N
     for block in (1, 3 * IN, 1 << 20):
         monkeypatch.setattr(scores, "_BLOCK", block)
         with Products():
-            assert torch.equal(scores.dowser(weight, given), expected)
+            assert torch.equal(SCORES[name](weight, given), expected)
     assert len(products) == OUT + -(-OUT // 3) + 1
     assert set(products) == {torch.float64}
 
 
+def test_the_activity_of_channels_is_the_row_that_all_rows_of_its_scores_are() -> None:
+    """Large rows of few bits less than a float32 has: only a wide sum keeps what the small one adds."""
+    given = statistics(width=2)
+    given.activity = torch.tensor([[2.0**24, 1], [1, 2], [1, 3]])
+    assert scores.mean_activity(given).tolist() == [(2**24 + 2) / 3, 2]
+    found = scores.activity(torch.empty(400, 2), given)
+    assert torch.equal(found, scores.mean_activity(given).expand(400, 2))
+    assert found.untyped_storage().nbytes() == 2 * 4
+
+
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events")  # torch 2.10
-def test_dowser_allocates_nothing_of_the_size_of_the_scores_but_the_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["dowser", "shift"])
+def test_nothing_of_the_size_of_the_scores_is_allocated_but_the_scores(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(scores, "_BLOCK", 1 << 12)
     weight, given = torch.ones(300, 400), statistics(300, 400)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        found = scores.dowser(weight, given)
+        found = SCORES[name](weight, given)
     trace.export_chrome_trace(str(tmp_path / "trace.json"))
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     sizes = [event["args"]["Bytes"] for event in events if event["name"] == "[memory]"]
@@ -176,7 +205,7 @@ def test_dowser_allocates_nothing_of_the_size_of_the_scores_but_the_scores(
 
 
 @pytest.mark.parametrize("shape", [(OUT, IN + 1), (OUT + 1, IN), (IN, OUT), (1, IN), (OUT, 1)])
-@pytest.mark.parametrize("name", ["dowser", "gradient"])
+@pytest.mark.parametrize("name", ["dowser", "shift", "gradient"])
 def test_a_weight_of_another_shape_is_refused(name: str, shape: tuple[int, int]) -> None:
     message = f"The probe statistics belong to a weight of shape {(OUT, IN)}, this one has {shape}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -184,16 +213,31 @@ def test_a_weight_of_another_shape_is_refused(name: str, shape: tuple[int, int])
 
 
 @pytest.mark.parametrize("width", [1, IN - 1, IN + 1])
-def test_wanda_refuses_a_weight_of_another_width(width: int) -> None:
+@pytest.mark.parametrize("name", ["activity", "wanda"])
+def test_a_weight_of_another_width_is_refused(name: str, width: int) -> None:
     message = f"The probe statistics belong to a weight of shape {(OUT, IN)}, this one has {(OUT, width)}."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        scores.wanda(torch.ones(OUT, width), statistics())
+        SCORES[name](torch.ones(OUT, width), statistics())
 
 
 def test_statistics_without_a_gradient_are_refused_with_the_way_out() -> None:
     message = "hold no gradient; probe with DowserConfig(score='gradient') to use this score."
     with pytest.raises(ValueError, match=f"^The probe statistics {re.escape(message)}$"):
         scores.gradient(weight_of(), statistics(gradient=False))
+
+
+@pytest.mark.parametrize("name", ["dowser", "shift"])
+def test_statistics_without_a_sensitivity_are_refused_with_the_way_out(name: str) -> None:
+    given = statistics()
+    given.sensitivity = None
+    message = (
+        "The probe statistics hold no sensitivity, because their probe ran forwards only, as for score='activity' or "
+        f"'wanda'. Choose one of these, or probe with DowserConfig(score='{name}') to use this score."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        SCORES[name](weight_of(), given)
+    for other in ("activity", "wanda", "gradient"):
+        assert torch.equal(SCORES[other](weight_of(), given), SCORES[other](weight_of(), statistics()))
 
 
 # Random scores
@@ -269,7 +313,7 @@ def test_a_module_is_scored_by_the_score_of_the_config(name: str) -> None:
     assert_score(found, by_formula(name, layer.weight.detach(), given.modules["own"]))
 
 
-@pytest.mark.parametrize("name", ["dowser", "wanda", "gradient"])
+@pytest.mark.parametrize("name", PROBED_SCORES)
 def test_a_score_of_the_model_needs_statistics(name: str) -> None:
     with pytest.raises(ValueError, match=f"^score='{name}' needs probe statistics\\.$"):
         score_matrix(target_of("own", nn.Linear(IN, OUT)), config(score=name), None)

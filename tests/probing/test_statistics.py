@@ -90,7 +90,7 @@ def test_a_config_that_asks_for_nothing_of_its_own_is_no_matter(
 # The file
 
 
-@pytest.mark.parametrize("score", ["dowser", "gradient"])
+@pytest.mark.parametrize("score", ["dowser", "activity", "gradient"])
 def test_what_is_saved_is_loaded_bit_for_bit(score: str, tmp_path: Path) -> None:
     expected = probe(tiny_llama(), config(score=score, seed=3))
     expected.save(tmp_path / "probe.safetensors")
@@ -98,10 +98,24 @@ def test_what_is_saved_is_loaded_bit_for_bit(score: str, tmp_path: Path) -> None
     assert found.info == expected.info
     assert found.modules.keys() == expected.modules.keys()
     for name, module in expected.modules.items():
+        assert (module.sensitivity is not None) == (score != "activity")
         assert (module.gradient is not None) == (score == "gradient")
         for field, tensor in vars(module).items():
             other = getattr(found.modules[name], field)
             assert other is tensor is None or (other.dtype == torch.float32 and torch.equal(other, tensor))
+
+
+def test_a_file_of_forwards_only_says_so_and_is_half_as_large(tmp_path: Path) -> None:
+    path = tmp_path / "probe.safetensors"
+    statistics = probe(tiny_llama(), config(score="wanda"))
+    statistics.save(path)
+    tensors, metadata = contents(str(path))
+    assert json.loads(metadata["info"])["num_rademacher"] == 0
+    assert {key.rpartition(":")[2] for key in tensors} == {"activity", "energy"}
+    assert sum(tensor.nbytes for tensor in tensors.values()) == sum(
+        4 * (4 + 1) * tiny_llama().get_submodule(name).in_features for name in statistics.modules
+    )
+    assert repr(ProbeStatistics.load(path)).startswith("ProbeStatistics(14 modules, N=4, R=0, T=12, seed=0, ")
 
 
 @pytest.mark.parametrize("num_probes", [1, 4])
@@ -170,6 +184,20 @@ def test_a_file_with_other_metadata_is_refused(change: dict, message: str, store
         ProbeStatistics.load(tmp_path / "probe.safetensors")
 
 
+@pytest.mark.parametrize("field", ["sensitivity", "gradient"])
+def test_more_than_forwards_measure_is_refused_where_they_alone_ran(field: str, stored: str, tmp_path: Path) -> None:
+    tensors, metadata = contents(stored)
+    metadata["info"] = json.dumps(json.loads(metadata["info"]) | {"num_rademacher": 0})
+    kept = {key: value for key, value in tensors.items() if key.endswith((":activity", ":energy"))}
+    save_file(kept, tmp_path / "probe.safetensors", metadata=metadata)
+    ProbeStatistics.load(tmp_path / "probe.safetensors")
+    kept[f"{MODULE}:{field}"] = tensors[f"{MODULE}:{field}"]
+    save_file(kept, tmp_path / "probe.safetensors", metadata=metadata)
+    message = f"the statistics of module '{MODULE}' hold more than forwards measure, but the file says R = 0"
+    with pytest.raises(ValueError, match=f"probe.safetensors': {message}: forwards only"):
+        ProbeStatistics.load(tmp_path / "probe.safetensors")
+
+
 SHAPES = f"the statistics of module '{MODULE}' have shapes that disagree"
 DTYPE = f"the statistics of module '{MODULE}' are not float32"
 VALUES = f"the statistics of module '{MODULE}'"
@@ -218,6 +246,8 @@ def test_a_file_with_another_tensor_is_refused(field, tensor, message: str, stor
     "choice",
     [
         {"score": "dowser", "scope": "model"},
+        {"score": "shift"},
+        {"score": "activity", "scope": "row"},
         {"score": "wanda", "scope": "row"},
         {"score": "gradient", "select": "high"},
         {"score": "dowser", "last_layers": 1},
@@ -240,6 +270,8 @@ def test_a_file_gives_the_masks_of_a_probe(
     [
         ({"hidden": 64}, "dowser", r"q_proj': The probe statistics belong to a weight of shape \(64, 64\), this one"),
         ({"hidden": 16}, "wanda", r"q_proj': The probe statistics belong to a weight of shape \(32, 16\), this one"),
+        ({"hidden": 64}, "shift", r"q_proj': The probe statistics belong to a weight of shape \(64, 64\), this one"),
+        ({"hidden": 16}, "activity", r"q_proj': The probe statistics belong to a weight of shape \(32, 16\), this one"),
         ({}, "gradient", r"q_proj': The probe statistics hold no gradient; probe with DowserConfig\(score='gradient'"),
     ],
 )
@@ -255,6 +287,46 @@ def test_statistics_that_do_not_fit_leave_the_model_untouched(
     assert list(base.state_dict()) == list(fresh)
     assert all(torch.equal(tensor, fresh[name]) for name, tensor in base.state_dict().items())
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize(
+    ("score", "message"),
+    [
+        ("dowser", r"hold no sensitivity, .* probe with DowserConfig\(score='dowser'\) to use this score"),
+        ("shift", r"hold no sensitivity, .* probe with DowserConfig\(score='shift'\) to use this score"),
+        ("gradient", r"hold no gradient; probe with DowserConfig\(score='gradient'\) to use this score"),
+    ],
+)
+def test_a_score_that_needs_more_than_forwards_refuses_them_by_name(score: str, message: str, tmp_path: Path) -> None:
+    path = str(tmp_path / "probe.safetensors")
+    probe(tiny_llama(), config(score="activity")).save(path)
+    base = tiny_llama()
+    with pytest.raises(ValueError, match="Module 'model.layers.0.self_attn.q_proj': The probe statistics " + message):
+        get_peft_model(base, config(score=score, statistics=path))
+    assert not any(isinstance(module, DowserLayer) for module in base.modules())
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("score", ["activity", "wanda"])
+def test_an_adapter_of_forwards_only_says_so(score: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Statistics of a full probe give the same mask, and tell their own R."""
+    files = {"dowser": tmp_path / "full.safetensors", score: tmp_path / "cheap.safetensors"}
+    for probed, path in files.items():
+        probe(tiny_llama(), config(score=probed)).save(path)
+    expected = masks(get_peft_model(tiny_llama(), config(score=score)))
+    cases = [(None, 0, "forwards only"), (files[score], 0, "forwards only"), (files["dowser"], 2, "R = 2")]
+    for given, count, said in cases:
+        folder = tmp_path / f"adapter {given and given.stem}"
+        asked = config(score=score, num_rademacher=3, statistics=given and str(given))
+        get_peft_model(tiny_llama(), asked).save_pretrained(folder)
+        assert card_line(folder, "probe") == f"- probe: N = 4, {said}, T = 12"
+        assert json.loads((folder / "adapter_config.json").read_text())["num_rademacher"] == count
+        found = masks(PeftModel.from_pretrained(tiny_llama(), folder))
+        again = DowserConfig.from_pretrained(str(folder))
+        again.nnz_pattern = again.manifest = None
+        for same in (found, masks(get_peft_model(tiny_llama(), again))):
+            assert all(torch.equal(mask, expected[name]) for name, mask in same.items())
+    assert "were made with" not in caplog.text  # R is nothing to these scores
 
 
 # Other weights

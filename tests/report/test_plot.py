@@ -96,6 +96,15 @@ def test_with_weights_the_third_map_is_the_score(statistics: ProbeStatistics) ->
         plot.importance_map(statistics, weights | {UP: torch.zeros(3, 3)})
 
 
+def test_statistics_of_forwards_only_show_the_activity(statistics: ProbeStatistics) -> None:
+    given = statistics.of_forwards()
+    (activity,) = maps(plot.importance_map(given))
+    assert activity == pytest.approx({name: m.activity.mean().item() for name, m in statistics.modules.items()})
+    weights = {name: torch.ones(32, module.activity.shape[1]) for name, module in given.modules.items()}
+    with pytest.raises(ValueError, match="hold no sensitivity"):
+        plot.importance_map(given, weights)
+
+
 def made(numbers: dict[str, float]) -> ProbeStatistics:
     """Statistics of one weight per module, whose sensitivity is the number."""
     one = torch.ones(1, 1)

@@ -135,6 +135,20 @@ def test_with_statistics_the_page_shows_the_probe(
     assert page.texts["figcaption"][2].startswith("Means over 4 prompts of 12 tokens, 2 projections each, seed 0;")
 
 
+def test_statistics_of_forwards_only_show_the_activity(
+    statistics: ProbeStatistics, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    saved(tmp_path)
+    path = tmp_path / "probe.safetensors"
+    statistics.of_forwards().save(path)
+    report(tmp_path, tmp_path / "page.html", statistics=path)
+    caption = check_page(tmp_path / "page.html").texts["figcaption"][2]
+    assert caption.startswith("Means over 4 prompts of 12 tokens, forwards only, seed 0;")
+    probe(tiny_llama(hidden=16), config(score="activity")).save(path)
+    with pytest.raises(ValueError, match="has no statistics that fit 12 of the 14 modules"):
+        report(tmp_path, tmp_path / "page.html", statistics=path)
+
+
 def test_one_adapter_gives_one_page(tmp_path: Path) -> None:
     saved(tmp_path)
     for name in ("one.html", "two.html"):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import config, set_values
+from cases import every_granularity
+from models import assert_as_merged, config, set_values
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
@@ -42,6 +43,7 @@ from transformers import (
 )
 
 from peft_dowser import DowserLayer, probe
+from peft_dowser.delta.layout import Granularity
 from peft_dowser.probing.prompts import special_ids, synthetic_prompts
 from peft_dowser.probing.settings import ProbeSettings
 
@@ -182,11 +184,12 @@ def test_default_targets_are_probed_in_batches_and_nothing_stays_frozen(
     assert "one prompt at a time" not in caplog.text
 
 
+@every_granularity
 @pytest.mark.parametrize("family", FAMILIES)
-def test_life_cycle(family: str, tmp_path: Path) -> None:
+def test_life_cycle(family: str, granularity: Granularity, tmp_path: Path) -> None:
     base = built(family)
     reference = copy.deepcopy(base)
-    model = get_peft_model(base, config(task_type=None))
+    model = get_peft_model(base, config(task_type=None, granularity=granularity))
     assert torch.equal(output(model, family), output(reference, family))
     set_values(model)
     expected = output(model.eval(), family)
@@ -197,11 +200,11 @@ def test_life_cycle(family: str, tmp_path: Path) -> None:
     other.load_adapter(str(tmp_path))
     assert torch.equal(output(other, family), expected)
     model.merge_adapter()
-    assert torch.equal(output(model, family), expected)
+    assert_as_merged(expected, output(model, family), granularity)
     model.unmerge_adapter()
     with model.disable_adapter():
         assert torch.equal(output(model, family), output(reference, family))
-    assert torch.equal(output(model.merge_and_unload(), family), expected)
+    assert_as_merged(expected, output(model.merge_and_unload(), family), granularity)
 
 
 @pytest.mark.parametrize("family", ["llava", "gpt2", "t5", "bert"])

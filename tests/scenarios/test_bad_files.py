@@ -155,13 +155,13 @@ ROWS = [
     (
         "18 one bit less",
         without_manifest(tensors(lambda t: t[CODE].view(-1).__setitem__(-1, 0))),
-        r"module 'up': the index code selects \d+ weights, but there are 24 values",
+        r"module 'up': the index code selects \d+ positions, expected 24",
     ),
-    ("18 all bits", without_manifest(tensors(lambda t: t[CODE].fill_(255))), r"selects \d+ weights"),
+    ("18 all bits", without_manifest(tensors(lambda t: t[CODE].fill_(255))), r"selects \d+ positions"),
     (
         "20 code too short",
         tensors(lambda t: t | {CODE: t[CODE][1:].clone()}),
-        r"the index code of 24 of 240 weights takes \d+ bytes, got \d+",
+        r"the index code of 24 of 240 positions takes \d+ bytes, got \d+",
     ),
     ("21 code of floats", tensors(lambda t: t | {CODE: t[CODE].float()}), r"one row of uint8, got torch\.float32"),
     ("21 code of bool", tensors(lambda t: t | {CODE: t[CODE].bool()}), r"one row of uint8, got torch\.bool"),
@@ -377,17 +377,18 @@ MUTANTS = int(os.environ.get("DOWSER_MUTANTS", "1600"))
 @pytest.mark.filterwarnings("ignore:.*target_modules.*")
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 @pytest.mark.parametrize("manifest", [True, False])
-def test_no_mutant_harms_a_model(damage: Callable, manifest: bool, tmp_path: Path) -> None:
-    saved_small(tmp_path / "good")
+@pytest.mark.parametrize("granularity", ["weight", "input_channel"])
+def test_no_mutant_harms_a_model(damage: Callable, manifest: bool, granularity: str, tmp_path: Path) -> None:
+    saved_small(tmp_path / "good", granularity=granularity)
     if not manifest:
         edit_config(tmp_path / "good", lambda found: found | {"manifest": None})
         if damage.__name__ in ("change_counts", "change_manifest"):
             return
     originals = {name: (tmp_path / "good" / name).read_bytes() for name in (FILE, CONFIG)}
     (tmp_path / "bad").mkdir()
-    generator = random.Random(f"{damage.__name__} {manifest}")
+    generator = random.Random(f"{damage.__name__} {manifest} {granularity}")
     refused = 0
-    for number in range(MUTANTS // (2 * len(DAMAGES))):
+    for number in range(MUTANTS // (4 * len(DAMAGES))):
         for name, content in originals.items():
             (tmp_path / "bad" / name).write_bytes(content)
         damage(tmp_path / "bad", generator)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import every_granularity
 from groups import PROBES, STEPS, batch_of, close, on_ranks, steps_of
 from models import config, tiny_llama
 from peft import PeftModel, get_peft_model
@@ -17,6 +18,7 @@ from torch import nn
 
 from peft_dowser import probe
 from peft_dowser.base.distributed import is_sharded
+from peft_dowser.delta.layout import Granularity
 
 # `DS_BUILD_OPS=0 pip install deepspeed` gives one that runs on CPUs.
 pytest.importorskip("deepspeed")
@@ -61,8 +63,8 @@ def losses_of(engine: Any, rank: int) -> list[float]:
     return losses
 
 
-def train(rank: int, stage: int, folder: str) -> dict:
-    model = get_peft_model(tiny_llama(), config(seed=rank))
+def train(rank: int, stage: int, granularity: Granularity, folder: str) -> dict:
+    model = get_peft_model(tiny_llama(), config(seed=rank, granularity=granularity))
     engine = engine_of(model, stage)
     losses = losses_of(engine, rank)
     refusal = ""
@@ -110,11 +112,13 @@ def test_a_partitioned_base_is_probed_as_in_one_process(tmp_path: Path) -> None:
                     torch.testing.assert_close(vars(found[name].modules[module])[field], value)
 
 
+@every_granularity
 @pytest.mark.parametrize("stage", [2, 3])
-def test_trains_and_saves_as_one_process_does(stage: int, tmp_path: Path) -> None:
-    model = get_peft_model(tiny_llama(), config(seed=0))
+def test_trains_and_saves_as_one_process_does(stage: int, granularity: Granularity, tmp_path: Path) -> None:
+    model = get_peft_model(tiny_llama(), config(seed=0, granularity=granularity))
     losses = steps_of(model, range(STEPS))
-    for found in on_ranks(partial(train, stage=stage, folder=str(tmp_path)), tmp_path):
+    work = partial(train, stage=stage, granularity=granularity, folder=str(tmp_path))
+    for found in on_ranks(work, tmp_path):
         close(found["losses"], losses)
         assert ("so the file would be incomplete" in found["refusal"]) == (stage == 3)
         assert ("are sharded over the ranks" in found["second"]) == (stage == 3)

@@ -6,16 +6,18 @@ The device without data stands for a GPU: whatever is made on it by mistake cann
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from cases import GRANULARITIES
 from models import IDS, assert_same_bits, config, logits, set_values, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from peft_dowser import Patch, ProbeStatistics, extract, hotswap, merge, probe, verify
+from peft_dowser.config import Score
 from peft_dowser.evaluation.texts import read_prompts
 from peft_dowser.files.inspection import diff, inspect
 from peft_dowser.layers.layer import dowser_layers
@@ -29,14 +31,14 @@ def meta() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base, two adapters and a tuned model."""
-    path = tmp_path_factory.mktemp("saved")
+@pytest.fixture(scope="module", params=GRANULARITIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, two adapters and a tuned model; its name is the granularity of the adapters."""
+    path = tmp_path_factory.mktemp("saved") / request.param
     tiny_llama().save_pretrained(path / "base")
     probe(tiny_llama(), config(score="gradient")).save(path / "statistics.safetensors")
     for seed, name in enumerate(("first", "second")):
-        model = get_peft_model(tiny_llama(), config(seed=seed))
+        model = get_peft_model(tiny_llama(), config(seed=seed, granularity=request.param))
         set_values(model, seed=seed)
         model.save_pretrained(path / name)
     model.merge_and_unload().save_pretrained(path / "tuned")
@@ -79,7 +81,8 @@ def probed(base: nn.Module, folder: Path) -> dict[str, Tensor]:
 
 
 def chosen(score: str, base: nn.Module, folder: Path) -> dict[str, Tensor]:
-    return positions(get_peft_model(base, config(score=score, statistics=str(folder / "statistics.safetensors"))))
+    statistics = str(folder / "statistics.safetensors")
+    return positions(get_peft_model(base, config(score=score, granularity=folder.name, statistics=statistics)))
 
 
 def merged_files(folder: Path, output: Path) -> dict[str, Tensor]:
@@ -98,7 +101,7 @@ PATHS: dict[str, Callable[[nn.Module, Path], dict[str, Tensor]]] = {
     "patched": patched,
     "trained": trained,
     "probed": probed,
-    **{score: partial(chosen, score) for score in ("dowser", "gradient", "random", "magnitude", "wanda")},
+    **{score: partial(chosen, score) for score in get_args(Score)},
 }
 
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import AlignDevicesHook, ModelHook, SequentialHook, add_hook_to_module
-from models import IDS, assert_same_bits, base_bits, config, gpt2, logits, set_values, tiny_llama
+from cases import every_granularity
+from models import IDS, assert_as_merged, assert_same_bits, base_bits, config, gpt2, logits, set_values, tiny_llama
 from peft import get_peft_model
 from torch import nn
 
 from peft_dowser import probe
+from peft_dowser.delta.layout import Granularity
 from peft_dowser.layers import linear_op as sparse_linear
 from peft_dowser.layers.layer import Linear, dowser_layers
 
@@ -23,30 +25,36 @@ def dispatched(model: nn.Module) -> nn.Module:
     return dispatch_model(model, dict.fromkeys(dict(model.named_children()), "cpu"), "cpu", force_hooks=True)
 
 
+@every_granularity
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_step_asks_a_gpu_for_no_number(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_training_step_asks_a_gpu_for_no_number(
+    dtype: torch.dtype, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model is on a device without data, where every question for a number is an error."""
     monkeypatch.setattr(sparse_linear, "_PRODUCT_BLOCK", 1)
-    model = get_peft_model(tiny_llama(dtype), config(score="random")).to("meta").train()
+    choice = config(score="random", granularity=granularity)
+    model = get_peft_model(tiny_llama(dtype), choice).to("meta").train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
     model(input_ids=IDS.to("meta"), labels=IDS.to("meta")).loss.backward()
     assert all(layer.values("default").grad is not None for layer in dowser_layers(model))
     optimizer.step()
 
 
-TARGETS: list[tuple[Callable[[torch.dtype], nn.Module], list[str] | None]] = [
-    (tiny_llama, None),
-    (tiny_llama, ["embed_tokens", "up_proj", "lm_head"]),
-    (gpt2, ["c_attn", "c_fc"]),
+TARGETS: list[tuple[Granularity, Callable[[torch.dtype], nn.Module], list[str] | None]] = [
+    ("weight", tiny_llama, None),
+    ("weight", tiny_llama, ["embed_tokens", "up_proj", "lm_head"]),
+    ("weight", gpt2, ["c_attn", "c_fc"]),
+    ("input_channel", tiny_llama, ["up_proj", "lm_head"]),
+    ("input_channel", gpt2, ["c_attn", "c_fc"]),
 ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("base", "targets"), TARGETS, ids=["linear", "embedding and head", "Conv1D"])
-def test_the_adapted_model_has_the_bits_of_the_merged_one(
-    base: Callable[[torch.dtype], nn.Module], targets: list[str] | None, dtype: torch.dtype
+@pytest.mark.parametrize(("granularity", "base", "targets"), TARGETS)
+def test_the_adapted_model_gives_what_the_merged_one_gives(
+    granularity: Granularity, base: Callable[[torch.dtype], nn.Module], targets: list[str] | None, dtype: torch.dtype
 ) -> None:
-    choice = config(score="magnitude", target_modules=targets)
+    choice = config(score="magnitude", target_modules=targets, granularity=granularity)
     here = get_peft_model(base(dtype), choice).eval()
     model = get_peft_model(dispatched(base(dtype)), choice).eval()
     before = base_bits(model)
@@ -57,15 +65,16 @@ def test_the_adapted_model_has_the_bits_of_the_merged_one(
     adapted = logits(model)
     assert torch.equal(adapted, logits(here))
     model.merge_adapter()
-    assert torch.equal(logits(model), adapted)
+    assert_as_merged(adapted, logits(model), granularity)
     model.unmerge_adapter()
     assert_same_bits(base_bits(model), before)
 
 
-def test_gradients_are_those_of_the_base_at_hand() -> None:
+@every_granularity
+def test_gradients_are_those_of_the_base_at_hand(granularity: Granularity) -> None:
     found = []
     for base in (tiny_llama(), dispatched(tiny_llama())):
-        model = get_peft_model(base, config(score="magnitude"))
+        model = get_peft_model(base, config(score="magnitude", granularity=granularity))
         set_values(model)
         model(input_ids=IDS, labels=IDS).loss.backward()
         found.append({layer.module_name: layer.values("default").grad for layer in dowser_layers(model)})
@@ -139,10 +148,12 @@ def test_only_a_hook_that_moves_inputs_is_passed_over(
     assert torch.equal(layer(torch.ones(2, 8)), expected)
 
 
-def test_an_input_is_moved_to_the_weight() -> None:
+@every_granularity
+def test_an_input_is_moved_to_the_weight(granularity: Granularity) -> None:
     """A device without data stands for the second one."""
     base = nn.Sequential(nn.Linear(16, 4))
-    model = get_peft_model(base, config(score="random", target_modules=["0"], task_type=None))
+    choice = config(score="random", granularity=granularity, target_modules=["0"], task_type=None)
+    model = get_peft_model(base, choice)
     (layer,) = dowser_layers(model)
     add_hook_to_module(layer.to("meta").get_base_layer(), AlignDevicesHook("meta"))
     assert layer(torch.zeros(2, 16)).device.type == "meta"

@@ -1,4 +1,4 @@
-"""Adapters that earlier releases wrote, one per format version, still give the outputs that they gave then."""
+"""Adapters that earlier releases wrote, two per format version, still give the outputs that they gave then."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from data.make_golden import FOLDER, Base, inputs
+from data.make_golden import FOLDER, GOLDEN, Base, inputs
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -18,8 +18,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 FORMATS = sorted(path.name for path in FOLDER.glob("format_*"))
 
 
-def test_there_is_one_per_format() -> None:
-    assert FORMATS == [f"format_{number}" for number in range(1, FORMAT + 1)]
+def test_there_is_one_per_format_and_granularity() -> None:
+    assert FORMATS == sorted(
+        f"format_{number}{end}" for number in range(1, FORMAT + 1) for end in ("", "_input_channel")
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -32,10 +34,8 @@ def test_a_golden_adapter_gives_the_outputs_that_it_gave(name: str) -> None:
         assert not torch.allclose(Base()(inputs()), expected, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", GOLDEN)
 def test_a_golden_adapter_is_written_again_byte_for_byte(name: str, tmp_path: Path) -> None:
-    if name != f"format_{FORMAT}":
-        return
     PeftModel.from_pretrained(Base(), FOLDER / name).save_pretrained(tmp_path)
     file = "adapter_model.safetensors"
     assert (tmp_path / file).read_bytes() == (FOLDER / name / file).read_bytes()
@@ -51,10 +51,11 @@ def test_the_script_refuses_a_dirty_tree(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("format_*"))
 
 
-def test_the_golden_mask_is_that_of_its_config() -> None:
-    config = DowserConfig.from_pretrained(FOLDER / f"format_{FORMAT}")
+@pytest.mark.parametrize("name", GOLDEN)
+def test_the_golden_mask_is_that_of_its_config(name: str) -> None:
+    config = DowserConfig.from_pretrained(FOLDER / name)
     config.nnz_pattern = config.manifest = None
-    saved = load_file(FOLDER / f"format_{FORMAT}" / "adapter_model.safetensors")
+    saved = load_file(FOLDER / name / "adapter_model.safetensors")
     codes = {
         name: code
         for name, code in get_peft_model_state_dict(get_peft_model(Base(), config)).items()

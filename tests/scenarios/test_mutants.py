@@ -1,4 +1,4 @@
-"""The example that damages adapter files: it counts what the README says, and Dowser comes to no harm."""
+"""The example that damages adapter files: it counts what its README.md says, and Dowser comes to no harm."""
 
 import json
 import random
@@ -79,6 +79,11 @@ def test_no_sealed_mutant_of_whole_tensors_or_config_is_accepted(kind: str, tmp_
 def test_the_readme_shows_the_kept_counts() -> None:
     kept = json.loads((FOLDER / "results" / "mutants.json").read_text())["results"]
     results = {name: {kind: mutants.Counter(found) for kind, found in kinds.items()} for name, kinds in kept.items()}
-    shown = (ROOT / "README.md").read_text().partition(mutants.BEGIN)[2].partition(mutants.END)[0]
+    shown = (
+        (ROOT / "examples" / "robustness" / "README.md")
+        .read_text()
+        .partition(mutants.BEGIN)[2]
+        .partition(mutants.END)[0]
+    )
     assert shown == mutants.table(results)
     assert all(set(sum(kinds.values(), mutants.Counter())) <= SAFE for name, kinds in results.items() if "Dow" in name)

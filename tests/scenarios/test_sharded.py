@@ -7,7 +7,7 @@ import traceback
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import GRANULARITIES, every_granularity
 from groups import PROBES, STEPS, batch_of, close, on_ranks, steps_of
 from models import config, set_values, tiny_llama
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -39,6 +40,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from peft_dowser import DowserLayer, ForgettingCallback, ProbeStatistics, RehearsalCallback, probe
 from peft_dowser.baselines import SpiderCallback
+from peft_dowser.delta.layout import Granularity
 from peft_dowser.probing.statistics import ModuleStatistics
 
 pytestmark = pytest.mark.slow  # starts processes
@@ -148,8 +150,8 @@ def generated(model: PeftModel, parallel: nn.Module) -> torch.Tensor:
         return model.generate(input_ids=batch_of(0), max_new_tokens=5, do_sample=False)
 
 
-def one_engine(rank: int, engine: str, folder: Path) -> dict:
-    model = get_peft_model(base_on(rank, engine), config(seed=rank))
+def one_engine(rank: int, engine: str, granularity: Granularity, folder: Path) -> dict:
+    model = get_peft_model(base_on(rank, engine), config(seed=rank, granularity=granularity))
     parallel, state = ENGINES[engine](model)
     losses = steps_of(parallel, range(STEPS), rank, 2)
     tokens = generated(model, parallel)
@@ -173,9 +175,10 @@ def codes(model: nn.Module) -> list[torch.Tensor]:
     return [layer.index("default").code for layer in model.modules() if isinstance(layer, DowserLayer)]
 
 
-def resumed_from_a_checkpoint(rank: int) -> bool:
+def resumed_from_a_checkpoint(rank: int, granularity: Granularity) -> bool:
     """As accelerate saves and loads adapters under FSDP2: into a model whose own mask is another one."""
-    model, other = (with_fsdp2(get_peft_model(tiny_llama(), config(seed=seed)))[0] for seed in (0, 1))
+    choices = (config(seed=seed, granularity=granularity) for seed in (0, 1))
+    model, other = (with_fsdp2(get_peft_model(tiny_llama(), choice))[0] for choice in choices)
     assert not all(map(torch.equal, codes(model), codes(other)))
     steps_of(model, range(STEPS), rank, 2)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -333,14 +336,16 @@ def spider_refuses(rank: int) -> dict[str, bool]:
 
 def all_engines(rank: int, folder: str) -> dict:
     work: dict[str, Callable[[], object]] = {
-        "checkpoint": partial(resumed_from_a_checkpoint, rank),
         "refused": partial(refused, rank),
         "spider": partial(spider_refuses, rank),
         "forgetting": partial(forgetting, rank),
         "rehearsals": partial(rehearsals, rank),
     }
-    for engine in ENGINES:
-        work[engine] = partial(one_engine, rank, engine, Path(folder))
+    for granularity in GRANULARITIES:
+        place = Path(folder) / granularity
+        work[f"checkpoint, {granularity}"] = partial(resumed_from_a_checkpoint, rank, granularity)
+        for engine in ENGINES:
+            work[f"{granularity}, {engine}"] = partial(one_engine, rank, engine, granularity, place)
     for engine in PROBED_ENGINES:
         work[f"probe, {engine}"] = partial(probe_sharded, rank, engine, Path(folder))
     results: dict = {}
@@ -367,10 +372,10 @@ def results(folder: Path) -> list[dict]:
     return on_ranks(partial(all_engines, folder=str(folder)), folder)
 
 
-@pytest.fixture(scope="module")
-def alone() -> tuple[PeftModel, list[float]]:
+@cache
+def alone(granularity: Granularity) -> tuple[PeftModel, list[float]]:
     """One process: the model after the same steps, and its losses, two further steps included."""
-    model = get_peft_model(tiny_llama(), config(seed=0))
+    model = get_peft_model(tiny_llama(), config(seed=0, granularity=granularity))
     losses = steps_of(model, range(STEPS))
     after = {key: value.clone() for key, value in model.state_dict().items()}
     losses += steps_of(model, range(STEPS, STEPS + 2))
@@ -379,16 +384,17 @@ def alone() -> tuple[PeftModel, list[float]]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+@every_granularity
 def test_trains_generates_saves_and_resumes_as_one_process_does(
-    engine: str, results: list[dict], alone: tuple[PeftModel, list[float]], folder: Path
+    granularity: Granularity, engine: str, results: list[dict], folder: Path
 ) -> None:
-    model, losses = alone
-    for found in results:
-        assert isinstance(found[engine], dict), found[engine]
-        close(found[engine]["losses"], losses[:STEPS])
-        close(found[engine]["resumed"], losses[STEPS:])
-        assert torch.equal(found[engine]["tokens"], generated(model, model))
-    loaded = PeftModel.from_pretrained(tiny_llama(), folder / engine)
+    model, losses = alone(granularity)
+    for found in (ranks[f"{granularity}, {engine}"] for ranks in results):
+        assert isinstance(found, dict), found
+        close(found["losses"], losses[:STEPS])
+        close(found["resumed"], losses[STEPS:])
+        assert torch.equal(found["tokens"], generated(model, model))
+    loaded = PeftModel.from_pretrained(tiny_llama(), folder / granularity / engine)
     expected, found = model.state_dict(), loaded.state_dict()
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
@@ -460,13 +466,15 @@ def test_rehearsal_says_which_sharding_it_cannot_follow(results: list[dict]) -> 
         assert "RehearsalCallback cannot let the base inside a sharded" in said["refused, fsdp2"]
 
 
-def test_a_sharded_state_is_not_saved(results: list[dict]) -> None:
+@every_granularity
+def test_a_sharded_state_is_not_saved(granularity: Granularity, results: list[dict]) -> None:
     for found in results:
-        assert "so the file would be incomplete" in found["fsdp2"]["refusal"]
+        assert "so the file would be incomplete" in found[f"{granularity}, fsdp2"]["refusal"]
 
 
-def test_a_checkpoint_brings_its_mask_along(results: list[dict]) -> None:
-    assert [found["checkpoint"] for found in results] == [True, True]
+@every_granularity
+def test_a_checkpoint_brings_its_mask_along(granularity: Granularity, results: list[dict]) -> None:
+    assert [found[f"checkpoint, {granularity}"] for found in results] == [True, True]
 
 
 def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None:
@@ -477,10 +485,11 @@ def same_statistics(found: ModuleStatistics, expected: ModuleStatistics) -> None
     torch.testing.assert_close(found.gradient, expected.gradient)
 
 
-def rounds(rank: int) -> dict[str, Any]:
+def rounds(rank: int, granularity: Granularity) -> dict[str, Any]:
     """Whether the logits are those of one process, and what is said, with and without mixed precision."""
     found = {}
-    expected = get_peft_model(tiny_llama(torch.bfloat16), config(score="magnitude"))
+    choice = config(score="magnitude", granularity=granularity)
+    expected = get_peft_model(tiny_llama(torch.bfloat16), choice)
     set_values(expected)
     for name, policy in (
         ("bf16", MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
@@ -490,7 +499,7 @@ def rounds(rank: int) -> dict[str, Any]:
         handler = logging.Handler()
         handler.emit = lambda record, said=said: said.append(record.getMessage())  # type: ignore[method-assign]
         logging.getLogger("peft_dowser").addHandler(handler)
-        model = get_peft_model(tiny_llama(torch.bfloat16), config(score="magnitude"))
+        model = get_peft_model(tiny_llama(torch.bfloat16), choice)
         set_values(model)
         for module in model.modules():
             if isinstance(module, LlamaDecoderLayer):
@@ -502,11 +511,14 @@ def rounds(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_mixed_precision_of_fsdp2_rounds_the_values_and_says_so(tmp_path: Path) -> None:
-    """With a base in bfloat16 and no mixed precision, values stay in float32, and the bits are those of one process."""
-    for found in on_ranks(rounds, tmp_path):
+@every_granularity
+def test_mixed_precision_of_fsdp2_rounds_the_values_and_says_so(granularity: Granularity, tmp_path: Path) -> None:
+    """With a base in bfloat16 and no mixed precision, values stay in float32, and the bits are those of one process.
+
+    A product with input channels rounds their values to the dtype of the input without mixed precision too.
+    """
+    for found in on_ranks(partial(rounds, granularity=granularity), tmp_path):
         same, said = found["bf16"]
-        assert not same
-        assert len(said) == 1
-        assert "computes with values in bfloat16" in said[0]
+        assert same == (granularity == "input_channel")
+        assert ["computes with values in bfloat16" in message for message in said] == [True] * (not same)
         assert found["no"] == (True, [])

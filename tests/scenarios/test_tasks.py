@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from cases import pairwise
-from models import config
+from cases import GRANULARITIES, pairwise
+from models import assert_as_merged, config
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from peft_dowser import DowserConfig, DowserLayer, merge, verify
+from peft_dowser.delta.layout import Granularity
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
 CONFIGS = {
@@ -71,25 +72,26 @@ def generates(name: str) -> bool:
     return hasattr(getattr(transformers, name), "prepare_inputs_for_generation")
 
 
-# Every pair of family, head, task and targets runs always.
+# Every pair of family, head, task, targets and granularity runs always.
 CASES = [
-    (family, head, task, targets)
+    (family, head, task, targets, granularity)
     for family, heads in HEADS.items()
     for head in heads
     for task in TASKS
     for targets in (None, "all-linear")
     if generates(family + head) or task not in ("CAUSAL_LM", "SEQ_2_SEQ_LM")
     if targets is None or task in WHOLE
+    for granularity in GRANULARITIES
 ]
 
 
-@pytest.mark.parametrize(("family", "head", "task", "targets"), pairwise(CASES))
+@pytest.mark.parametrize(("family", "head", "task", "targets", "granularity"), pairwise(CASES))
 @torch.no_grad()
 def test_a_task_with_a_head_goes_the_whole_way(
-    family: str, head: str, task: str | None, targets: str | None, tmp_path: Path
+    family: str, head: str, task: str | None, targets: str | None, granularity: Granularity, tmp_path: Path
 ) -> None:
     name = family + head
-    given = config(task_type=task, score="magnitude", target_modules=targets)
+    given = config(task_type=task, score="magnitude", target_modules=targets, granularity=granularity)
     before = run(built(name), name)
     model = get_peft_model(built(name), given).eval()
     assert model.peft_config["default"] is given
@@ -112,8 +114,8 @@ def test_a_task_with_a_head_goes_the_whole_way(
     assert verify(tmp_path / "adapter", tmp_path / "base") == []
     merge(tmp_path / "adapter", tmp_path / "merged", tmp_path / "base")
     merged = getattr(transformers, name).from_pretrained(tmp_path / "merged").eval()
-    assert torch.equal(run(merged, name), expected)
-    assert torch.equal(run(model.merge_and_unload(), name), expected)
+    assert_as_merged(expected, run(merged, name), granularity)
+    assert torch.equal(run(model.merge_and_unload(), name), run(merged, name))
 
 
 @pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_2_SEQ_LM"])

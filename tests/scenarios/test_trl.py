@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import GRANULARITIES, every_granularity
 from datasets import Dataset
 from models import config
 from peft import PeftModel, get_peft_model
@@ -37,6 +38,7 @@ from trl import (
 )
 
 from peft_dowser import DeltaFormatError, DowserLayer, probe
+from peft_dowser.delta.layout import Granularity
 
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny_llava"
 QUIET = {"report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True, "logging_steps": 1, "seed": 0}
@@ -91,8 +93,12 @@ def sft(tokenizer: PreTrainedTokenizerBase, folder: Path, peft_config, **options
     )
 
 
-def test_sft_trains_the_values_only(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    trainer = sft(tokenizer, tmp_path, config(update_ratio=0.2), eval_strategy="steps", eval_steps=3)
+@every_granularity
+def test_sft_trains_the_values_only(
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path
+) -> None:
+    choice = config(update_ratio=0.2, granularity=granularity)
+    trainer = sft(tokenizer, tmp_path, choice, eval_strategy="steps", eval_steps=3)
     base, start = frozen(trainer.model), values(trainer.model)
     trainer.train()
     after = values(trainer.model)
@@ -113,17 +119,18 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@every_granularity
 def test_resuming_gives_the_trajectory_of_an_uninterrupted_run(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path
 ) -> None:
     options = {"save_steps": 3, "max_steps": 6}
-    straight = sft(tokenizer, tmp_path / "straight", config(), **options)
+    straight = sft(tokenizer, tmp_path / "straight", config(granularity=granularity), **options)
     straight.train()
-    broken = sft(tokenizer, tmp_path / "broken", config(), **options)
+    broken = sft(tokenizer, tmp_path / "broken", config(granularity=granularity), **options)
     broken.add_callback(StopAt(3))
     broken.train()
     # Another seed chooses another mask: the one in the checkpoint must win.
-    resumed = sft(tokenizer, tmp_path / "broken", config(seed=99), **options)
+    resumed = sft(tokenizer, tmp_path / "broken", config(seed=99, granularity=granularity), **options)
     assert any(not torch.equal(a, b) for a, b in zip(codes(resumed.model), codes(straight.model), strict=True))
     resumed.train(resume_from_checkpoint=True)
     assert all(torch.equal(a, b) for a, b in zip(codes(resumed.model), codes(straight.model), strict=True))
@@ -133,11 +140,51 @@ def test_resuming_gives_the_trajectory_of_an_uninterrupted_run(
     assert losses[0] == losses[1]
 
 
-def test_resuming_with_another_ratio_is_refused(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    sft(tokenizer, tmp_path, config(), save_steps=6).train()
-    other = sft(tokenizer, tmp_path, config(update_ratio=0.2))
-    with pytest.raises(DeltaFormatError, match=r"was made with another update_ratio or base model|index code of"):
+OTHERS = [
+    ("weight", {"update_ratio": 0.2}),
+    ("weight", {"granularity": "input_channel"}),
+    ("input_channel", {"granularity": "input_channel", "update_ratio": 0.2}),
+    ("input_channel", {"granularity": "weight"}),
+]
+
+
+@pytest.mark.parametrize(("granularity", "other_choice"), OTHERS)
+def test_resuming_with_another_ratio_or_granularity_is_refused(
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, other_choice: dict, tmp_path: Path
+) -> None:
+    sft(tokenizer, tmp_path, config(granularity=granularity), save_steps=1, max_steps=1).train()
+    other = sft(tokenizer, tmp_path, config(**other_choice))
+    with pytest.raises(
+        DeltaFormatError, match=r"was made with another update_ratio, granularity or base|index code of"
+    ):
         other.train(resume_from_checkpoint=True)
+
+
+@pytest.mark.slow
+def test_sft_trains_input_channels_and_resumes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    given = {"granularity": "input_channel", "channels": 6}
+    options = {"save_steps": 3, "max_steps": 6, "gradient_checkpointing": True}
+    straight = sft(tokenizer, tmp_path / "straight", config(**given), **options)
+    base, start = frozen(straight.model), values(straight.model)
+    straight.train()
+    after = values(straight.model)
+    assert all(not torch.equal(after[name], start[name]) for name in start)
+    assert all(tensor.shape[1] == 6 for tensor in after.values())
+    assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(straight.model).items())
+    losses = [entry["loss"] for entry in straight.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    broken = sft(tokenizer, tmp_path / "broken", config(**given), **options)
+    broken.add_callback(StopAt(3))
+    broken.train()
+    resumed = sft(tokenizer, tmp_path / "broken", config(**given, seed=99), **options)
+    assert any(not torch.equal(a, b) for a, b in zip(codes(resumed.model), codes(straight.model), strict=True))
+    resumed.train(resume_from_checkpoint=True)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in values(resumed.model).items())
+    assert [e["loss"] for e in resumed.state.log_history if "loss" in e] == losses
+    for other in ({}, {"granularity": "input_channel", "channels": 7}):
+        wrong = sft(tokenizer, tmp_path / "broken", config(**other), **options)
+        with pytest.raises(DeltaFormatError, match="another update_ratio, granularity or base model"):
+            wrong.train(resume_from_checkpoint=True)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -159,8 +206,11 @@ def test_the_best_checkpoint_is_loaded_at_the_end(tokenizer: PreTrainedTokenizer
     assert all(torch.equal(tensor, expected[name]) for name, tensor in values(trainer.model).items())
 
 
-def test_a_checkpoint_is_an_adapter(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    trainer = sft(tokenizer, tmp_path, config(), save_steps=6)
+@every_granularity
+def test_a_checkpoint_is_an_adapter(
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path
+) -> None:
+    trainer = sft(tokenizer, tmp_path, config(granularity=granularity), save_steps=6)
     trainer.train()
     folder = tmp_path / "checkpoint-6"
     assert (folder / "adapter_model.safetensors").exists()
@@ -172,9 +222,10 @@ def test_a_checkpoint_is_an_adapter(tokenizer: PreTrainedTokenizerBase, tmp_path
     assert torch.equal(found, expected)
 
 
+@every_granularity
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_sft_with_checkpointing_and_bfloat16(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, reentrant: bool
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path, reentrant: bool
 ) -> None:
     trainer = SFTTrainer(
         model=small_llama(tokenizer).bfloat16(),
@@ -187,7 +238,7 @@ def test_sft_with_checkpointing_and_bfloat16(
         ),
         train_dataset=TEXTS,
         processing_class=tokenizer,
-        peft_config=config(),
+        peft_config=config(granularity=granularity),
     )
     start = values(trainer.model)
     trainer.train()
@@ -205,27 +256,36 @@ def test_plain_trainer(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> No
     assert all(not torch.equal(tensor, start[name]) for name, tensor in values(model).items())
 
 
+# What a trainer is given, and what trains; the first case always runs.
+STARTS = [
+    pytest.param(given, granularity, marks=() if (given, granularity) == ("config", "weight") else pytest.mark.slow)
+    for given in ("config", "loaded")
+    for granularity in GRANULARITIES
+]
 PREFERENCES = Dataset.from_list([{"prompt": f"rev {a}b?", "chosen": f"b{a}", "rejected": f"{a}b"} for a in "cdefghij"])
 
 
-def loaded_adapter(tokenizer: PreTrainedTokenizerBase, folder: Path) -> PeftModel:
+def loaded_adapter(tokenizer: PreTrainedTokenizerBase, granularity: Granularity, folder: Path) -> PeftModel:
     """A trained adapter, loaded as a user continues with it."""
-    trainer = sft(tokenizer, folder, config(update_ratio=0.3))
+    trainer = sft(tokenizer, folder, config(update_ratio=0.3, granularity=granularity))
     trainer.train()
     trainer.save_model(folder / "adapter")
     return PeftModel.from_pretrained(small_llama(tokenizer), folder / "adapter", is_trainable=True)
 
 
+@every_granularity
 @pytest.mark.parametrize("given", ["config", "loaded"])
-def test_dpo_starts_at_a_margin_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
+def test_dpo_starts_at_a_margin_of_zero(
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path, given: str
+) -> None:
     """The reference is the base (config) or a true copy of the loaded adapter."""
-    model = loaded_adapter(tokenizer, tmp_path) if given == "loaded" else small_llama(tokenizer)
+    model = loaded_adapter(tokenizer, granularity, tmp_path) if given == "loaded" else small_llama(tokenizer)
     trainer = DPOTrainer(
         model=model,
         args=DPOConfig(output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, **QUIET),
         train_dataset=PREFERENCES,
         processing_class=tokenizer,
-        peft_config=config() if given == "config" else None,
+        peft_config=config(granularity=granularity) if given == "config" else None,
     )
     start = values(trainer.model)
     trainer.train()
@@ -235,9 +295,11 @@ def test_dpo_starts_at_a_margin_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_
     assert any(not torch.equal(tensor, start[name]) for name, tensor in values(trainer.model).items())
 
 
-@pytest.mark.parametrize("given", ["config", pytest.param("loaded", marks=pytest.mark.slow)])
-def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
-    model = loaded_adapter(tokenizer, tmp_path) if given == "loaded" else small_llama(tokenizer)
+@pytest.mark.parametrize(("given", "granularity"), STARTS)
+def test_grpo_starts_at_a_divergence_of_zero(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str, granularity: Granularity
+) -> None:
+    model = loaded_adapter(tokenizer, granularity, tmp_path) if given == "loaded" else small_llama(tokenizer)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=lambda completions, **kwargs: [float(text.count("b")) for text in completions],
@@ -253,7 +315,7 @@ def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase,
         ),
         train_dataset=Dataset.from_list([{"prompt": f"rev {a}b?"} for a in "cdefghij"]),
         processing_class=tokenizer,
-        peft_config=config() if given == "config" else None,
+        peft_config=config(granularity=granularity) if given == "config" else None,
     )
     base = frozen(trainer.model)
     trainer.train()
@@ -262,19 +324,21 @@ def test_grpo_starts_at_a_divergence_of_zero(tokenizer: PreTrainedTokenizerBase,
     assert all(torch.equal(tensor, base[name]) for name, tensor in frozen(trainer.model).items())
 
 
-@pytest.mark.parametrize("given", ["config", pytest.param("loaded", marks=pytest.mark.slow)])
-def test_kto_starts_at_a_reward_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str) -> None:
+@pytest.mark.parametrize(("given", "granularity"), STARTS)
+def test_kto_starts_at_a_reward_of_zero(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, given: str, granularity: Granularity
+) -> None:
     """The reference is the base (config) or a true copy of the loaded adapter."""
     rows = [{"prompt": f"rev {a}b?", "completion": f"b{a}", "label": True} for a in "cdefghij"]
     rows += [{"prompt": f"rev {a}b?", "completion": f"{a}b", "label": False} for a in "cdefghij"]
     trainer = KTOTrainer(
-        model=loaded_adapter(tokenizer, tmp_path) if given == "loaded" else small_llama(tokenizer),
+        model=loaded_adapter(tokenizer, granularity, tmp_path) if given == "loaded" else small_llama(tokenizer),
         args=KTOConfig(
             output_dir=str(tmp_path), max_steps=3, learning_rate=1e-2, per_device_train_batch_size=4, **QUIET
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=config() if given == "config" else None,
+        peft_config=config(granularity=granularity) if given == "config" else None,
     )
     base, start = frozen(trainer.model), values(trainer.model)
     trainer.train()
@@ -289,7 +353,10 @@ def test_kto_starts_at_a_reward_of_zero(tokenizer: PreTrainedTokenizerBase, tmp_
     assert any(not torch.equal(tensor, start[name]) for name, tensor in values(trainer.model).items())
 
 
-def test_a_reward_model_trains_its_values_and_its_head(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@every_granularity
+def test_a_reward_model_trains_its_values_and_its_head(
+    tokenizer: PreTrainedTokenizerBase, granularity: Granularity, tmp_path: Path
+) -> None:
     def classifier() -> LlamaForSequenceClassification:
         torch.manual_seed(0)
         settings = small_llama(tokenizer).config
@@ -305,7 +372,7 @@ def test_a_reward_model_trains_its_values_and_its_head(tokenizer: PreTrainedToke
         args=RewardConfig(output_dir=str(tmp_path), max_steps=4, learning_rate=1e-2, **QUIET),
         train_dataset=PREFERENCES,
         processing_class=tokenizer,
-        peft_config=config(task_type="SEQ_CLS", statistics=statistics),
+        peft_config=config(task_type="SEQ_CLS", statistics=statistics, granularity=granularity),
     )
     base, start = frozen(trainer.model), values(trainer.model)
     trainer.train()
@@ -319,7 +386,8 @@ def test_a_reward_model_trains_its_values_and_its_head(tokenizer: PreTrainedToke
         assert torch.equal(loaded(input_ids=ids).logits, trainer.model.eval()(input_ids=ids).logits)
 
 
-def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
+@every_granularity
+def test_vision_sft_trains_the_language_model_of_a_vlm(granularity: Granularity, tmp_path: Path) -> None:
     sys.path.insert(0, str(TINY_LLAVA))
     try:
         from tasks import DOWNSTREAM, trl_records
@@ -331,7 +399,7 @@ def test_vision_sft_trains_the_language_model_of_a_vlm(tmp_path: Path) -> None:
         args=SFTConfig(output_dir=str(tmp_path), max_length=None, max_steps=3, learning_rate=1e-3, **QUIET),
         train_dataset=Dataset.from_list(trl_records(DOWNSTREAM["style"].sample(24, 0, "train"))),
         processing_class=processor,
-        peft_config=config(update_ratio=0.5, probe_images=0.5),
+        peft_config=config(update_ratio=0.5, probe_images=0.5, granularity=granularity),
     )
     start, base = values(trainer.model), frozen(trainer.model)
     trainer.train()

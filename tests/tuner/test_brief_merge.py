@@ -38,12 +38,16 @@ def of_linears() -> PeftModel:
     return get_peft_model(tiny_llama(torch.bfloat16), config(score="random"))
 
 
+def of_channels() -> PeftModel:
+    return get_peft_model(tiny_llama(torch.bfloat16), config(score="random", granularity="input_channel"))
+
+
 def of_experts() -> PeftModel:
     names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     return get_peft_model(tiny_moe("mixtral"), config(score="random", target_modules=[], target_parameters=names))
 
 
-@pytest.mark.parametrize("make", [of_linears, of_experts])
+@pytest.mark.parametrize("make", [of_linears, of_channels, of_experts])
 def test_threads_that_generate_at_once_get_the_right_tokens_and_leave_the_base(make) -> None:
     model = make()
     set_values(model)
@@ -127,7 +131,7 @@ def test_a_hotswap_is_refused_beside_a_generate_that_began_after_its_checks(
 
     monkeypatch.setattr(sys.modules[hotswap.__module__], "warn_of_other_base", generating)
     try:
-        with pytest.raises(ValueError, match="Adapter 'default' is merged into the base"):
+        with pytest.raises(ValueError, match=r"Adapters \['default'\] are merged into the base"):
             hotswap(model, tmp_path)
     finally:
         swapped.set()

@@ -75,7 +75,7 @@ def test_what_cannot_be_replaced_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"heads' also trains modules_to_save=\['lm_head'\], which hotswap does not"):
         hotswap(model, heads)
     model.merge_adapter()
-    with pytest.raises(ValueError, match=r"is merged into the base\. Call unmerge_adapter\(\)"):
+    with pytest.raises(ValueError, match=r"are merged into the base model\. Call unmerge_adapter\(\) before replacing"):
         hotswap(model, first)
     model.unmerge_adapter()
     assert torch.equal(logits(model), before)

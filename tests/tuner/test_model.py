@@ -5,6 +5,7 @@ import json
 import pickle
 import warnings
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import peft_dowser.tuner.injection
 from peft_dowser import DeltaFormatError, DowserConfig, probe
+from peft_dowser.config import Score
 from peft_dowser.layers.layer import dowser_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -65,7 +67,7 @@ def test_init_weights_false_changes_something() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*none of its weights is among those selected")
-@pytest.mark.parametrize("score", ["dowser", "random", "magnitude", "wanda", "gradient"])
+@pytest.mark.parametrize("score", get_args(Score))
 @pytest.mark.parametrize("scope", ["matrix", "row", "layer", "model"])
 @pytest.mark.parametrize("select", ["low", "high"])
 def test_every_score_scope_and_side(score: str, scope: str, select: str) -> None:
@@ -603,7 +605,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_model_untouched(fault: str,
     code = values.replace("values.weight", "index.code")
     message = {
         "other width": "expected 205 floating-point values",
-        "truncated code": r"module 'model\.layers\.0\.[a-z_.]*': the index code of 205 of 2048 weights takes",
+        "truncated code": r"module 'model\.layers\.0\.[a-z_.]*': the index code of 205 of 2048 positions takes",
         "nan": "values that are not finite",
         "missing": "should have 28 Dowser tensors and has 27",
         "extra": "has 1 Dowser tensors that this adapter does not have: 'base_model.model.nope.dowser_values.weight'",
