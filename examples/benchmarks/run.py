@@ -4,8 +4,8 @@
 
 Writes PART.json with the machine and the versions, PART.md with a table, and for the training step a plot. Runs on the
 GPU where torch has one. On two CPU cores: step 15 minutes, ratios (steps at rho = 0.01 and 0.5) 30, variants (steps
-with checkpointing, compiled) 20, channels 20, generation 60, launches 2, probing 5, files 6, switching 5, rehearsing
-5, billion 3.
+with checkpointing, compiled) 20, channels 20, generation 60, launches 2, probing 5, files 6, switching 5,
+rehearsing 5, billion 3.
 """
 
 import argparse

@@ -33,9 +33,9 @@ from .statistics import ProbeStatistics
 
 logger = logging.getLogger(__name__)
 
-# A file, by what it holds and the digest of what that depends on, and of a probe by its backwards too; other files in
-# the folder are left alone.
-_NAME = "{}-{}.safetensors"
+# Files, by a digest of what their content depends on, statistics also by their backwards; others in the folder are left
+# alone.
+_NAMES = ("probe-{}-{}.safetensors", "prompts-{}.safetensors")
 
 # Bytes of all cached files; the oldest are deleted beyond it.
 _LIMIT = 4_000_000_000
@@ -61,12 +61,13 @@ def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: Pro
     if None in samples.values():
         return []
     forwards = replace(settings, num_rademacher=0, gradient=False)
-    if (found := _digested(model, settings, [list(samples), astuple(forwards)])) is None:
+    found = _folder_and_digest(model, settings, [list(samples), astuple(forwards)])
+    if found is None:
         return []
     folder, digest = found
     backwards = f"{settings.num_rademacher}{'-gradient' if settings.gradient else ''}"
-    own = folder / _NAME.format("probe", f"{digest}-{backwards}")
-    others = [] if settings.backward else sorted(folder.glob(_NAME.format("probe", f"{digest}-*")))
+    own = folder / _NAMES[0].format(digest, backwards)
+    others = [] if settings.backward else sorted(folder.glob(_NAMES[0].format(digest, "*")))
     return [own, *(path for path in others if path != own)]
 
 
@@ -74,14 +75,14 @@ def place_of_prompts(model: nn.Module, settings: ProbeSettings) -> Path | None:
     """The file in the cache for the prompts that a base writes, whose adapters, if it has any, are disabled.
 
     Returns:
-        None where there is none for a probe.
+        None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
     """
-    found = _digested(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
-    return None if found is None else found[0] / _NAME.format("prompts", found[1])
+    found = _folder_and_digest(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
+    return None if found is None else found[0] / _NAMES[1].format(found[1])
 
 
-def _digested(model: nn.Module, settings: ProbeSettings, depends_on: Sequence[Any]) -> tuple[Path, str] | None:
-    """The folder of the cache, and a digest of a model and of what else a file depends on; None where none can tell."""
+def _folder_and_digest(model: nn.Module, settings: ProbeSettings, depends_on: Sequence[Any]) -> tuple[Path, str] | None:
+    """The folder of the cache, and a digest of the model and of whatever else something depends on."""
     folder = os.environ.get("DOWSER_CACHE") or f"{HF_HOME}/dowser"
     if folder.lower() == "off" or settings.probe_images or not isinstance(model, PreTrainedModel):
         return None
@@ -162,9 +163,8 @@ def _keep(content: str, save: Callable[[Path], None], path: Path) -> None:
 
 def _make_room(folder: Path, size: int) -> None:
     """Delete the oldest files until there is room for as many bytes more."""
-    ours = (
-        file for content in ("probe", "prompts") for file in folder.glob(_NAME.format(content, "[0-9a-f]" * 64 + "*"))
-    )
+    digest = "[0-9a-f]" * 64
+    ours = (file for name in _NAMES for file in folder.glob(name.format(digest, "*")))
     newest = sorted(ours, key=lambda file: file.stat().st_mtime, reverse=True)
     for file in newest:
         size += file.stat().st_size
