@@ -245,7 +245,7 @@ def test_targets_without_input_channels_are_refused_with_advice(base, given: dic
     [
         (
             {"scope": "row"},
-            "scope='row' ranks the weights of a row, and granularity='input_channel' trains them together",
+            "scope='row' ranks the weights of each row, and granularity='input_channel' has none to rank",
         ),
         ({"channels": 0}, "channels must be an integer of at least 1, got 0"),
         ({"channels": -3}, "channels must be an integer of at least 1, got -3"),
@@ -253,7 +253,10 @@ def test_targets_without_input_channels_are_refused_with_advice(base, given: dic
         ({"channels": True}, "channels must be an integer of at least 1, got True"),
         ({"channels": "16"}, "channels must be an integer of at least 1, got '16'"),
         ({"granularity": "column"}, "granularity must be one of weight, input_channel, got 'column'"),
-        ({"granularity": "weight", "channels": 16}, "channels=16 needs granularity='input_channel'; the share of"),
+        (
+            {"granularity": "weight", "channels": 16},
+            "channels=16 needs granularity='input_channel'; for single weights",
+        ),
         ({"granularity": None}, "granularity must be one of"),
     ],
 )
