@@ -125,7 +125,7 @@ ROWS = [
     (
         "4 sizes of zero",
         tensors(lambda t: {key: value[:0].clone() for key, value in t.items()}),
-        r"module '(up|down)': expected 24 floating-point values of shape \(24,\), the file has torch\.float32 of shape \(0",
+        r"module '(up|down)': expected 24 floating-point values of shape \(24,\), the file has torch\.float32 of",
     ),
     (
         "5 tensors of LoRA",
@@ -196,7 +196,7 @@ ROWS = [
     (
         "25 more values than weights",
         settings(lambda c: c["nnz_pattern"].__setitem__("up", 10**15)),
-        r"manifest says 24|has shape \(20, 12\): there are 1000000000000000 values, but the weight has only 240",
+        r"manifest says 24|there are 1000000000000000 values, but the weight has only 240 entries",
     ),
     (
         "26 a shape of 2^40 entries",
