@@ -50,6 +50,7 @@ def main() -> None:
     arguments = parser("Fine-tune an image-text model on questions about images.", max_length=None)
     arguments.add_argument("--images", help="folder with images and a metadata.jsonl")
     arguments.add_argument("--rehearse", type=float, default=0.0, help="weight of the KL to the base on its own texts")
+    arguments.set_defaults(granularity="weight")  # which kept more of an image-text model in the study
     options = arguments.parse_args()
 
     data = conversations(options.images) if options.images else pale_digits(1000)

@@ -340,6 +340,7 @@ def test_compiled_without_graph_breaks(kind: str, backend: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, while it loads its compiler
 def test_compiled_by_inductor() -> None:
     model, x = made(), x_of(torch.float32)
     torch._dynamo.reset()

@@ -109,4 +109,4 @@ def test_every_link_leads_somewhere(name: str) -> None:
 def test_the_two_lines_of_a_new_user_stand_in_it() -> None:
     venv = "python -m venv .venv && . .venv/bin/activate && pip install"
     assert f'    {venv} ".[examples]" && python examples/quickstart.py\n' in README.read_text()
-    assert f'    {venv} -e ".[test]" && pytest\n' in README.read_text()
+    assert f'    {venv} -e ".[test]" && pytest -n 2 --dist loadfile\n' in README.read_text()

@@ -215,7 +215,7 @@ def test_a_real_model_needs_its_packages(run: Run, tmp_path: Path, monkeypatch: 
 def test_questions_about_images_are_learned(run: Run, tmp_path: Path, rehearsed: bool) -> None:
     options = ["--rehearse", 1.0] if rehearsed else []
     run("vision_sft.py", "--output", tmp_path / "adapter", "--steps", 2, *options)
-    check_trained(tmp_path / "adapter")
+    check_trained(tmp_path / "adapter", "weight")
 
 
 def test_a_folder_of_images_is_learned(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,7 +229,7 @@ def test_a_folder_of_images_is_learned(run: Run, tmp_path: Path, monkeypatch: py
         lines.append(json.dumps({"file_name": f"{number}.png", "question": one.prompt, "answer": one.answer}))
     (tmp_path / "images" / "metadata.jsonl").write_text("\n".join(lines))
     run("vision_sft.py", "--images", tmp_path / "images", "--output", tmp_path / "adapter", "--steps", 2)
-    check_trained(tmp_path / "adapter")
+    check_trained(tmp_path / "adapter", "weight")
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -281,7 +281,7 @@ def test_input_channels_are_served_as_lora(run: Run, tmp_path: Path, capsys: pyt
 def test_the_script_for_many_processes_runs_on_one(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("A line.\n" * 16)
     run("accelerate/train.py", TINY_LLAVA, tmp_path / "text.txt", tmp_path / "adapter", "--use-cpu", "--max-steps", 2)
-    check_trained(tmp_path / "adapter")
+    check_trained(tmp_path / "adapter", "weight")
 
 
 @pytest.mark.skipif(HAS_BITSANDBYTES, reason="bitsandbytes is installed")
