@@ -9,6 +9,7 @@ million parameters, values in bfloat16; bytes with all metadata, and the times o
 import gc
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -140,12 +141,18 @@ def measure_files(rank: str, repetitions: int) -> dict[str, float]:
         loads = seconds_in_turn(partial(load, "channels"), partial(load, "lora"), repetitions)
         models = {method: PeftModel.from_pretrained(bases[method], folders[method]) for method in METHODS}
 
-        def merge(method: str) -> None:
-            models[method].merge_adapter()
-            models[method].unmerge_adapter()
-
-        merges = seconds_in_turn(partial(merge, "channels"), partial(merge, "lora"), repetitions)
-    for name, pairs in (("load", loads), ("merge_and_unmerge", merges)):
+        merges, unmerges = [], []
+        for _ in range(repetitions):
+            both = [(_timed(models[m].merge_adapter), _timed(models[m].unmerge_adapter)) for m in METHODS]
+            merges.append((both[0][0], both[1][0]))
+            unmerges.append((both[0][1], both[1][1]))
+    for name, pairs in (("load", loads), ("merge", merges), ("unmerge", unmerges)):
         row[f"{name}_seconds"] = statistics.median(ours for ours, _ in pairs)
         row[f"{name}_over_lora"] = statistics.median(ours / theirs for ours, theirs in pairs)
     return row
+
+
+def _timed(work: Callable[[], None]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started

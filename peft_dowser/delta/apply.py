@@ -75,32 +75,35 @@ class Written:
     """What a write of W + D has replaced in a weight, and how it is put back.
 
     Attributes:
-        positions: where it has written, shape `(nnz,)`.
-        originals: what was there, shape `(nnz,)`.
+        positions: where it has written, flat; or whole columns, their numbers along `dim`.
+        originals: what was there.
         checksum: `checksum` of what it wrote; None where nobody asks later.
+        dim: dimension of the weight in which the positions are counted; None where they are flat.
     """
 
     positions: Tensor
     originals: Tensor
     checksum: tuple[torch.dtype, int] | None = None
+    dim: int | None = None
 
     def was_changed(self, weight: Tensor) -> bool:
         """Whether the weight holds other entries than were written; not where it was cast meanwhile."""
         if self.checksum is None or weight.dtype != self.checksum[0]:
             return False
-        return checksum(weight.view(-1).index_select(0, self.positions)) != self.checksum
+        return checksum(_read_entries(weight, self.positions, self.dim)) != self.checksum
 
     def undo(self, weight: Tensor) -> None:
         """Put the originals back into the weight."""
-        _write_entries_(weight, self.positions, self.originals.to(weight.dtype))
+        _write_entries_(weight, self.positions, self.originals.to(weight.dtype), self.dim)
 
 
 @dataclass(frozen=True)
 class MergedEntries:
-    """What a merge does to the entries of a weight at the positions of a delta, shape `(nnz,)` each.
+    """What a merge does to the entries of a weight at the positions of a delta, in the shape of its values.
 
     Attributes:
         delta: the delta.
+        dim: as in `merged_entries`.
         originals: what is there.
         sums: W + D, rounded as `add_delta_` rounds it, in the dtype of the weight.
     """
@@ -108,6 +111,7 @@ class MergedEntries:
     delta: Delta
     originals: Tensor
     sums: Tensor
+    dim: int | None = None
 
     def vanished(self) -> int:
         """How many values are not 0 and change nothing."""
@@ -130,17 +134,22 @@ class MergedEntries:
 
     def write(self, weight: Tensor) -> None:
         """Write the sums into the weight."""
-        _write_entries_(weight, self.delta.positions, self.sums)
+        _write_entries_(weight, self.delta.positions, self.sums, self.dim)
 
     def written(self, with_checksum: bool = True) -> Written:
         """What to keep before `write` is called."""
-        return Written(self.delta.positions, self.originals, checksum(self.sums) if with_checksum else None)
+        known = checksum(self.sums) if with_checksum else None
+        return Written(self.delta.positions, self.originals, known, self.dim)
 
 
-def merged_entries(weight: Tensor, delta: Delta) -> MergedEntries:
-    """Compute what a merge would write into a contiguous weight of any float dtype, which is read only."""
-    originals = weight.view(-1).index_select(0, delta.positions)
-    return MergedEntries(delta, originals, entries_plus(originals, delta.values))
+def merged_entries(weight: Tensor, delta: Delta, dim: int | None = None) -> MergedEntries:
+    """Compute what a merge would write into a contiguous weight of any float dtype, which is read only.
+
+    With `dim` the delta is one of whole columns: its positions are numbers along this dimension of a matrix, and its
+    values have the shape of those columns.
+    """
+    originals = _read_entries(weight, delta.positions, dim)
+    return MergedEntries(delta, originals, entries_plus(originals, delta.values), dim)
 
 
 def checksum(entries: Tensor) -> tuple[torch.dtype, int]:
@@ -149,7 +158,15 @@ def checksum(entries: Tensor) -> tuple[torch.dtype, int]:
     return entries.dtype, int(bits.sum(dtype=torch.int64))
 
 
-def _write_entries_(weight: Tensor, positions: Tensor, entries: Tensor) -> None:
+def _read_entries(weight: Tensor, positions: Tensor, dim: int | None) -> Tensor:
+    return weight.view(-1).index_select(0, positions) if dim is None else weight.index_select(dim, positions)
+
+
+def _write_entries_(weight: Tensor, positions: Tensor, entries: Tensor, dim: int | None) -> None:
+    if dim is not None:
+        bits = _BITS[weight.element_size()]
+        weight.view(bits).index_copy_(dim, positions.long(), entries.view(bits))
+        return
     flat = weight.view(-1)
     for at, entry in zip(delta_blocks(positions), delta_blocks(entries), strict=True):
         _put_(flat, at.long(), entry)

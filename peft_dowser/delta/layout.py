@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .apply import Delta
+from .apply import Delta, MergedEntries, merged_entries
 from .codec import DeltaFormatError, code_length, position_dtype
 
 # What is chosen to train: the paper's single weights, or all weights of an input channel.
@@ -86,6 +86,11 @@ class Layout:
         """The delta of single weights."""
         values = stored.values.T if self.channel_dim == 0 else stored.values
         return Delta(self.flat(stored.positions), values.reshape(-1))
+
+    def merged(self, weight: Tensor, stored: Stored) -> MergedEntries:
+        """What a merge would write into a weight, see `merged_entries`."""
+        values = stored.values.T if self.channel_dim == 0 else stored.values
+        return merged_entries(weight, Delta(stored.positions, values), self.channel_dim)
 
     def stored(self, delta: Delta) -> Stored:
         """A delta of single weights as it is stored: with zeros where an input channel has weights outside it."""

@@ -13,7 +13,7 @@ from .._peft import check_adapters_to_merge
 from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
-from ..delta.apply import Delta, MergedEntries, Written, add_delta_, merged_entries
+from ..delta.apply import Delta, MergedEntries, Written, add_delta_
 from ..delta.codec import encode, position_dtype
 from ..delta.layout import Granularity, Stored
 from ..delta.lora import lora_factors
@@ -113,10 +113,13 @@ class DowserLayer(BaseTunerLayer):
     def delta(self, adapter_name: str) -> Delta:
         """The delta of an adapter, times its scale; empty where it has no values here. Must not be written."""
         if adapter_name in self.dowser_values:
-            index, values = self.index(adapter_name), self.scaled_values(adapter_name).detach()
-            return index.layout.delta(Stored(index.decoded(), values))
+            return self.index(adapter_name).layout.delta(self.stored(adapter_name))
         empty = torch.empty(0, dtype=torch.float32, device=self._device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
+
+    def stored(self, adapter_name: str) -> Stored:
+        """Positions and scaled values of an adapter, as they are stored. Must not be written."""
+        return Stored(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
 
     def add_positions(self, adapter_name: str, positions: Tensor, granularity: Granularity, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
@@ -195,7 +198,7 @@ class DowserLayer(BaseTunerLayer):
                 the list are.
         """
         for name in self._unmerged(adapter_names):
-            entries = merged_entries(self.weight.data, self.delta(name))
+            entries = self.index(name).layout.merged(self.weight.data, self.stored(name))
             if safe_merge:
                 entries.check_finite(name, self.module_name)
             self.vanished[name] = (entries.vanished(), entries.sums.numel())
@@ -207,7 +210,7 @@ class DowserLayer(BaseTunerLayer):
     def merge_briefly(self) -> None:
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
-            entries = merged_entries(self.weight.data, self.delta(name))
+            entries = self.index(name).layout.merged(self.weight.data, self.stored(name))
             self._write(name, entries, entries.written(with_checksum=False))
 
     def _write(self, adapter_name: str, entries: MergedEntries, written: Written) -> None:
@@ -385,8 +388,7 @@ def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tupl
     wanted = index.count if rank == 1 and isinstance(rank, float) else rank
     if index.layout.channel_dim is None or wanted < index.count:
         return None
-    stored = Stored(index.decoded(), layer.scaled_values(adapter_name).detach())
-    return *lora_factors(stored, index.layout.size, index.count), index.count
+    return *lora_factors(layer.stored(adapter_name), index.layout.size, index.count), index.count
 
 
 def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:

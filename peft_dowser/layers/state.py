@@ -104,7 +104,7 @@ class Index(nn.Module):
         positions: decoded from it, strictly increasing; None until a file fills in the code of a placeholder.
         layout: what the positions mean in the weight.
         count: how many positions there are.
-        originals: the base weights that a merge has overwritten, shape `(nnz,)`; None while unmerged.
+        originals: the base weights that a merge has overwritten; None while unmerged.
         checksum: `delta.apply.checksum` of what that merge wrote; None while unmerged, or merged briefly.
         writes: how often code and positions had been written in place when they last agreed.
         digest: SHA-256 that the code from the file must have, where the manifest of the adapter gives it.
@@ -210,7 +210,7 @@ class Index(nn.Module):
 
     def written(self) -> Written:
         """What the merge of the adapter has written."""
-        return Written(self.layout.flat(self.decoded()), cast(Tensor, self.originals), self.checksum)
+        return Written(self.decoded(), cast(Tensor, self.originals), self.checksum, self.layout.channel_dim)
 
     def check_untouched(self) -> None:
         """Refuse a code and positions that something has written into, so that they no longer agree.
