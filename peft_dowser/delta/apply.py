@@ -115,7 +115,8 @@ class MergedEntries:
 
     def vanished(self) -> int:
         """How many values are not 0 and change nothing."""
-        return int(((self.sums == self.originals) & (self.delta.values != 0)).count_nonzero())
+        changed = (self.sums - self.originals).count_nonzero()  # a difference of two floats is 0 only if they are equal
+        return int(self.delta.values.count_nonzero() - changed)
 
     def not_finite(self) -> int:
         """How many sums are not finite."""
