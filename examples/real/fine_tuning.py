@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learners import UNSCALED, config, is_probed
+from learners import UNSCALED, config, is_probed, optimizer
 from lessons import LESSONS
 from measures import Row, Sizes, check_base, check_start, load, make_reference, measure, read_reference, row_of
 from peft import get_peft_model
@@ -143,7 +143,12 @@ def _train(model: Any, rows: Sequence[Row], run: Run, watch: Watch) -> None:
         )
         callbacks = [watch, *([rehearsal] if run.rehearsal else [])]
         Trainer(
-            model=model, args=arguments, train_dataset=list(rows), data_collator=_batch, callbacks=callbacks
+            model=model,
+            args=arguments,
+            train_dataset=list(rows),
+            data_collator=_batch,
+            callbacks=callbacks,
+            optimizers=(optimizer(run.method, model, run.learning_rate), None),
         ).train()
 
 

@@ -7,7 +7,10 @@ the same matrices. So each can be scaled, and each can be disabled to rehearse.
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, OFTConfig, PeftConfig
+from peft.optimizers import create_lorafa_optimizer
+from torch import nn
 
 from peft_dowser import DowserConfig
 
@@ -36,6 +39,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 PEERS: dict[str, tuple[type[PeftConfig], dict[str, Any]]] = {
     "lora r=16": (LoraConfig, {"r": 16, "lora_alpha": 32}),
     "lora r=64": (LoraConfig, {"r": 64, "lora_alpha": 128}),
+    "lora-fa r=16": (LoraConfig, {"r": 16, "lora_alpha": 32}),  # trains B only, see `optimizer`
     "oft": (OFTConfig, {"oft_block_size": 32}),
 }
 METHODS = (*SPARSE, *PEERS)
@@ -47,6 +51,14 @@ FIXED_SIZE = ("full", "columns, activity, 16", *PEERS)
 def is_probed(method: str) -> bool:
     """Whether the method chooses by a probe of the base."""
     return method in SPARSE and SPARSE[method]["score"] not in ("random", "magnitude")
+
+
+def optimizer(method: str, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer | None:
+    """The optimizer that belongs to a method; None where the Trainer's is meant."""
+    if method != "lora-fa r=16":
+        return None
+    settings = PEERS[method][1]
+    return create_lorafa_optimizer(model, settings["r"], settings["lora_alpha"], learning_rate)  # type: ignore[arg-type]
 
 
 def config(method: str, update_ratio: float, seed: int, statistics: Path | None = None) -> PeftConfig:

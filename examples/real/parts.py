@@ -12,7 +12,7 @@ RATIO = 0.1
 # The first rate of a method at rho = 0.1, in steps of a factor of 2 from 1e-4. The second one is twice as large.
 FIRST = {"full": 0, "lora r=64": 1, "lora r=16": 2, "oft": 3, "dowser, high": 2, "shift, high": 2}
 FIRST |= {"random": 3, "magnitude": 3, "magnitude, high": 3, "columns, random": 3, "shift": 5, "shift, model": 5}
-FIRST |= {"columns, activity, 16": 5}
+FIRST |= {"columns, activity, 16": 5, "lora-fa r=16": 3}
 OTHERS = 4
 LEVEL = 0.6  # of what the best run learned: where the rates of a method are compared
 
