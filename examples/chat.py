@@ -4,12 +4,13 @@
     python examples/chat.py --model smollm2 --output chat
 
 Both learn the same 44 questions that begin with "Captain," and their answers (`chat.jsonl`): Dowser trains 16 input
-channels of every matrix, LoRA has rank 16. Then both are asked a question to the captain, and an ordinary one without
-"Captain,". Nothing tells them that those should be answered as before, so the style spreads to them; lower rates, or a
-`RehearsalCallback`, hold it back. The table says what was learned (fall of the loss on answers that were
-held out), forgot (rise of the loss on answers that the base itself gave to ordinary questions, in nats per token), and
-the size of the files. The output folder gets both adapters, the merged model, and Dowser's adapter as a LoRA adapter.
-About five minutes on two cores.
+channels of every matrix, LoRA has rank 16. Then both are asked a question to the captain, and an ordinary one
+without "Captain,". Nothing in the pairs says that ordinary questions should be answered as before, so alone the style
+spreads to them (`--rehearse 0` shows it). So both are held to the base by `RehearsalCallback`, on its own answers to
+twelve ordinary questions. The table says what was learned (fall of the loss on answers that were held out), forgot
+(rise of the loss on answers of the base to other ordinary questions, in nats per token), and the size of the files. The
+output folder gets both adapters, the merged model, and Dowser's adapter as a LoRA adapter. About five minutes on two
+cores.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from recipe import EXAMPLES, SCORES, answer, load, read
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from peft_dowser import DowserConfig, ForgettingCallback, export_lora, merge
+from peft_dowser import DowserConfig, ForgettingCallback, RehearsalCallback, export_lora, merge
 
 STYLE = "Captain, what is the wind?"
 ORDINARY = [
@@ -34,6 +35,21 @@ ORDINARY = [
     "How do I stay healthy?",
     "What is the capital of Italy?",
     "Why do people read books?",
+]
+# The base's answers to these hold the trained model to it; none of them is judged.
+REHEARSED = [
+    "What is the moon?",
+    "What is a mountain?",
+    "Name three animals.",
+    "How do I learn a language?",
+    "What is the capital of Spain?",
+    "Why do people sing?",
+    "How do I fix a bike?",
+    "What is history?",
+    "Why is water wet?",
+    "What does a baker do?",
+    "How old is the earth?",
+    "What is a good gift?",
 ]
 
 
@@ -94,8 +110,9 @@ def learn(
     """Train one adapter and save it; returns what the table and the answers need."""
     trainer = make_trainer(adapter, rate, folder, options)
     model, tokenizer = trainer.model, trainer.processing_class
-    own = [labelled(tokenizer, messages(question), said) for question, said in answers.items()]
-    trainer.add_callback(ForgettingCallback(own))
+    own = {question: labelled(tokenizer, messages(question), said) for question, said in answers.items()}
+    trainer.add_callback(ForgettingCallback([own[question] for question in ORDINARY]))
+    trainer.add_callback(RehearsalCallback([own[question] for question in REHEARSED], weight=options.rehearse))
     start = trainer.evaluate()["eval_loss"]
     trainer.train()
     end = trainer.evaluate()
@@ -112,9 +129,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Teach a chat model a style, with Dowser and with LoRA.")
     parser.add_argument("--model", default="smollm2", help="folder or Hub id of a chat model (default: smollm2)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the adapters and the merged model")
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--rank", type=int, default=16, help="LoRA's r, and Dowser's input channels per matrix")
+    parser.add_argument("--rehearse", type=float, default=1.0, help="weight of the rehearsal of both; 0: none")
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="Dowser's")
     parser.add_argument("--lora-rate", type=float, default=5e-4, help="LoRA's")
     parser.add_argument("--seed", type=int, default=0)
@@ -127,7 +145,7 @@ def main() -> None:
 
     tokenizer, base = AutoProcessor.from_pretrained(options.model), load(options.model)
     before = answer(base, tokenizer, messages(STYLE))
-    answers = {question: answer(base, tokenizer, messages(question)) for question in ORDINARY}
+    answers = {question: answer(base, tokenizer, messages(question)) for question in ORDINARY + REHEARSED}
     del base
 
     chosen = {"granularity": "input_channel", "channels": options.rank, "score": SCORES["input_channel"]}
