@@ -115,7 +115,7 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _export_lora(options: argparse.Namespace) -> None:
-    from peft_dowser.files.lora import export_lora
+    from peft_dowser.files.lora_export import export_lora
 
     counts = export_lora(**_arguments(options))
     size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
@@ -270,9 +270,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _diff(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
+    from peft_dowser.files.grouping import groups
     from peft_dowser.files.inspection import diff
     from peft_dowser.files.inspection import total_overlap as total
-    from peft_dowser.files.places import groups
 
     found = diff(**_arguments(options))
     together = total(found.values())

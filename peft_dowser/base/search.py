@@ -16,12 +16,12 @@ from .._peft import _maybe_include_all_linear_layers, check_target_module_exists
 from .._transformers import is_experts
 from ..config import DowserConfig
 from .compiled import uncompiled, usual_modules
-from .defaults import default_modules
+from .default_targets import default_modules
 from .distributed import shape_of
-from .parts import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
-from .readers import reader_of
+from .module_names import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
 from .target import LINEAR, TARGETABLE, Target, fused_target, is_narrow, target_kind, target_of
 from .ties import check_untied, with_ties
+from .weight_readers import reader_of
 
 
 def check_is_model(model: object) -> None:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from .._transformers import still_tied_weights, tied_weights
 from .compiled import usual_name
-from .parts import adaptable_names, name_without_adapter, unwrapped
+from .module_names import adaptable_names, name_without_adapter, unwrapped
 from .target import Target
 
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.distributed import by_all_ranks
-from ..base.untouched import adapters_disabled, measuring
+from ..base.restoring import adapters_disabled, measuring
 from ..config import DowserConfig
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text

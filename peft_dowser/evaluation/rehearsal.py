@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.distributed import gather, gathers, is_spread
-from ..base.untouched import adapters_disabled, in_eval_mode, measuring
+from ..base.restoring import adapters_disabled, in_eval_mode, measuring
 from ..config import DowserConfig
 from ..delta.seeds import derived_seed, generators_restored, seed_generators
 from ..probing.batches import alike

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..base.distributed import by_all_ranks, from_rank, is_spread
-from ..base.untouched import base_of
+from ..base.restoring import base_of
 from ..config import DowserConfig
 from ..probing.batches import collate
 from ..probing.prompts import Prompt, Text, special_ids

@@ -1,9 +1,9 @@
 """The only judge of a saved adapter: whether its counts, names, manifest, deltas and whole tensors fit a base.
 
-The adapter may be a file (`files.adapter`) or tensors that PEFT or transformers load (`tuner.loading`, `tuner.whole`):
-those fetch what a check needs, and every rule is here. Where transformers puts tensors into the model first,
-`layers.state` refuses what cannot be read, by the rules of the format alone (`delta.codec`, `delta.format`). A failed
-check is a `DeltaFormatError`, and changes nothing.
+The adapter may be a file (`files.adapter`) or tensors that PEFT or transformers load (`tuner.loading`,
+`tuner.whole_tensors`): those fetch what a check needs, and every rule is here. Where transformers puts tensors into the
+model first, `layers.state` refuses what cannot be read, by the rules of the format alone (`delta.codec`,
+`delta.format`). A failed check is a `DeltaFormatError`, and changes nothing.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..base.parts import embedding_tensors
+from ..base.module_names import embedding_tensors
 from ..config import DowserConfig
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
 from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples

@@ -18,7 +18,7 @@ from ..delta.layout import Layout
 from ..delta.masks import shared
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
-from .places import groups, in_order
+from .grouping import groups, in_order
 
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "channels", "score", "select", "scope", "seed")

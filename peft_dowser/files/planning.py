@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 
 from .._transformers import uninitialized
-from ..base.parts import layer_of
+from ..base.module_names import layer_of
 from ..base.search import fused_parameters, resolve_targets
 from ..base.target import Target, layouts_of
 from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of

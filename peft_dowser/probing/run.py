@@ -14,9 +14,9 @@ from torch import nn
 
 from ..base.compiled import uncompiled
 from ..base.distributed import is_spread
+from ..base.restoring import left_as_it_was
 from ..base.search import check_is_base, resolve_targets
 from ..base.target import Target
-from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
 from . import cache
 from .passes import Passes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..base.distributed import is_distributed, on_every_rank, rank, sent_from
-from ..base.parts import layer_of
+from ..base.module_names import layer_of
 from ..base.target import Target
 from ..config import DowserConfig, ratio_of, share_of
 from ..delta.codec import decode, encode, position_dtype

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..delta.format import printable, quoted
 from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
+from ..files.grouping import OUTSIDE, places
 from ..files.inspection import inspect
-from ..files.places import OUTSIDE, places
 from ..probing import scores
 from ..probing.statistics import ProbeStatistics
 

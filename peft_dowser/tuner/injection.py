@@ -27,7 +27,7 @@ from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
 from .merging import check_unmerged
-from .notices import (
+from .messages import (
     report_bare_experts,
     report_other_probe,
     report_read,
@@ -36,7 +36,7 @@ from .notices import (
     warn_of_other_weights,
 )
 from .snapshot import Snapshot
-from .whole import check_whole_modules
+from .whole_tensors import check_whole_modules
 
 # By task, the heads that PEFT trains as a whole. It adds them to `modules_to_save` only after the adapter is made.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}

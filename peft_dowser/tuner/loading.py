@@ -29,7 +29,7 @@ from ..layers.layer import DowserLayer, adapted
 from ..layers.state import Index, Values
 from .merging import check_replaceable
 from .snapshot import Snapshot
-from .whole import check_replaced, saved_names
+from .whole_tensors import check_replaced, saved_names
 
 
 @dataclass

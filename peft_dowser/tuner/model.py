@@ -31,8 +31,8 @@ from .combining import check_sources, combined_config, combined_deltas
 from .injection import Injection, check_adapter_name, prepare_for_task
 from .loading import current_load, fill, read_file
 from .merging import briefly_merged, note_merged_everywhere, prepare_merge, report_not_finite, unmerge_everywhere
-from .mixing import check_names, mixed_batch
-from .notices import report_untrained
+from .messages import report_untrained
+from .mixed_batch import check_names, mixed_batch
 from .saving import (
     check_unmerged_embeddings,
     complete,
@@ -43,7 +43,7 @@ from .saving import (
     with_usual_names,
 )
 from .snapshot import differ
-from .whole import fitted
+from .whole_tensors import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DowserModel(BaseTuner):
     _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
-    # Empty: the default targets are found in the structure of the model, see `base.defaults`.
+    # Empty: the default targets are found in the structure of the model, see `base.default_targets`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(

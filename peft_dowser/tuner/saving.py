@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..base.compiled import usual_name
 from ..base.distributed import is_sharded
-from ..base.parts import embedding_modules
+from ..base.module_names import embedding_modules
 from ..config import DowserConfig
 from ..delta.codec import side_by_side
 from ..delta.format import CODE, PREFIX, VALUES, entry, manifest, named

@@ -1,4 +1,4 @@
-"""The parts of a model by their names: modules as they are without adapters, numbered layers, embeddings."""
+"""The names of a model's modules: without adapters, in numbered layers, of embeddings."""
 
 import re
 from collections.abc import Iterator

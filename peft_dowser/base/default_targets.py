@@ -4,9 +4,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .compiled import uncompiled, usual_modules
-from .parts import LAYER_INDEX, adaptable_names, unwrapped
-from .readers import reader_of
+from .module_names import LAYER_INDEX, adaptable_names, unwrapped
 from .target import LINEAR, target_kind
+from .weight_readers import reader_of
 
 # Linears of a language model, or modules around them, that route tokens to experts or streams; no default targets.
 _ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}

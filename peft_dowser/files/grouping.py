@@ -1,4 +1,4 @@
-"""Where the modules of an adapter are in the base model: their order, their layers and their kinds."""
+"""The modules of an adapter in the order of their layers, and grouped by kind and by layer."""
 
 import re
 from collections.abc import Iterable

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .._peft import AuxiliaryTrainingWrapper, saved_names_in
 from ..base.compiled import usual_name
-from ..base.parts import embedding_modules
+from ..base.module_names import embedding_modules
 from ..config import DowserConfig
 from ..delta.format import PREFIX, base_name, is_delta
 from ..files.checks import check_foreign, check_whole_tensor
