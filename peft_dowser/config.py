@@ -432,7 +432,7 @@ def ratio_of(name: str, config: DowserConfig) -> float:
     return config.ratio_pattern.get(_pattern_of(name, config), config.update_ratio)
 
 
-def share_of(name: str, layout: Layout, config: DowserConfig) -> float:
+def unrounded_count(name: str, layout: Layout, config: DowserConfig) -> float:
     """How many positions of a target are to train, before it is rounded.
 
     Raises:

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from .._peft import _maybe_include_all_linear_layers, check_target_module_exists, get_quantization_kwargs
 from .._transformers import is_experts
 from ..config import DowserConfig
-from .compiled import uncompiled, usual_modules
+from .compiled import modules_by_name, uncompiled
 from .default_targets import default_modules
 from .distributed import shape_of
 from .module_names import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
@@ -94,7 +94,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 def fused_parameters(model: nn.Module) -> dict[str, Target]:
     """The parameters that hold the matrices of several experts, by name, as `target_parameters` can name them."""
     found = {}
-    for path, module in usual_modules(model).items():
+    for path, module in modules_by_name(model).items():
         if isinstance(module, _ConvNd):
             continue  # a kernel has three dimensions too
         name = name_without_adapter(path)

@@ -61,7 +61,7 @@ def check_readable(path: Path) -> None:
         open_tensors(path, files)
 
 
-def entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
+def manifest_entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
     """What a manifest says of one module: its tensors as in the file, what they mean in the weight, and the
     `base_sample` of its unmodified weight.
     """
@@ -113,12 +113,12 @@ def base_sample(weight: Tensor) -> str | None:
     if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
     # Not through a flat view, which a weight that is stored transposed does not have.
-    sample = weight.detach().take(_sampled(weight.numel()).to(weight.device)).float().cpu()
+    sample = weight.detach().take(_sampled_positions(weight.numel()).to(weight.device)).float().cpu()
     return sample.numpy().tobytes().hex()
 
 
 @cache
-def _sampled(numel: int) -> Tensor:
+def _sampled_positions(numel: int) -> Tensor:
     return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
 
 
@@ -158,7 +158,7 @@ def _is(numbers: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(numbers.to(dtype).float(), numbers)
 
 
-def named(part: str, adapter_name: str) -> str:
+def with_adapter_name(part: str, adapter_name: str) -> str:
     """The name in the state dict of a model, which may have several adapters, for `VALUES` or `CODE` of a file."""
     stem, _, leaf = part.rpartition(".")
     return f"{stem}.{adapter_name}.{leaf}"

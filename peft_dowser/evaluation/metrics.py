@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..delta.masks import shared
+from ..delta.masks import shared_positions
 
 # Entries that `spearman` ranks at most.
 _SAMPLE = 1_000_000
@@ -170,7 +170,7 @@ def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)
-    return len(shared(few.to(many.device), many)[0])
+    return len(shared_positions(few.to(many.device), many)[0])
 
 
 def _check_positions(name: str, positions: Tensor, numel: float) -> None:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.distributed import by_all_ranks, from_rank, is_spread
+from ..base.distributed import broadcast, is_sharded_model, on_one_rank
 from ..base.restoring import base_of
 from ..config import DowserConfig
 from ..probing.batches import collate
@@ -68,13 +68,13 @@ class Texts:
             ValueError: the base cannot write texts, or those that were given do not fit the model.
         """
         if self.given is None:
-            if isinstance(model, PeftModel) and is_spread(model):
+            if isinstance(model, PeftModel) and is_sharded_model(model):
                 raise ValueError(
                     f"{self.reader} cannot let the base inside a sharded PeftModel write prompts: only a forward of "
                     "the whole model gathers its weights. Pass texts=[...]."
                 )
-            for_all = by_all_ranks if is_spread(model) else partial(from_rank, 0)
-            return for_all(lambda: written_prompts(base_of(model), self.settings, self.reader))
+            write = partial(written_prompts, base_of(model), self.settings, self.reader)
+            return broadcast(write()) if is_sharded_model(model) else on_one_rank(0, write)
         prompts = read_prompts(self.given, processing_class, self.max_length, self.reader)
         config = getattr(base_of(model), "config", None)
         for number, prompt in enumerate(prompts):

@@ -15,7 +15,7 @@ from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
 from ..delta.format import quoted
 from ..delta.layout import Layout
-from ..delta.masks import shared
+from ..delta.masks import shared_positions
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
 from .grouping import groups, in_order
@@ -111,7 +111,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint, bits: int | None) -> dict
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
-        parts = [base.stored(key).view(-1) for key in base.parts(target.tensor_name)]
+        parts = [base.tensor(key).view(-1) for key in base.parts(target.tensor_name)]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         if bits is not None:
             found[module] = _vanished_in_blocks(weight.float(), delta, bits)
@@ -169,7 +169,7 @@ class Overlap:
 
 def overlap(a: Delta, b: Delta) -> Overlap:
     """Compare two deltas of one weight, on one device; counts and dtypes may differ."""
-    own, other = shared(a.positions, b.positions)
+    own, other = shared_positions(a.positions, b.positions)
     left, right = a.values[own].double(), b.values[other].double()
     return Overlap(
         shared=len(left),

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from ..delta.apply import report_vanished
 from ..delta.format import open_tensors, quoted, write_tensors
-from .merging import open_sum
+from .merging import open_merged
 
 # What the metadata of a patch says it is, and how its tensors are called after the weight that they belong to.
 _KIND = "weight patch 1"
@@ -73,14 +72,14 @@ def write_patch(
         raise ValueError(f"The patch and its revert cannot be one file, '{output}'.")
     sums, originals = [], []
     with ExitStack() as files:
-        total = open_sum(adapter, base, files)
-        for key in tqdm(total.touched(), desc="Patching", unit="tensor", disable=not is_progress_bar_enabled()):
-            before, after = total.base.stored(key), total.read(key)
+        merged = open_merged(adapter, base, files)
+        for key in tqdm(merged.changed_tensors(), desc="Patching", unit="tensor"):
+            before, after = merged.base.tensor(key), merged.read(key)
             indices = _changed(before, after)
             if len(indices):
                 sums.append(_patch(key, after, indices))
                 originals.append(_patch(key, before, indices))
-    report_vanished([total.vanished])
+    report_vanished([merged.vanished])
     for path, patches in zip(outputs, (sums, originals), strict=False):
         _write(patches, path)
     return {patch.name: len(patch.indices) for patch in sums}

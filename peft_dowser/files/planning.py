@@ -20,7 +20,7 @@ from .._transformers import uninitialized
 from ..base.module_names import layer_of
 from ..base.search import fused_parameters, resolve_targets
 from ..base.target import Target, layouts_of
-from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of
+from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, unrounded_count
 from ..delta.codec import code_length, position_dtype
 from ..delta.layout import Layout
 from ..delta.masks import trained_count
@@ -155,7 +155,7 @@ def plan(
         numbers = dict.fromkeys(targets, 0)  # positions by target
         for matrix in matrices:
             layout = matrix.layout(config.granularity)
-            numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
+            numbers[matrix.name_without_expert] += round(unrounded_count(matrix.name_without_expert, layout, config))
         counts = {key: number * layouts[key].group for key, number in numbers.items()}
         writes = skeleton.can_generate()
         parameters, weights = skeleton.num_parameters(), _weight_bytes(skeleton, dtype, quantization)

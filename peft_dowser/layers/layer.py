@@ -13,9 +13,9 @@ from .._peft import check_adapters_to_merge
 from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
-from ..delta.apply import Delta, MergedEntries, Written, add_delta_
+from ..delta.apply import Delta, MergedEntries, Overwritten, add_delta_
 from ..delta.codec import encode, position_dtype
-from ..delta.layout import Granularity, Stored
+from ..delta.layout import Granularity, StoredDelta
 from ..delta.lora import lora_factors
 from .channels import add_channels
 from .linear_op import Weight, in_autocast, refuse_tangents, sparse_linear
@@ -58,7 +58,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.not_finite: dict[str, int] = {}
-        self.base_sample = target.sample() if sample is None else sample
+        self.base_sample = target.base_sample() if sample is None else sample
         self.out_features, self.in_features = target.features
 
     @property
@@ -117,9 +117,9 @@ class DowserLayer(BaseTunerLayer):
         empty = torch.empty(0, dtype=torch.float32, device=self._device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
-    def stored(self, adapter_name: str) -> Stored:
+    def stored(self, adapter_name: str) -> StoredDelta:
         """Positions and scaled values of an adapter, as they are stored. Must not be written."""
-        return Stored(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
+        return StoredDelta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
 
     def add_positions(self, adapter_name: str, positions: Tensor, granularity: Granularity, init_weights: bool) -> None:
         """Add an adapter at chosen positions.
@@ -153,7 +153,7 @@ class DowserLayer(BaseTunerLayer):
         values = torch.zeros(layout.values_shape(count), device=device, dtype=torch.float32)
         self._add(adapter_name, values, Index(code, None, count, layout, code_digest))
 
-    def fill(self, adapter_name: str, stored: Stored, code: Tensor) -> None:
+    def replace_delta(self, adapter_name: str, stored: StoredDelta, code: Tensor) -> None:
         """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
 
         Args:
@@ -161,8 +161,8 @@ class DowserLayer(BaseTunerLayer):
             stored: the positions and values, in the layout of the adapter.
             code: the index code of the positions.
         """
-        cast(Values, self.dowser_values[adapter_name]).fill(stored.values)
-        self.index(adapter_name).fill(code, stored.positions)
+        cast(Values, self.dowser_values[adapter_name]).replace(stored.values)
+        self.index(adapter_name).replace(code, stored.positions)
         self.scaling[adapter_name] = 1.0
 
     def _add(self, adapter_name: str, values: Tensor, index: Index) -> None:
@@ -202,7 +202,7 @@ class DowserLayer(BaseTunerLayer):
             if safe_merge:
                 entries.check_finite(name, self.module_name)
             self.vanished[name] = (entries.vanished(), entries.sums.numel())
-            self._write(name, entries, entries.written())
+            self._write(name, entries, entries.overwritten())
             if not self.weight.is_inference():
                 # So that a backward of an earlier forward, which needs the weight as it was, fails in torch.
                 torch.autograd.graph.increment_version(self.weight)
@@ -211,12 +211,12 @@ class DowserLayer(BaseTunerLayer):
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
             entries = self.index(name).layout.merged(self.weight.data, self.stored(name))
-            self._write(name, entries, entries.written(with_checksum=False))
+            self._write(name, entries, entries.overwritten(with_checksum=False))
 
-    def _write(self, adapter_name: str, entries: MergedEntries, written: Written) -> None:
+    def _write(self, adapter_name: str, entries: MergedEntries, written: Overwritten) -> None:
         """Write the sums and note the adapter as merged; whatever interrupts that, the weight is put back."""
         self.not_finite[adapter_name] = entries.not_finite()
-        self.index(adapter_name).keep(written)
+        self.index(adapter_name).set_overwritten(written)
         try:
             self.merged_adapters.append(adapter_name)
             entries.write(self.weight.data)
@@ -237,7 +237,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters = [name for name in self.merged_adapters if name in self.dowser_values]
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            if self.index(name).written().was_changed(self.weight.data):
+            if self.index(name).overwritten().was_changed(self.weight.data):
                 warnings.warn(
                     f"Adapter '{name}': the weight of module '{self.module_name}' was changed after the merge. "
                     f"Unmerging puts the {self.index(name).nnz} entries that the merge had written back to what they "
@@ -250,11 +250,11 @@ class DowserLayer(BaseTunerLayer):
     def unmerge_last(self) -> None:
         """Put back what the last merged adapter has overwritten."""
         name = self.merged_adapters[-1]
-        self.index(name).written().undo(self.weight.data)
+        self.index(name).overwritten().undo(self.weight.data)
         self.merged_adapters.pop()  # before the rest, without which the layer is unmerged all the same
         self.vanished.pop(name, None)
         self.not_finite.pop(name, None)
-        self.index(name).keep(None)
+        self.index(name).set_overwritten(None)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape of the stored weight and the dtype of the values.
@@ -391,7 +391,7 @@ def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tupl
     return *lora_factors(layer.stored(adapter_name), index.layout.size, index.count), index.count
 
 
-def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
     """The layers that carry an adapter, with their names in the model."""
     return [
         (name, layer)

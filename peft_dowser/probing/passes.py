@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from ..base.target import Target
 from ..delta.seeds import derived_seed
 from .batches import alike, collate, decoder_tokens, last_positions
 from .expert_taps import ExpertsTap, tapped_experts
-from .prompts import Kind, Prompt, kind_of
+from .prompts import ModelKind, Prompt, model_kind
 from .ranks import Ranks
 from .settings import ProbeSettings
 from .statistics import ModuleStatistics
@@ -52,10 +51,10 @@ class Passes:
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.fused = {name: target for name, target in targets.items() if target.kind == "fused"}
         self.plain = {name: target for name, target in targets.items() if target.kind != "fused"}
-        self.kind = kind_of(model)
+        self.kind = model_kind(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
-        self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
+        self.groups = alike(prompts, padding=self.kind is not ModelKind.OTHER)
         self.mine = sorted(number for group in self.groups for number in ranks.share(group))
         self.found: dict[str, ModuleStatistics] = {}
 
@@ -63,12 +62,10 @@ class Passes:
         """Statistics of this rank's prompts, in the order of `mine`."""
         size = self._batch_size()
         total = len(self.mine) * max(1, self.settings.num_rademacher)
-        with tqdm(
-            total=total, desc="Probing", unit="pass", disable=not (self.ranks.is_first and is_progress_bar_enabled())
-        ) as bar:
+        with tqdm(total=total, desc="Probing", unit="pass", disable=not self.ranks.is_first) as bar:
             for group in self.groups:
                 waiting = self.ranks.share(group)
-                if self.ranks.in_step and self.ranks.batches(group, size) > -(-len(waiting) // size):
+                if self.ranks.in_step and self.ranks.batch_count(group, size) > -(-len(waiting) // size):
                     self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
                 while waiting:
                     if self._fits(partial(self._probe_batch, waiting[:size], bar)):
@@ -85,7 +82,7 @@ class Passes:
 
     def _batch_size(self) -> int:
         """How many prompts are probed at a time: 1 where a target module mixes the prompts of a batch."""
-        size = self.ranks.smallest(self.settings.batch_size or self._fitting_batch())
+        size = self.ranks.common_batch_size(self.settings.batch_size or self._fitting_batch())
         mixing: list[str] = []
         if size == 1 or not self._fits(lambda: mixing.extend(self._mixing())):
             return 1
@@ -142,7 +139,7 @@ class Passes:
         clear_device_cache()
         return False
 
-    def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
+    def _probe_batch(self, chosen: list[int], bar: Any, kept: bool = True) -> None:
         inputs, mask, written = self._collated(chosen)
         masks = _masks(mask, written)
         of_experts: dict[str, ExpertsTap] = {}
@@ -191,7 +188,7 @@ class Passes:
         """
         prompts = [self.prompts[number] for number in chosen]
         inputs, mask = collate(prompts, self.device)
-        if self.kind is not Kind.SEQ2SEQ or mask is None:
+        if self.kind is not ModelKind.SEQ2SEQ or mask is None:
             return inputs, mask, mask
         return inputs, mask, decoder_tokens(prompts, mask)
 
@@ -203,7 +200,7 @@ class Passes:
         return [range(count)]
 
     def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
-        if self.kind is Kind.OTHER or mask is None or written is None:
+        if self.kind is ModelKind.OTHER or mask is None or written is None:
             return self.model(**inputs)
         options: dict[str, Any] = {"attention_mask": mask.long()}
         accepted = inspect.signature(self.model.forward).parameters
@@ -223,7 +220,7 @@ class Passes:
 
     def _probed_output(self, outputs: Any, written: Tensor | None) -> Tensor:
         """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
-        if self.kind is Kind.OTHER or written is None:
+        if self.kind is ModelKind.OTHER or written is None:
             output = outputs if isinstance(outputs, Tensor) else outputs[0]
             return output[:, -1] if output.dim() == 3 else output
         if self.has_head:
@@ -231,7 +228,7 @@ class Passes:
         else:
             output = outputs.get("last_hidden_state")
             output = outputs.hidden_states[-1] if output is None else output
-        if self.kind is Kind.ENCODER:
+        if self.kind is ModelKind.ENCODER:
             return output
         last = last_positions(written).to(output.device) - (written.shape[1] - output.shape[1])
         return output[torch.arange(len(last), device=output.device), last]
@@ -289,12 +286,12 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return signs.mul_(2).sub_(1).float()
 
 
-def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
+def _next_token_loss(kind: ModelKind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
     """Sum over the prompts of the mean cross-entropy of their own next tokens."""
     logits = getattr(outputs, "logits", None)
-    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or written is None or logits is None:
+    if kind not in (ModelKind.DECODER, ModelKind.SEQ2SEQ) or written is None or logits is None:
         raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
-    ids = inputs.get("decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids")
+    ids = inputs.get("decoder_input_ids" if kind is ModelKind.SEQ2SEQ else "input_ids")
     if ids is None:
         raise ValueError(
             "score='gradient' needs prompts with decoder_input_ids, whose next tokens an encoder-decoder predicts."

@@ -44,7 +44,7 @@ _WAY_OUT = (
 _GENERATION_BATCH = 64
 
 
-class Kind(Enum):
+class ModelKind(Enum):
     """How a model is probed: by what it reads, and where its output is."""
 
     DECODER = "decoder"
@@ -53,14 +53,14 @@ class Kind(Enum):
     OTHER = "other"
 
 
-def kind_of(model: nn.Module) -> Kind:
+def model_kind(model: nn.Module) -> ModelKind:
     """Tell decoder-only, encoder-only and sequence-to-sequence models apart."""
     if not isinstance(model, PreTrainedModel):
-        return Kind.OTHER
+        return ModelKind.OTHER
     if model.config.is_encoder_decoder:
-        return Kind.SEQ2SEQ
+        return ModelKind.SEQ2SEQ
     causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
+    return ModelKind.DECODER if causal or model.can_generate() else ModelKind.ENCODER
 
 
 def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
@@ -99,7 +99,7 @@ def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]
             _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
-    if kind_of(model) is Kind.SEQ2SEQ:
+    if model_kind(model) is ModelKind.SEQ2SEQ:
         start = _decoder_start(model)
         for prompt in prompts:
             ids = prompt["input_ids"]
@@ -160,7 +160,7 @@ def _promptable(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {_WAY_OUT}")
     if model.main_input_name != "input_ids":
         raise ValueError(f"Cannot write prompts for {name}: it reads {model.main_input_name}, not tokens. {_WAY_OUT}")
-    if kind_of(model) is not Kind.ENCODER and not model.can_generate():
+    if model_kind(model) is not ModelKind.ENCODER and not model.can_generate():
         raise ValueError(
             f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
             "base loaded with its head (AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForImageTextToText), "
@@ -237,7 +237,7 @@ def _device(model: PreTrainedModel) -> torch.device:
 
 def _written_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int) -> Tensor:
     """The prompts, in rows."""
-    if kind_of(model) is Kind.ENCODER:
+    if model_kind(model) is ModelKind.ENCODER:
         tokens = _random_tokens(model, settings, length)
         with torch.no_grad():
             model(input_ids=tokens[:1])  # raises where that is not enough
@@ -308,7 +308,7 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
         pad_token_id=pad,
         bos_token_id=_token_id(model, "bos_token_id"),
         eos_token_id=_token_id(model, "eos_token_id"),
-        decoder_start_token_id=_decoder_start(model) if kind_of(model) is Kind.SEQ2SEQ else None,
+        decoder_start_token_id=_decoder_start(model) if model_kind(model) is ModelKind.SEQ2SEQ else None,
         use_cache=True,
     )
 

@@ -22,10 +22,10 @@ from .._peft import NAME
 from .._transformers import PeftAdapterMixin
 from ..config import DowserConfig
 from ..delta.codec import DeltaFormatError, side_by_side
-from ..delta.format import CODE, VALUES, named, quoted
-from ..delta.layout import Stored
+from ..delta.format import CODE, VALUES, quoted, with_adapter_name
+from ..delta.layout import StoredDelta
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
-from ..layers.layer import DowserLayer, adapted
+from ..layers.layer import DowserLayer, layers_with_adapter
 from ..layers.state import Index, Values
 from .merging import check_replaceable
 from .snapshot import Snapshot
@@ -48,10 +48,10 @@ class Load:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
+    def back_up(self, tensors: Iterable[Tensor]) -> None:
         self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
 
-    def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
+    def back_up_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
         """Copy the deltas of an adapter before they are replaced, unless it is new and goes as a whole."""
         if any(snapshot.adapter_name == adapter_name for snapshot in self.snapshots):
             return
@@ -65,8 +65,8 @@ class Load:
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
             for values, index, (before, code, positions) in self.deltas:
-                values.fill(before)
-                index.fill(code, positions)
+                values.replace(before)
+                index.replace(code, positions)
         for snapshot in reversed(self.snapshots):
             snapshot.restore()
 
@@ -202,7 +202,7 @@ def read_file(
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
-) -> list[Stored]:
+) -> list[StoredDelta]:
     """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into, with their names in the
     model.
 
@@ -211,12 +211,12 @@ def read_file(
     """
     check_replaceable([layer for _, layer in layers], adapter_name)
     where = f"Adapter '{adapter_name}'"
-    values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
+    values, code = with_adapter_name(VALUES, adapter_name), with_adapter_name(CODE, adapter_name)
     expected = [name + part for name, _ in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
     check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> Stored:
+    def read(named_layer: tuple[str, DowserLayer]) -> StoredDelta:
         name, layer = named_layer
         index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
         place = f"{where}, module {quoted(layer.module_name)}"
@@ -228,11 +228,11 @@ def read_file(
     return side_by_side(read, layers) if on_cpu else list(map(read, layers))
 
 
-def fill(
+def set_positions(
     layers: Sequence[tuple[str, DowserLayer]],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
-    deltas: Sequence[Stored],
+    deltas: Sequence[StoredDelta],
 ) -> dict[str, Tensor]:
     """Give the layers the positions in the deltas of `read_file`, so that nothing decodes them again.
 
@@ -240,15 +240,15 @@ def fill(
     """
     tensors = {}
     for (name, layer), delta in zip(layers, deltas, strict=True):
-        code = name + named(CODE, adapter_name)
-        layer.index(adapter_name).fill(state_dict[code], delta.positions)
-        tensors |= {name + named(VALUES, adapter_name): delta.values, code: state_dict[code]}
+        code = name + with_adapter_name(CODE, adapter_name)
+        layer.index(adapter_name).replace(state_dict[code], delta.positions)
+        tensors |= {name + with_adapter_name(VALUES, adapter_name): delta.values, code: state_dict[code]}
     return tensors
 
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     loaded = {}
-    for name, layer in adapted(model, adapter_name):
+    for name, layer in layers_with_adapter(model, adapter_name):
         loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited
         loaded[name + CODE] = layer.index(adapter_name).positions is not None
     check_keys(loaded, [key for key, is_there in loaded.items() if is_there], f"Adapter '{adapter_name}'")

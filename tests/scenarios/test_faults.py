@@ -168,7 +168,7 @@ def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: st
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (injection, "check_whole"),
+        (injection, "check_not_sharded"),
         (injection, "resolve_targets"),
         (injection, "probe_targets"),
         (injection, "choose_masks"),
