@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..base.distributed import is_sharded_model
-from ..delta.format import write_tensors
+from ..delta.safe_files import write_tensors
 
 # What SPIDER adds to a checkpoint: without it, a resumed run would take the half-trained weights for the base.
 SPIDER_FILE = "spider.safetensors"

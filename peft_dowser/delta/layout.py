@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .apply import Delta, MergedEntries, merged_entries
-from .codec import DeltaFormatError, code_length, position_dtype
+from .codec import DeltaFormatError, position_dtype
 
 # What is chosen to train: the paper's single weights, or all weights of an input channel.
 Granularity: TypeAlias = Literal["weight", "input_channel"]
@@ -67,10 +67,6 @@ class Layout:
     def values_shape(self, count: int) -> tuple[int, ...]:
         """The shape of the values at `count` positions."""
         return (count,) if self.channel_dim is None else (self.group, count)
-
-    def code_length(self, count: int) -> int:
-        """Length in bytes of the index code of `count` positions."""
-        return code_length(self.size, count)
 
     def flat(self, positions: Tensor) -> Tensor:
         """The flat positions of all weights that train, strictly increasing, from the positions."""

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..card import measured
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import DeltaFormatError, check_values
-from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, open_tensors, quoted
+from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, quoted
 from ..delta.layout import Layout, StoredDelta
+from ..delta.safe_files import open_tensors
 from .checkpoint import FLOAT_DTYPES, Checkpoint, fetched
 from .checks import (
     check_counts,
@@ -95,6 +97,7 @@ class SavedAdapter:
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
+    @cached_property
     def layouts(self) -> dict[str, Layout]:
         """What its positions mean by module, where no base is at hand: as its manifest describes it."""
         if self.config.manifest is None:

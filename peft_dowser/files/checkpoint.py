@@ -23,7 +23,8 @@ from .._transformers import (
     rename_source_key,
     tied_weights,
 )
-from ..delta.format import open_tensors, printable, quoted
+from ..delta.format import printable, quoted
+from ..delta.safe_files import open_tensors
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 

@@ -22,20 +22,9 @@ from ..baselines.postmerge import dare, graft, top_delta
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import encode
-from ..delta.format import (
-    CODE,
-    PREFIX,
-    VALUES,
-    base_sample,
-    check_output,
-    few,
-    finished_together,
-    manifest,
-    manifest_entry,
-    quoted,
-    write_tensors,
-)
+from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest, manifest_entry, quoted
 from ..delta.layout import Layout
+from ..delta.safe_files import check_output, finished_together, write_tensors
 from ..delta.seeds import derived_seed
 from .checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
@@ -102,9 +91,9 @@ def extract(
             positions, values = _changed(delta, scale)
             if counted := positions.numel():
                 counts[name] = counted
-                tensors[f"{PREFIX}{name}{VALUES}"] = values
-                tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, pair.numel(name))
                 weight = pair.base.read(_weight(name))
+                tensors[f"{PREFIX}{name}{VALUES}"] = values
+                tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, weight.numel())
                 entries[name] = manifest_entry(code, values, Layout(tuple(weight.shape)), base_sample(weight))
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
@@ -124,9 +113,6 @@ class _Pair:
     def read(self, module: str, bar: Any) -> tuple[Tensor, Tensor]:
         bar.update()
         return _finite(self.base, _weight(module)), _finite(self.tuned, _weight(module))
-
-    def numel(self, module: str) -> int:
-        return math.prod(self.base.shape(_weight(module)))
 
     def differ(self, name: str) -> bool:
         base, tuned = self.base, self.tuned

@@ -19,7 +19,8 @@ from .._transformers import convert_file_size_to_int
 from ..base.target import Target
 from ..delta.apply import Delta, merged_entries, report_vanished
 from ..delta.codec import DeltaFormatError
-from ..delta.format import check_output, finished_together, quoted, write_tensors
+from ..delta.format import quoted
+from ..delta.safe_files import check_output, finished_together, write_tensors
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 
@@ -155,14 +156,7 @@ class MergedCheckpoint:
 def open_merged(adapter: str | Path, base: str | Path | None, files: ExitStack) -> MergedCheckpoint:
     """Open a base checkpoint plus an adapter, and check all that can be checked before a sum is formed.
 
-    Args:
-        adapter: folder or Hub id of a saved Dowser adapter.
-        base: folder or Hub id of the base model; None takes the one that the adapter names.
-        files: closes the files of both.
-
-    Raises:
-        ValueError: the adapter is damaged or does not fit the base, or the base is damaged.
-        OSError: a checkpoint cannot be found.
+    Arguments and errors are those of `merge`; `files` closes the files of both.
     """
     saved, checkpoint = _open(str(adapter), base, files)
     targets = saved.targets_in(checkpoint.model)

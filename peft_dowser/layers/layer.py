@@ -14,7 +14,7 @@ from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
 from ..delta.apply import Delta, MergedEntries, Overwritten, add_delta_
-from ..delta.codec import encode, position_dtype
+from ..delta.codec import code_length, encode, position_dtype
 from ..delta.layout import Granularity, StoredDelta
 from ..delta.lora import lora_factors
 from .channels import add_channels
@@ -122,13 +122,9 @@ class DowserLayer(BaseTunerLayer):
         return StoredDelta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
 
     def add_positions(self, adapter_name: str, positions: Tensor, granularity: Granularity, init_weights: bool) -> None:
-        """Add an adapter at chosen positions.
+        """Add an adapter at chosen positions: flat ones in the stored weight, or numbers of input channels.
 
-        Args:
-            adapter_name: its name.
-            positions: flat positions in the stored weight, or numbers of input channels, strictly increasing.
-            granularity: which of these they are.
-            init_weights: True starts from a delta of zero, False from random values of the size of the weights.
+        It starts from a delta of zero, and without `init_weights` from random values of the size of the weights.
         """
         layout = self.target.layout(granularity)
         values = torch.zeros(layout.values_shape(positions.numel()), device=self._device, dtype=torch.float32)
@@ -139,27 +135,20 @@ class DowserLayer(BaseTunerLayer):
     def add_placeholder(
         self, adapter_name: str, nnz: int, granularity: Granularity, code_digest: str | None = None
     ) -> None:
-        """Add an adapter whose positions and values a file will fill in.
+        """Add an adapter of `nnz` values, whose positions and values will be loaded from a file.
 
-        Args:
-            adapter_name: its name.
-            nnz: number of its values.
-            granularity: of the adapter.
-            code_digest: SHA-256 of the index code in the file, where it is known.
+        `code_digest` is the SHA-256 of the index code in the file, where it is known.
         """
         layout, device = self.target.layout(granularity), self._device
         count = layout.count(nnz)
-        code = torch.zeros(layout.code_length(count), dtype=torch.uint8, device=device)
+        code = torch.zeros(code_length(layout.size, count), dtype=torch.uint8, device=device)
         values = torch.zeros(layout.values_shape(count), device=device, dtype=torch.float32)
         self._add(adapter_name, values, Index(code, None, count, layout, code_digest))
 
     def replace_delta(self, adapter_name: str, stored: StoredDelta, code: Tensor) -> None:
-        """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
+        """Give an adapter other positions, with their index code, and values; in its own memory where it is as long.
 
-        Args:
-            adapter_name: its name; it may be a placeholder, and must not be merged.
-            stored: the positions and values, in the layout of the adapter.
-            code: the index code of the positions.
+        The adapter may be a placeholder, and must not be merged.
         """
         cast(Values, self.dowser_values[adapter_name]).replace(stored.values)
         self.index(adapter_name).replace(code, stored.positions)
@@ -295,11 +284,8 @@ class Linear(nn.Module, DowserLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.
 
-        Args:
-            x: input of the base layer.
-            args: further arguments of the base layer.
-            adapter_names: one adapter for each row of `x`, instead of the active ones.
-            kwargs: further arguments of the base layer.
+        The arguments are those of the base layer. `adapter_names` names an adapter for each row of `x`, which runs
+        instead of the active ones.
         """
         return self.output(x, self.in_use(), None if self.disable_adapters else adapter_names, *args, **kwargs)
 
@@ -352,18 +338,9 @@ def dowser_layers(model: nn.Module) -> list[DowserLayer]:
 
 
 def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], Tensor]) -> Tensor:
-    """Run every adapter on its own rows of a batch.
+    """Run every adapter on its own rows of a batch `(batch, ...)`, which has one name per row.
 
-    Args:
-        x: input, shape `(batch, ...)`.
-        names: one adapter per row.
-        apply: gives the output of an adapter for some rows.
-
-    Returns:
-        The outputs, in the order of the rows.
-
-    Raises:
-        ValueError: there are more or fewer names than rows.
+    `apply` gives the output of an adapter for some rows; the outputs are in the order of the rows.
     """
     if len(names) != x.shape[0]:
         raise ValueError(f"adapter_names must have one name for each of the {x.shape[0]} rows, got {len(names)}.")
@@ -375,12 +352,9 @@ def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], T
 
 @torch.no_grad()
 def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tuple[Tensor, Tensor, int] | None:
-    """The LoRA factors A and B of a layer and their rank; None where a LoRA of this rank cannot be exact.
+    """The LoRA factors A and B of a layer of any PEFT method, and their rank; None where they cannot be exact.
 
-    Args:
-        layer: an adapted layer, of any PEFT method.
-        rank: as in `peft.convert_to_lora`: a rank, or as a float the share of the delta's squares that is wanted.
-        adapter_name: name of the adapter.
+    `rank` is that of `peft.convert_to_lora`: a number, or as a float the share of the delta's squares that is wanted.
     """
     if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
         return None
@@ -391,10 +365,10 @@ def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tupl
     return *lora_factors(layer.stored(adapter_name), index.layout.size, index.count), index.count
 
 
-def layers_with_adapter(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
-    """The layers that carry an adapter, with their names in the model."""
-    return [
-        (name, layer)
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, DowserLayer]:
+    """The layers that carry an adapter, by their names in the model."""
+    return {
+        name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
-    ]
+    }

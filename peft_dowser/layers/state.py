@@ -15,7 +15,6 @@ from ..delta.layout import Layout
 
 logger = logging.getLogger(__name__)
 
-
 _NOT_LOADED = (
     "its config comes from a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
     "module. Load the adapter with from_pretrained or load_adapter, or make a new DowserConfig."

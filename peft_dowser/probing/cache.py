@@ -47,16 +47,10 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def statistics_paths(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> list[Path]:
     """The files in the cache that may hold what a probe with synthetic prompts measures; the first is its own.
 
-    A probe with backwards has measured what forwards alone measure too; the opposite does not hold.
-
-    Args:
-        model: the base model, not sharded.
-        samples: samples of the target weights, by name.
-        settings: how it is probed.
-
-    Returns:
-        An empty list where the cache is off, or a digest cannot tell everything that the statistics depend on: what a
-        quantized weight stands for, what a hook does, or which image processor lies in a folder.
+    A probe with backwards has measured what forwards alone measure too; the opposite does not hold. There are none
+    where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized weight
+    stands for, what a hook does, or which image processor lies in a folder. The base is not sharded, and `samples` has
+    those of the target weights by name.
     """
     if None in samples.values():
         return []
@@ -74,8 +68,7 @@ def statistics_paths(model: nn.Module, samples: Mapping[str, str | None], settin
 def prompts_path(model: nn.Module, settings: ProbeSettings) -> Path | None:
     """The file in the cache for the prompts that a base writes, whose adapters, if it has any, are disabled.
 
-    Returns:
-        None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
+    None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
     """
     found = _folder_and_digest(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
     return None if found is None else found[0] / _NAMES[1].format(found[1])

@@ -105,10 +105,10 @@ class Passes:
         for group in self.groups:
             pair = sorted(group, key=lambda number: _length(self.prompts[number]))[-2:]
             if len(pair) == 2:
-                inputs, mask, written = self._collated(pair)
-                taps = {name: LayoutTap(_masks(mask, written), len(pair)) for name in self.plain}
+                inputs, mask, output_mask = self._collated(pair)
+                taps = {name: LayoutTap(_masks(mask, output_mask), len(pair)) for name in self.plain}
                 with torch.no_grad(), tapped(self.plain, taps):
-                    self._forward(inputs, mask, written)
+                    self._forward(inputs, mask, output_mask)
                 mixing.update(name for name, tap in taps.items() if tap.mixes)
         return [name for name in self.plain if name in mixing]
 
@@ -140,8 +140,8 @@ class Passes:
         return False
 
     def _probe_batch(self, chosen: list[int], bar: Any, kept: bool = True) -> None:
-        inputs, mask, written = self._collated(chosen)
-        masks = _masks(mask, written)
+        inputs, mask, output_mask = self._collated(chosen)
+        masks = _masks(mask, output_mask)
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
@@ -156,17 +156,17 @@ class Passes:
         with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
             for numbers in self._rounds():
                 with torch.no_grad():  # the taps turn it on
-                    outputs = self._forward(inputs, mask, written)
+                    outputs = self._forward(inputs, mask, output_mask)
                 if not self.settings.backward:
                     bar.update(len(chosen))
                 starts = [start for tap in taps for start in tap.starts]
                 for number in numbers:
-                    output, direction = self._probed_output(outputs, written), None
+                    output, direction = self._probed_output(outputs, output_mask), None
                     if number < self.settings.num_rademacher:
-                        direction = _rademacher(generators, output, written)
+                        direction = _rademacher(generators, output, output_mask)
                         bar.update(len(chosen))
                     else:
-                        output = _next_token_loss(self.kind, outputs, inputs, written) / len(self.mine)
+                        output = _next_token_loss(self.kind, outputs, inputs, output_mask) / len(self.mine)
                         for tap in taps:
                             tap.of_loss = True
                     if starts and output.requires_grad:
@@ -199,8 +199,8 @@ class Passes:
             return [range(number, number + 1) for number in range(count)]
         return [range(count)]
 
-    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
-        if self.kind is ModelKind.OTHER or mask is None or written is None:
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, output_mask: Tensor | None) -> Any:
+        if self.kind is ModelKind.OTHER or mask is None or output_mask is None:
             return self.model(**inputs)
         options: dict[str, Any] = {"attention_mask": mask.long()}
         accepted = inspect.signature(self.model.forward).parameters
@@ -210,7 +210,7 @@ class Passes:
             options["use_cache"] = False
         if "logits_to_keep" in accepted and not self.settings.gradient and not self._probes_head():
             # A number, because a tensor might be on another device than the hidden states.
-            options["logits_to_keep"] = written.shape[1] - int(last_positions(written).min())
+            options["logits_to_keep"] = output_mask.shape[1] - int(last_positions(output_mask).min())
         return self.model(**(inputs | options))
 
     def _probes_head(self) -> bool:
@@ -218,9 +218,9 @@ class Passes:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return any(target.module is head for target in self.targets.values())
 
-    def _probed_output(self, outputs: Any, written: Tensor | None) -> Tensor:
+    def _probed_output(self, outputs: Any, output_mask: Tensor | None) -> Tensor:
         """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
-        if self.kind is ModelKind.OTHER or written is None:
+        if self.kind is ModelKind.OTHER or output_mask is None:
             output = outputs if isinstance(outputs, Tensor) else outputs[0]
             return output[:, -1] if output.dim() == 3 else output
         if self.has_head:
@@ -230,7 +230,7 @@ class Passes:
             output = outputs.hidden_states[-1] if output is None else output
         if self.kind is ModelKind.ENCODER:
             return output
-        last = last_positions(written).to(output.device) - (written.shape[1] - output.shape[1])
+        last = last_positions(output_mask).to(output.device) - (output_mask.shape[1] - output.shape[1])
         return output[torch.arange(len(last), device=output.device), last]
 
     def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
@@ -262,8 +262,8 @@ def _length(prompt: Prompt) -> int:
     return next(iter(prompt.values())).shape[1:2].numel()
 
 
-def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:
-    return [tokens for tokens in (mask, written) if tokens is not None]
+def _masks(mask: Tensor | None, output_mask: Tensor | None) -> list[Tensor]:
+    return [tokens for tokens in (mask, output_mask) if tokens is not None]
 
 
 def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
@@ -286,10 +286,10 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return signs.mul_(2).sub_(1).float()
 
 
-def _next_token_loss(kind: ModelKind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
+def _next_token_loss(kind: ModelKind, outputs: Any, inputs: dict[str, Tensor], output_mask: Tensor | None) -> Tensor:
     """Sum over the prompts of the mean cross-entropy of their own next tokens."""
     logits = getattr(outputs, "logits", None)
-    if kind not in (ModelKind.DECODER, ModelKind.SEQ2SEQ) or written is None or logits is None:
+    if kind not in (ModelKind.DECODER, ModelKind.SEQ2SEQ) or output_mask is None or logits is None:
         raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
     ids = inputs.get("decoder_input_ids" if kind is ModelKind.SEQ2SEQ else "input_ids")
     if ids is None:
@@ -297,4 +297,4 @@ def _next_token_loss(kind: ModelKind, outputs: Any, inputs: dict[str, Tensor], w
             "score='gradient' needs prompts with decoder_input_ids, whose next tokens an encoder-decoder predicts."
         )
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-    return ((losses * written[:, 1:]).sum(1) / written[:, 1:].sum(1).clamp(min=1)).sum()
+    return ((losses * output_mask[:, 1:]).sum(1) / output_mask[:, 1:].sum(1).clamp(min=1)).sum()

@@ -17,28 +17,22 @@ from .settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
 
-
 # A text, its token ids, or the keyword arguments of a forward, for one sample.
 Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
-
 
 # Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
 Prompt = dict[str, Tensor]
 
-
 # Random tokens that start a prompt, at most.
 _MAX_SEED_TOKENS = 5
 
-
 # Errors of a model that cannot run on tokens alone, because it needs an image, sound, a language ...
 _NOT_ON_TOKENS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
-
 
 _WAY_OUT = (
     "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
     "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
 )
-
 
 # Prompts written together. A constant, because the prompts depend on it and must not depend on the free memory.
 _GENERATION_BATCH = 64
@@ -67,14 +61,8 @@ def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]
     """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
 
     Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
-    occurs. Uses torch's global generators, which the caller restores.
-
-    Args:
-        model: the base model, in eval mode.
-        settings: how many prompts, how long, and so on.
-
-    Returns:
-        N prompts, on the device of the input embeddings.
+    occurs. They are on the device of the input embeddings. The model is in eval mode, and torch's global generators are
+    used, which the caller restores.
 
     Raises:
         ValueError: the model has no vocabulary, cannot generate, or needs more than tokens, such as an image or sound.
@@ -148,9 +136,14 @@ def _as_prompt(prompt: Text, number: int, tokenizer: Any) -> Prompt:
 
 def prompt_length(model: Any, settings: ProbeSettings) -> int:
     """T, or the length of the longest prompt that the model can write if it is shorter."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    # XLNet says -1 where it has no limit.
-    return min(settings.probe_length, limit - _MAX_SEED_TOKENS) if limit > 0 else settings.probe_length
+    limit = longest_input(model.config)
+    return settings.probe_length if limit is None else min(settings.probe_length, limit - _MAX_SEED_TOKENS)
+
+
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model reads at most, by its config; None where it has no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return limit if limit > 0 else None  # XLNet says -1
 
 
 def _promptable(model: nn.Module) -> PreTrainedModel:

@@ -89,12 +89,9 @@ class Ranks:
     def all_statistics(
         self, names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics]
     ) -> dict[str, ModuleStatistics]:
-        """Statistics of all prompts, from what each rank has found.
+        """Statistics of all prompts by matrix: what this rank has `found` for its own ones, `mine`, and the others too.
 
-        Args:
-            names: the matrices, in the same order on every rank.
-            mine: numbers of the prompts that this rank has probed.
-            found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
+        The names are in one order on every rank; `found` is emptied on the way, so that no two copies of all exist.
         """
         numbers = all_gather(mine)
         wholes = (

@@ -110,14 +110,8 @@ def probe_targets(
 def own_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
     """The prompts that a probe of a base would write, on the CPU; the base is left as it was.
 
-    They are kept in the cache of probes, and read from there the next time.
-
-    Args:
-        model: the base; its adapters, if it has any, are disabled.
-        settings: how many prompts, how long, and so on.
-
-    Raises:
-        ValueError: the base cannot write prompts.
+    They are kept in the cache of probes, and read from there the next time. The adapters of the base, if it has any,
+    are disabled. A ValueError tells that it cannot write prompts.
     """
     at = None if is_sharded_model(model) else cache.prompts_path(model, settings)
     if at is not None and (known := cache.read_prompts(at)) is not None:

@@ -33,8 +33,8 @@ def choose_masks(
 
     Returns:
         Flat positions in the stored weight, or numbers of its input channels, strictly increasing, by target. Frozen
-        targets are left out: those with a
-        ratio of 0, and, with one warning, those whose ratio is too small for one of them or that have no usable score.
+        targets are left out: those with a ratio of 0, and, with one warning, those whose ratio is too small for one of
+        them or that have no usable score.
 
     Raises:
         ValueError: the statistics do not fit the model, a module has fewer input channels than are to train, or no
@@ -180,14 +180,7 @@ class _Ranking:
 
 
 def channel_scores(score: Tensor) -> Tensor:
-    """Scores of the input channels of a matrix: the mean over the weights of each.
-
-    Args:
-        score: scores of its weights, shape `(out, in)`, float32.
-
-    Returns:
-        Shape `(in,)`, float32.
-    """
+    """Scores of the input channels, `(in,)`: the mean over the scores `(out, in)` of the weights of each; float32."""
     wide = torch.float32 if score.device.type == "mps" else torch.float64  # MPS has no float64
     return score.mean(0, dtype=wide).float()
 

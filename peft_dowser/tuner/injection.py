@@ -104,7 +104,7 @@ class Injection:
             self._check_saved(model, self.counts)
         else:
             twin = cast(str, self.twin)
-            layers = [layer for _, layer in layers_with_adapter(model, twin)]
+            layers = layers_with_adapter(model, twin).values()
             self.masks = {layer.module_name: layer.index(twin).decoded().clone() for layer in layers}
 
     @property

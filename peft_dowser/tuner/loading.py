@@ -198,7 +198,7 @@ def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def read_file(
-    layers: Sequence[tuple[str, DowserLayer]],
+    layers: Mapping[str, DowserLayer],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
@@ -209,15 +209,15 @@ def read_file(
     `state_dict` has its tensors, as the model calls them, and `names` are their names in the file. Returns the deltas
     in the order of the layers, their values in the dtypes of the layers.
     """
-    check_replaceable([layer for _, layer in layers], adapter_name)
+    check_replaceable(layers.values(), adapter_name)
     where = f"Adapter '{adapter_name}'"
     values, code = with_adapter_name(VALUES, adapter_name), with_adapter_name(CODE, adapter_name)
-    expected = [name + part for name, _ in layers for part in (values, code)]
+    expected = [name + part for name in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
     check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> StoredDelta:
-        name, layer = named_layer
+    def read(name: str) -> StoredDelta:
+        layer = layers[name]
         index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
         place = f"{where}, module {quoted(layer.module_name)}"
         tensors = state_dict[name + values], state_dict[name + code]
@@ -225,11 +225,11 @@ def read_file(
 
     # On a GPU all threads would share it, and each would take memory of its own there.
     on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
-    return side_by_side(read, layers) if on_cpu else list(map(read, layers))
+    return side_by_side(read, list(layers)) if on_cpu else list(map(read, layers))
 
 
 def set_positions(
-    layers: Sequence[tuple[str, DowserLayer]],
+    layers: Mapping[str, DowserLayer],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     deltas: Sequence[StoredDelta],
@@ -239,7 +239,7 @@ def set_positions(
     Returns the tensors of the deltas that are to be loaded, by their names in `state_dict`.
     """
     tensors = {}
-    for (name, layer), delta in zip(layers, deltas, strict=True):
+    for (name, layer), delta in zip(layers.items(), deltas, strict=True):
         code = name + with_adapter_name(CODE, adapter_name)
         layer.index(adapter_name).replace(state_dict[code], delta.positions)
         tensors |= {name + with_adapter_name(VALUES, adapter_name): delta.values, code: state_dict[code]}
@@ -248,7 +248,7 @@ def set_positions(
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     loaded = {}
-    for name, layer in layers_with_adapter(model, adapter_name):
+    for name, layer in layers_with_adapter(model, adapter_name).items():
         loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited
         loaded[name + CODE] = layer.index(adapter_name).positions is not None
     check_keys(loaded, [key for key, is_there in loaded.items() if is_there], f"Adapter '{adapter_name}'")

@@ -107,7 +107,7 @@ class DowserModel(BaseTuner):
             leave_positions_to_us(model)
             config.record = replace(config.record, settings=config.settings())
             if not config.inference_mode:
-                report_untrained([layer for _, layer in layers_with_adapter(model, adapter_name)], adapter_name)
+                report_untrained(list(layers_with_adapter(model, adapter_name).values()), adapter_name)
         except BaseException:
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
@@ -312,7 +312,7 @@ class DowserModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        layers = [layer for _, layer in layers_with_adapter(self.model, adapter_name)]
+        layers = layers_with_adapter(self.model, adapter_name).values()
         for layer in layers:
             if layer.target.kind != "quantized":
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
@@ -337,7 +337,7 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layers = [layer for _, layer in layers_with_adapter(model, adapter_name)]
+        layers = list(layers_with_adapter(model, adapter_name).values())
         report_scale(layers, adapter_name)
         check_unmerged_embeddings(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -359,7 +359,7 @@ class DowserModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """Check the whole file against the model before a single tensor is loaded."""
         layers = layers_with_adapter(model, adapter_name)
-        if layers and layers[0][0].startswith(PREFIX) and not any(key.startswith(PREFIX) for key in state_dict):
+        if any(name.startswith(PREFIX) for name in layers) and not any(key.startswith(PREFIX) for key in state_dict):
             # It was saved from a model with the adapter in it but no PeftModel around it, as diffusers does.
             state_dict = {PREFIX + key: tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -369,5 +369,5 @@ class DowserModel(BaseTuner):
         whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
         if (load := current_load()) is not None:
             load.back_up(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
-            load.back_up_deltas([layer for _, layer in layers], adapter_name)
+            load.back_up_deltas(layers.values(), adapter_name)
         return set_positions(layers, adapter_name, remapped, deltas) | whole

@@ -12,7 +12,7 @@ from ..base.storage import offload_hook
 from ..base.target import Target
 from ..config import AdapterRecord, DowserConfig
 from ..delta.apply import Delta, Overwritten, merged_entries
-from ..delta.format import few
+from ..delta.format import few, quoted
 from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
 from ..layers.layer import DowserLayer, dowser_layers, layers_with_adapter
@@ -38,7 +38,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         OSError: there is no such saved adapter.
     """
     check_is_model(model)
-    layers = {layer.module_name: layer for _, layer in layers_with_adapter(model, adapter_name)}
+    layers = {layer.module_name: layer for layer in layers_with_adapter(model, adapter_name).values()}
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         _check(model, layers, saved, adapter_name)
@@ -79,16 +79,20 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
                 f"Adapter '{name}' also trains {also}, which hotswap does not replace. Use load_adapter() and "
                 "delete_adapter()."
             )
-    if saved.whole_tensors:
-        raise ValueError(
-            f"Adapter '{saved.name}' also changes {len(saved.whole_tensors)} whole tensors, such as "
-            f"{next(iter(saved.whole_tensors))[:100]!r}, which hotswap does not replace. Use load_adapter() and "
-            "delete_adapter()."
-        )
+    _check_sparse(saved, "hotswap does not replace. Use load_adapter() and delete_adapter()")
     if different := sorted(layers.keys() ^ saved.counts.keys()):
         raise ValueError(
             f"Adapter '{saved.name}' is not for the modules of adapter '{adapter_name}'; {len(different)} differ: "
             f"{few(different)}. Use load_adapter() and delete_adapter()."
+        )
+
+
+def _check_sparse(saved: SavedAdapter, refusal: str) -> None:
+    """Refuse an adapter that is more than sparse deltas; `refusal` says who does, and what to do instead."""
+    if saved.whole_tensors:
+        raise ValueError(
+            f"Adapter '{saved.name}' also changes {len(saved.whole_tensors)} whole tensors, such as "
+            f"{quoted(next(iter(saved.whole_tensors)))}, which {refusal}."
         )
 
 
@@ -124,11 +128,7 @@ class Patch:
             raise ValueError("The model has Dowser adapters. Give a patch the plain model, or use load_adapter().")
         with ExitStack() as files:
             saved = open_adapter(str(adapter), files)
-            if saved.whole_tensors:
-                raise ValueError(
-                    f"Adapter '{saved.name}' also changes {len(saved.whole_tensors)} whole tensors, such as "
-                    f"{next(iter(saved.whole_tensors))!r}, which a patch does not. Use PeftModel.from_pretrained()."
-                )
+            _check_sparse(saved, "a patch does not. Use PeftModel.from_pretrained()")
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {}

@@ -98,7 +98,7 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
     saved = saved_names(model, adapter_name)
     own = {*saved.values()}
     if bias == "dowser_only":
-        own |= {f"{name}.base_layer.bias" for name, _ in layers_with_adapter(model, adapter_name)}
+        own |= {f"{name}.base_layer.bias" for name in layers_with_adapter(model, adapter_name)}
     brought = {}
     for name in state:
         is_own = name in own or name.startswith(embeddings) or (bias == "all" and f".{name}".endswith(".bias"))

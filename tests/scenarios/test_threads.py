@@ -52,7 +52,7 @@ def test_only_tensors_on_the_cpu_are_read_side_by_side(on_cpu: bool, monkeypatch
     monkeypatch.setattr("peft_dowser.tuner.loading.side_by_side", noted)
     layers = layers_with_adapter(get_peft_model(tiny_llama(), config(score="random")), "default")
     tensors = {}
-    for name, layer in layers:
+    for name, layer in layers.items():
         tensors[name + with_adapter_name(VALUES, "default")] = layer.values("default").detach()
         tensors[name + with_adapter_name(CODE, "default")] = layer.index("default").code
     if not on_cpu:
