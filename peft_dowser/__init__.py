@@ -20,7 +20,7 @@ from .evaluation.forgetting import ForgettingCallback  # noqa: E402
 from .evaluation.rehearsal import RehearsalCallback  # noqa: E402
 from .files.extraction import extract  # noqa: E402
 from .files.inspection import diff, inspect  # noqa: E402
-from .files.lora import export_lora  # noqa: E402
+from .files.lora_export import export_lora  # noqa: E402
 from .files.merging import merge, verify  # noqa: E402
 from .files.patching import read_patch, write_patch  # noqa: E402
 from .files.planning import plan  # noqa: E402

@@ -100,27 +100,25 @@ def _probe(options: argparse.Namespace) -> None:
     _check_output(Path(options.output))
     statistics = probe(_load(options), config)
     statistics.save(options.output)
-    size = Path(options.output).stat().st_size
     info = statistics.info
-    text = "{modules:,} modules, {probes:,} probes" + ("" if info.num_rademacher else " of forwards only") + ", {bytes}"
-    _tell(options, text, modules=len(statistics.modules), probes=info.num_probes, bytes=size)
+    kind = "" if info.num_rademacher else " of forwards only"
+    text = "{modules:,} modules, {probes:,} probes" + kind + ", {bytes}"
+    _tell(options, text, modules=len(statistics.modules), probes=info.num_probes)
 
 
 def _extract(options: argparse.Namespace) -> None:
     from peft_dowser.files.extraction import extract
 
-    counts = extract(**_arguments(options))
-    size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
-    _tell(options, _VALUES, modules=len(counts), values=sum(counts.values()), bytes=size)
+    _tell_values(options, extract(**_arguments(options)))
 
 
 def _export_lora(options: argparse.Namespace) -> None:
-    from peft_dowser.files.lora import export_lora
+    from peft_dowser.files.lora_export import export_lora
 
     counts = export_lora(**_arguments(options))
-    size = (Path(options.output) / "adapter_model.safetensors").stat().st_size
-    text = "LoRA of rank {rank} for {modules:,} modules, {bytes}"
-    _tell(options, text, rank=max(counts.values()), modules=len(counts), bytes=size)
+    _tell(
+        options, "LoRA of rank {rank} for {modules:,} modules, {bytes}", rank=max(counts.values()), modules=len(counts)
+    )
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -157,9 +155,7 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from peft_dowser.files.merging import merge
 
-    counts = merge(**_arguments(options))
-    size = sum(path.stat().st_size for path in Path(options.output).glob("*.safetensors"))
-    _tell(options, _VALUES, modules=len(counts), values=sum(counts.values()), bytes=size)
+    _tell_values(options, merge(**_arguments(options)))
 
 
 def _patch(options: argparse.Namespace) -> None:
@@ -168,9 +164,8 @@ def _patch(options: argparse.Namespace) -> None:
     for path in filter(None, (options.output, options.revert)):
         _check_output(Path(path))
     counts = write_patch(**_arguments(options))
-    size = Path(options.output).stat().st_size
     text = "{tensors:,} tensors, {values:,} values, {bytes}"
-    _tell(options, text, tensors=len(counts), values=sum(counts.values()), bytes=size)
+    _tell(options, text, tensors=len(counts), values=sum(counts.values()))
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -270,9 +265,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _diff(options: argparse.Namespace) -> None:
     from peft_dowser.delta.format import printable
+    from peft_dowser.files.grouping import groups
     from peft_dowser.files.inspection import diff
     from peft_dowser.files.inspection import total_overlap as total
-    from peft_dowser.files.places import groups
 
     found = diff(**_arguments(options))
     together = total(found.values())
@@ -292,25 +287,29 @@ def _report(options: argparse.Namespace) -> None:
 
     _check_output(Path(options.output))
     report(**_arguments(options))
-    _tell(options, "{bytes}", bytes=Path(options.output).stat().st_size)
+    _tell(options, "{bytes}")
+
+
+def _tell_values(options: argparse.Namespace, counts: dict[str, int]) -> None:
+    text = "{modules:,} modules, {values:,} values, {bytes}"
+    _tell(options, text, modules=len(counts), values=sum(counts.values()))
 
 
 def _tell(options: argparse.Namespace, text: str, **counts: int) -> None:
     """Say what was written: one line for people, `text` with the counts in it; with --json the exact counts."""
+    output = Path(options.output)
+    size = sum(path.stat().st_size for path in (output.glob("*.safetensors") if output.is_dir() else [output]))
     if options.json:
-        print(json.dumps({"output": options.output} | counts, indent=2))
-        return
-    shown = text.format_map(counts | {"bytes": _size(counts["bytes"])})
-    print(f"{shown}: {options.output}")
+        print(json.dumps({"output": options.output, **counts, "bytes": size}, indent=2))
+    else:
+        print(f"{text.format(**counts, bytes=_size(size))}: {options.output}")
 
 
 def _size(count: int) -> str:
     """A number of bytes with three or four digits."""
     if count < 1000:
         return f"{count} bytes"
-    power = 1
-    while count >= 1000 ** (power + 1) and power < 4:
-        power += 1
+    power = min(4, (len(str(count)) - 1) // 3)
     return f"{count / 1000**power:.1f} {'kMGT'[power - 1]}B"
 
 
@@ -324,9 +323,6 @@ def _line(message: object) -> str:
 def _shown(number: float | None, form: str) -> str:
     return "-" if number is None else format(number, form)
 
-
-# What most commands say that they have written.
-_VALUES = "{modules:,} modules, {values:,} values, {bytes}"
 
 # Modules in a list that needs a summary before it.
 _LONG = 20
@@ -351,7 +347,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {version}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
 
-    probe = commands.add_parser("probe", help="measure a model once; any update ratio can be chosen from the result")
+    def add(name: str, meaning: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=meaning)
+        command.add_argument("--json", action="store_true", help="print JSON, with exact numbers")
+        return command
+
+    probe = add("probe", "measure a model once; any update ratio can be chosen from the result")
     probe.add_argument("model", help="folder or Hub id of the base model")
     probe.add_argument("-o", "--output", required=True, help="file for the statistics (safetensors)")
     probe.add_argument(
@@ -395,28 +396,24 @@ def _parser() -> argparse.ArgumentParser:
         default="none",
         help="load the model quantized by bitsandbytes (default: none)",
     )
-    _add_json(probe)
 
-    inspect = commands.add_parser("inspect", help="list what a saved adapter trains")
+    inspect = add("inspect", "list what a saved adapter trains")
     inspect.add_argument("adapter", help="folder or Hub id of the adapter")
     inspect.add_argument("--base", help="folder or Hub id of its base: count the values that vanish in bfloat16")
     inspect.add_argument("--bits", type=int, choices=[4, 8], help="count those that vanish in 4 or 8 bits instead")
-    _add_json(inspect)
 
-    diff = commands.add_parser("diff", help="compare two saved adapters: what both train, and whether they agree")
+    diff = add("diff", "compare two saved adapters: what both train, and whether they agree")
     diff.add_argument("a", metavar="A", help="folder or Hub id of an adapter")
     diff.add_argument("b", metavar="B", help="folder or Hub id of another adapter")
-    _add_json(diff)
 
-    report = commands.add_parser("report", help="draw what a saved adapter trains: one page that needs no other file")
+    report = add("report", "draw what a saved adapter trains: one page that needs no other file")
     report.add_argument("adapter", help="folder or Hub id of the adapter")
     report.add_argument("-o", "--output", required=True, help="file for the page (HTML)")
     report.add_argument(
         "--statistics", metavar="FILE", help="file of `peft-dowser probe`: also draw what the probe found"
     )
-    _add_json(report)
 
-    extract = commands.add_parser("extract", help="make an adapter of the changes from a base to a fine-tuned model")
+    extract = add("extract", "make an adapter of the changes from a base to a fine-tuned model")
     extract.add_argument("base", help="folder or Hub id of the base model (safetensors)")
     extract.add_argument("tuned", help="folder or Hub id of the fine-tuned model (safetensors)")
     extract.add_argument("-o", "--output", required=True, help="folder for the adapter, new or empty")
@@ -432,14 +429,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("--scale", type=float, default=1.0, help="factor on what is kept (default: 1)")
     extract.add_argument("--seed", type=int, default=0, help="seed of dare (default: 0)")
-    _add_json(extract)
 
-    export = commands.add_parser("export-lora", help="write an adapter that trains input channels as a LoRA adapter")
+    export = add("export-lora", "write an adapter that trains input channels as a LoRA adapter")
     export.add_argument("adapter", help="folder or Hub id of an adapter with granularity='input_channel'")
     export.add_argument("-o", "--output", required=True, help="folder for the LoRA adapter, new or empty")
-    _add_json(export)
 
-    plan = commands.add_parser("plan", help="what a fine-tuning takes, from the config of a model alone")
+    plan = add("plan", "what a fine-tuning takes, from the config of a model alone")
     plan.add_argument("model", help="folder or Hub id of the base model; only its config.json is read")
     plan.add_argument("--update-ratio", type=float, default=0.1, help="rho, fraction that trains (default: 0.1)")
     plan.add_argument("--granularity", default="weight", help="weight or input_channel (default: weight)")
@@ -457,27 +452,23 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--tokens", type=int, default=512, help="tokens per example (default: 512)")
     plan.add_argument("--gradient-checkpointing", action="store_true", help="keep only the inputs of each layer")
     plan.add_argument("--ddp", action="store_true", help="train with DDP, which copies the gradients")
-    _add_json(plan)
 
-    merge = commands.add_parser("merge", help="write the base with an adapter added, without loading it whole")
+    merge = add("merge", "write the base with an adapter added, without loading it whole")
     merge.add_argument("adapter", help="folder or Hub id of the adapter")
     merge.add_argument("-o", "--output", required=True, help="folder for the merged model, new or empty")
     merge.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     merge.add_argument("--max-shard-size", default="5GB", help="limit for each file and for the memory (default: 5GB)")
-    _add_json(merge)
 
-    patch = commands.add_parser("patch", help="write what an adapter changes in its base, for a server such as vLLM")
+    patch = add("patch", "write what an adapter changes in its base, for a server such as vLLM")
     patch.add_argument("adapter", help="folder or Hub id of the adapter")
     patch.add_argument("-o", "--output", required=True, help="file for the patch (safetensors)")
     patch.add_argument("--revert", metavar="FILE", help="also write the patch that makes it the base again")
     patch.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    _add_json(patch)
 
-    verify = commands.add_parser("verify", help="check an adapter, and a merged model, without loading a model")
+    verify = add("verify", "check an adapter, and a merged model, without loading a model")
     verify.add_argument("adapter", help="folder or Hub id of the adapter")
     verify.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
     verify.add_argument("--merged", help="folder or Hub id of a model that must be base + adapter, bit for bit")
-    _add_json(verify)
 
     run = commands.add_parser("run", help="run another program in a process in which PEFT knows Dowser")
     run.add_argument(
@@ -487,7 +478,3 @@ def _parser() -> argparse.ArgumentParser:
         help="a console script, -m and a module, or a script file, with its arguments: run -- lm_eval --model hf",
     )
     return parser
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON, with exact numbers")

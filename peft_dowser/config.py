@@ -6,6 +6,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,8 +18,9 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from ._peft import NAME, get_pattern_key
 from .card import MEASURED, complete_card
 from .delta.codec import DeltaFormatError
-from .delta.format import FORMAT, check_manifest, check_readable, few
+from .delta.format import FORMAT, check_manifest, few
 from .delta.layout import Granularity, Layout
+from .delta.safe_files import open_tensors
 
 Score = Literal["dowser", "shift", "activity", "random", "magnitude", "wanda", "gradient"]
 Select = Literal["low", "high"]
@@ -56,7 +58,9 @@ class AdapterRecord:
 
 
 def _option(default: Any, meaning: str) -> Any:
-    """A field of the config, with the text that parsers show as its help."""
+    """A field of the config, with the text that parsers show as its help; a class makes its own default."""
+    if isinstance(default, type):
+        return field(default_factory=default, metadata={"help": meaning})
     return field(default=default, metadata={"help": meaning})
 
 
@@ -76,12 +80,10 @@ class DowserConfig(PeftConfig):
         "rho, the fraction of each target weight that trains, in (0, 1]. Exactly round(rho * n) of the n "
         "weights of a matrix train.",
     )
-    ratio_pattern: dict[str, float] = field(
-        default_factory=dict,
-        metadata={
-            "help": "Another ratio in [0, 1] for some modules. Keys are module names, their ends or regular "
-            "expressions, as in LoRA's rank_pattern. A ratio of 0 freezes the module."
-        },
+    ratio_pattern: dict[str, float] = _option(
+        dict,
+        "Another ratio in [0, 1] for some modules. Keys are module names, their ends or regular expressions, as in "
+        "LoRA's rank_pattern. A ratio of 0 freezes the module.",
     )
     granularity: Granularity = _option(
         "weight",
@@ -192,12 +194,7 @@ class DowserConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)
 
     def check(self) -> None:
-        """Refuse values that make no sense; called again before a model is changed.
-
-        Raises:
-            DeltaFormatError: the config belongs to an adapter in a newer format.
-            ValueError: one or more values are out of range; the message lists all of them.
-        """
+        """Refuse values as the class says; called again before a model is changed."""
         if self.manifest is not None:
             # First, because other problems may come from a newer format.
             try:
@@ -216,7 +213,8 @@ class DowserConfig(PeftConfig):
         """
         path = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if path.is_file():
-            check_readable(path)
+            with ExitStack() as files:
+                open_tensors(path, files)
         config: Any = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.lacks_counts = isinstance(config, cls) and config.nnz_pattern is None
         return config
@@ -320,15 +318,9 @@ class DowserConfig(PeftConfig):
         if self.nnz_pattern is not None and not _is_map(self.nnz_pattern):
             yield f"nnz_pattern must map module names to counts, got {self.nnz_pattern!r}"
         yield from _outside("probe_images", self.probe_images, 0, 1)
-        choosing = (
-            ("granularity", Granularity),
-            ("score", Score),
-            ("select", Select),
-            ("scope", Scope),
-            ("bias", Bias),
-        )
-        for name, choices in choosing:
-            yield from _not_one_of(name, getattr(self, name), get_args(choices))
+        choices = {"granularity": Granularity, "score": Score, "select": Select, "scope": Scope, "bias": Bias}
+        for name, known in choices.items():
+            yield from _not_one_of(name, getattr(self, name), get_args(known))
         if self.save_dtype is not None:
             yield from _not_one_of("save_dtype", self.save_dtype, get_args(SaveDtype))
         yield from _not_an_integer("num_probes", self.num_probes, at_least=1)
@@ -375,7 +367,7 @@ class DowserConfig(PeftConfig):
             if not (value is None or (_is_list(value, str) and all(value))):
                 yield f"{name} must be a list of {kind} names, got {value!r}"
         layers, tokens = self.layers_to_transform, self.trainable_token_indices
-        if not (layers is None or _is_index(layers) or _is_list(layers, int)):
+        if not (layers is None or _is(layers, int) or _is_list(layers, int)):
             yield f"layers_to_transform must be an index or a list of indices, got {layers!r}"
         lists = list(tokens.values()) if isinstance(tokens, dict) else [tokens]
         if not (tokens is None or all(_is_list(indices, int) for indices in lists)):
@@ -394,14 +386,13 @@ def _is_map(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(key, str) for key in value)
 
 
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a kind; a bool is not a number."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _is_list(value: Any, kind: type) -> bool:
-    return isinstance(value, list | set) and all(
-        isinstance(entry, kind) and not isinstance(entry, bool) for entry in value
-    )
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, list | set) and all(_is(entry, kind) for entry in value)
 
 
 def _no_expression(name: str, value: str) -> Iterator[str]:
@@ -412,8 +403,7 @@ def _no_expression(name: str, value: str) -> Iterator[str]:
 
 
 def _outside(name: str, value: Any, low: float, high: float, open_low: bool = False) -> Iterator[str]:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not low <= value <= high or (open_low and value == low):
+    if not _is(value, int | float) or not low <= value <= high or (open_low and value == low):
         yield f"{name} must be a number in {'(' if open_low else '['}{low}, {high}], got {value!r}"
 
 
@@ -423,7 +413,7 @@ def _not_one_of(name: str, value: Any, known: tuple[str, ...]) -> Iterator[str]:
 
 
 def _not_an_integer(name: str, value: Any, at_least: int) -> Iterator[str]:
-    if not _is_index(value) or value < at_least:
+    if not _is(value, int) or value < at_least:
         yield f"{name} must be an integer of at least {at_least}, got {value!r}"
 
 
@@ -432,7 +422,7 @@ def ratio_of(name: str, config: DowserConfig) -> float:
     return config.ratio_pattern.get(_pattern_of(name, config), config.update_ratio)
 
 
-def share_of(name: str, layout: Layout, config: DowserConfig) -> float:
+def unrounded_count(name: str, layout: Layout, config: DowserConfig) -> float:
     """How many positions of a target are to train, before it is rounded.
 
     Raises:

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from peft_dowser.base.untouched import base_of, measuring
+from peft_dowser.base.restoring import base_of, measuring
 
 LENGTH = 64  # tokens of a text
 ANSWER = 24  # tokens of an answer of the base

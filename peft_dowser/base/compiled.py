@@ -15,11 +15,12 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model._orig_mod if isinstance(model, OptimizedModule) else model
 
 
-def usual_name(name: str) -> str:
+def uncompiled_name(name: str) -> str:
     """The name that a module, parameter or buffer has without compilation."""
     return name.replace(f"{_WRAPPED}.", "")
 
 
-def usual_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by their usual names; under the name of a compiled module stands its wrapper."""
-    return {usual_name(name): module for name, module in model.named_modules() if name.rpartition(".")[2] != _WRAPPED}
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that they have without compilation; a compiled one is still in its wrapper."""
+    named = model.named_modules()
+    return {uncompiled_name(name): module for name, module in named if name.rpartition(".")[2] != _WRAPPED}

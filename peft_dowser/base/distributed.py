@@ -15,18 +15,18 @@ from torch.distributed.tensor import DTensor
 T = TypeVar("T")
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded_tensor(tensor: Tensor) -> bool:
     """Whether this rank holds only a part: a DTensor of FSDP2, or a parameter that DeepSpeed ZeRO-3 has partitioned."""
     return isinstance(tensor, DTensor) or tensor.numel() != getattr(tensor, "ds_numel", tensor.numel())
 
 
-def is_spread(model: nn.Module) -> bool:
+def is_sharded_model(model: nn.Module) -> bool:
     """Whether a model is sharded, even while some or all of its weights are gathered."""
     sharding = FSDPModule | FullyShardedDataParallel
     return (
         is_zero3(model)
         or any(isinstance(module, sharding) for module in model.modules())
-        or any(is_sharded(parameter) for parameter in model.parameters())
+        or any(is_sharded_tensor(parameter) for parameter in model.parameters())
     )
 
 
@@ -40,13 +40,13 @@ def shape_of(parameter: Tensor) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def gathered(parameter: Tensor) -> Tensor:
+def full_tensor(parameter: Tensor) -> Tensor:
     """The whole parameter. Of a sharded one it is a temporary, for which all ranks must ask together."""
     if isinstance(parameter, DTensor):
         # FSDP2 may keep its parts on the CPU, which the connection between the ranks may not reach.
         part = cast(DTensor, parameter.detach().to(parameter.device_mesh.device_type))
         return part.full_tensor()
-    if not is_sharded(parameter):
+    if not is_sharded_tensor(parameter):
         return parameter
     import deepspeed  # pyright: ignore[reportMissingImports]
 
@@ -61,8 +61,8 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def check_whole(model: nn.Module) -> None:
-    if is_spread(model):
+def check_not_sharded(model: nn.Module) -> None:
+    if is_sharded_model(model):
         raise ValueError(
             f"{_sharded(model)}. Add or load the adapter before the model is sharded: before fully_shard, "
             "accelerator.prepare or deepspeed.initialize, and outside deepspeed.zero.Init. Where the base can only be "
@@ -71,19 +71,19 @@ def check_whole(model: nn.Module) -> None:
         )
 
 
-def check_gathers(model: nn.Module) -> None:
+def check_gathered_by_module(model: nn.Module) -> None:
     """Refuse, with a ValueError, a model that is sharded by something other than FSDP2 or an engine of DeepSpeed.
 
     Its own hooks do not gather the weights module by module.
     """
-    if not gathers(model):
+    if not is_gathered_by_module(model):
         raise ValueError(
             f"{_sharded(model)}, by FSDP1, tensor parallelism or deepspeed.zero.Init, which the probe cannot follow. "
             "Shard the base with FSDP2 (fully_shard), or with ZeRO-3 by deepspeed.initialize."
         )
 
 
-def gathers(model: nn.Module) -> bool:
+def is_gathered_by_module(model: nn.Module) -> bool:
     """Whether every weight that is spread over ranks is gathered by the hooks of FSDP2 or an engine of DeepSpeed."""
     modules = list(model.modules())
     units = [module for module in modules if isinstance(module, FSDPModule)]
@@ -99,7 +99,7 @@ def _is_plain(parameter: DTensor) -> bool:
 
 
 def _sharded(model: nn.Module) -> str:
-    names = [name for name, parameter in model.named_parameters() if is_sharded(parameter)]
+    names = [name for name, parameter in model.named_parameters() if is_sharded_tensor(parameter)]
     first = f", '{names[0]}' the first of {len(names)}" if names else ""
     return f"Parameters of {type(model).__name__} are sharded over the ranks{first}"
 
@@ -109,7 +109,7 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
-def gather(part: T) -> list[T]:
+def all_gather(part: T) -> list[T]:
     """What every rank has, in the order of the ranks. All ranks must call it."""
     if not is_distributed():
         return [part]
@@ -128,35 +128,25 @@ def on_every_rank(work: Callable[[], T]) -> T:
         if not is_distributed():
             raise
         failure = error
-    failures = [error for error in gather(failure) if error is not None]
+    failures = [error for error in all_gather(failure) if error is not None]
     if failures:
         raise failures[0] if failure is None else failure
     return result[0]
 
 
-def from_rank(source: int, work: Callable[[], T]) -> T:
+def on_one_rank(source: int, work: Callable[[], T]) -> T:
     """Do some work on one rank and hand the result to all; an error is raised on all."""
-    if not is_distributed():
-        return work()
-    result = on_every_rank(lambda: work() if rank() == source else None)
-    return cast(T, sent_from(result, source))
-
-
-def by_all_ranks(work: Callable[[], T]) -> T:
-    """Do some work in which all ranks must take part, and hand the result of rank 0 to all.
-
-    An error is raised where it happens: the other ranks wait in the middle of the work, and cannot be told.
-    """
-    result = work()
-    return sent_from(result, 0) if is_distributed() else result
+    return cast(T, broadcast(on_every_rank(lambda: work() if rank() == source else None), source))
 
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def sent_from(value: T, source: int) -> T:
-    """The value that rank `source` has."""
+def broadcast(value: T, source: int = 0) -> T:
+    """The value that rank `source` has. All ranks must call it."""
+    if not is_distributed():
+        return value
     box = [value]
     dist.broadcast_object_list(box, src=source)
     return box[0]

@@ -15,13 +15,13 @@ from torch.nn.modules.conv import _ConvNd
 from .._peft import _maybe_include_all_linear_layers, check_target_module_exists, get_quantization_kwargs
 from .._transformers import is_experts
 from ..config import DowserConfig
-from .compiled import uncompiled, usual_modules
-from .defaults import default_modules
+from .compiled import modules_by_name, uncompiled
+from .default_targets import default_modules
 from .distributed import shape_of
-from .parts import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
-from .readers import reader_of
+from .module_names import LAYER_INDEX, adaptable_names, name_in_layer, name_without_adapter, unwrapped
 from .target import LINEAR, TARGETABLE, Target, fused_target, is_narrow, target_kind, target_of
 from .ties import check_untied, with_ties
+from .weight_readers import reader_of
 
 
 def check_is_model(model: object) -> None:
@@ -94,7 +94,7 @@ def resolve_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]
 def fused_parameters(model: nn.Module) -> dict[str, Target]:
     """The parameters that hold the matrices of several experts, by name, as `target_parameters` can name them."""
     found = {}
-    for path, module in usual_modules(model).items():
+    for path, module in modules_by_name(model).items():
         if isinstance(module, _ConvNd):
             continue  # a kernel has three dimensions too
         name = name_without_adapter(path)

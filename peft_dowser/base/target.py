@@ -13,7 +13,7 @@ from .._peft import QuantizationBackend
 from .._transformers import is_falcons, is_scaled_embedding, stores_transposed
 from ..delta.format import base_sample
 from ..delta.layout import Granularity, Layout
-from .distributed import gathered, shape_of
+from .distributed import full_tensor, shape_of
 from .storage import backend_of, device_of, onloaded
 
 # What holds a weight. "fused" is the parameter with the matrices of all experts, "expert" one of these matrices. A
@@ -119,7 +119,7 @@ class Target:
         return self.name if self.kind == "fused" else f"{self.name}.{self.parameter}"
 
     @property
-    def whole_name(self) -> str:
+    def name_without_expert(self) -> str:
         """Its name; of the matrix of an expert, the name of the fused parameter."""
         return self.name if self.expert is None else self.name.removesuffix(f"[{self.expert}]")
 
@@ -150,12 +150,12 @@ class Target:
         """
         with onloaded(self.module):
             if self.backend is None:
-                weight = gathered(getattr(self.module, self.parameter)).detach()
+                weight = full_tensor(getattr(self.module, self.parameter)).detach()
             else:
                 weight = self.backend.get_base_weight(self.module).detach()
         return weight if self.expert is None else weight[self.expert]
 
-    def sample(self) -> str | None:
+    def base_sample(self) -> str | None:
         """`delta.format.base_sample` of the weight; None of a quantized one, whose entries are in no checkpoint."""
         return None if self.kind == "quantized" else base_sample(self.read())
 

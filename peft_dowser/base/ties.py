@@ -7,8 +7,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .._transformers import still_tied_weights, tied_weights
-from .compiled import usual_name
-from .parts import adaptable_names, name_without_adapter, unwrapped
+from .compiled import uncompiled_name
+from .module_names import adaptable_names, name_without_adapter, unwrapped
 from .target import Target
 
 
@@ -35,7 +35,7 @@ def with_ties(model: nn.Module, targets: Mapping[str, Target], find: Callable[[s
 def check_untied(model: nn.Module, targets: Mapping[str, Target]) -> None:
     names: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name_without_adapter(usual_name(name)))
+        names.setdefault(id(parameter), []).append(name_without_adapter(uncompiled_name(name)))
     for name, target in targets.items():
         known = {use.tensor_name for use in target.uses}
         others = sorted({*names.get(id(target.weight), []), *_offloaded_ties(model, target)} - known)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..base.untouched import in_eval_mode
+from ..base.restoring import in_eval_mode
 from ..delta.apply import Delta
 from ..delta.codec import position_dtype
 from ..delta.seeds import derived_seed

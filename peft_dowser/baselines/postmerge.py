@@ -63,7 +63,7 @@ def graft(pairs: Sequence[Callable[[], tuple[Tensor, Tensor]]], update_ratio: fl
 
     Returns:
         One delta per matrix, exactly round(rho n) entries in all; some may be empty. Ties go to the earlier matrix,
-            then the lower position.
+        then the lower position.
     """
     _check_ratio(update_ratio)
     count = trained_count(update_ratio, sum(_movement(pair).numel() for pair in pairs))

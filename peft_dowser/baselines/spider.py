@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..base.distributed import is_spread
-from ..delta.format import write_tensors
+from ..base.distributed import is_sharded_model
+from ..delta.safe_files import write_tensors
 
 # What SPIDER adds to a checkpoint: without it, a resumed run would take the half-trained weights for the base.
 SPIDER_FILE = "spider.safetensors"
@@ -120,7 +120,7 @@ def _dense_weights(model: nn.Module) -> dict[str, nn.Parameter]:
         raise ValueError(
             f"SpiderCallback has nothing to mask: no parameter of {type(model).__name__} requires a gradient."
         )
-    if is_spread(model):
+    if is_sharded_model(model):
         raise ValueError(
             "SpiderCallback needs whole parameters, because its means are over whole tensors, but the parameters of "
             f"{type(model).__name__} are sharded (FSDP, ZeRO-3 or tensor parallelism). Train with DDP or on one GPU."
@@ -136,7 +136,7 @@ def _pull_back(weight: Tensor, base: Tensor, gradient: Tensor) -> None:
     """W = (1 - C) W* + C W, in place; exact where C is 0 or 1, and where W has not moved."""
     wide = _wide(weight)
     start = base.to(wide)
-    by_gradient, by_weight = _rank(gradient), _rank(start)
+    by_gradient, by_weight = _relative_magnitude(gradient), _relative_magnitude(start)
     share = by_gradient / (by_gradient + by_weight)
     share = share.where(by_gradient > by_weight, 0)
     mean = share.sum() / share.count_nonzero().clamp(min=1)
@@ -144,7 +144,7 @@ def _pull_back(weight: Tensor, base: Tensor, gradient: Tensor) -> None:
     weight.copy_(torch.lerp(start, weight.to(wide), share))
 
 
-def _rank(tensor: Tensor) -> Tensor:
+def _relative_magnitude(tensor: Tensor) -> Tensor:
     """r: how large each entry is compared with the others of its tensor, between 0 and 1."""
     magnitude = tensor.abs()
     least, most = magnitude.aminmax()

@@ -71,7 +71,7 @@ def delta_blocks(entries: Tensor) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
-class Written:
+class Overwritten:
     """What a write of W + D has replaced in a weight, and how it is put back.
 
     Attributes:
@@ -137,10 +137,10 @@ class MergedEntries:
         """Write the sums into the weight."""
         _write_entries_(weight, self.delta.positions, self.sums, self.dim)
 
-    def written(self, with_checksum: bool = True) -> Written:
+    def overwritten(self, with_checksum: bool = True) -> Overwritten:
         """What to keep before `write` is called."""
         known = checksum(self.sums) if with_checksum else None
-        return Written(self.delta.positions, self.originals, known, self.dim)
+        return Overwritten(self.delta.positions, self.originals, known, self.dim)
 
 
 def merged_entries(weight: Tensor, delta: Delta, dim: int | None = None) -> MergedEntries:

@@ -1,17 +1,12 @@
-"""A saved adapter as data: the names of its tensors, its manifest, and safe files. See FORMAT.md."""
+"""A saved adapter as data: the names of its tensors, and its manifest. See FORMAT.md."""
 
 import hashlib
 import re
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .._version import __version__
@@ -32,12 +27,6 @@ _CASTS = (torch.bfloat16, torch.float16)
 # How a saved adapter calls the tensors of a module: its values and its index code.
 PREFIX, VALUES, CODE = "base_model.model.", ".dowser_values.weight", ".dowser_index.code"
 
-# Where the files of an output folder are until all of them are complete.
-_WORK = ".unfinished"
-
-# Nothing loads a model or an adapter without these.
-_LAST = ("config.json", "adapter_config.json")
-
 
 def check_manifest(manifest: Any) -> None:
     """Refuse, with a DeltaFormatError, a manifest of a newer format, or something that is not a manifest."""
@@ -55,13 +44,7 @@ def check_manifest(manifest: Any) -> None:
         )
 
 
-def check_readable(path: Path) -> None:
-    """Refuse, as `open_tensors` does, a file of tensors that is not whole."""
-    with ExitStack() as files:
-        open_tensors(path, files)
-
-
-def entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
+def manifest_entry(code: Tensor, values: Tensor, layout: Layout, sample: str | None) -> dict[str, Any]:
     """What a manifest says of one module: its tensors as in the file, what they mean in the weight, and the
     `base_sample` of its unmodified weight.
     """
@@ -113,12 +96,12 @@ def base_sample(weight: Tensor) -> str | None:
     if weight.is_meta or not weight.is_floating_point() or weight.numel() == 0:
         return None
     # Not through a flat view, which a weight that is stored transposed does not have.
-    sample = weight.detach().take(_sampled(weight.numel()).to(weight.device)).float().cpu()
+    sample = weight.detach().take(_sampled_positions(weight.numel()).to(weight.device)).float().cpu()
     return sample.numpy().tobytes().hex()
 
 
 @cache
-def _sampled(numel: int) -> Tensor:
+def _sampled_positions(numel: int) -> Tensor:
     return torch.tensor([(i * _GOLDEN % 2**64) * numel >> 64 for i in range(1, _SAMPLES + 1)], device="cpu")
 
 
@@ -158,7 +141,7 @@ def _is(numbers: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(numbers.to(dtype).float(), numbers)
 
 
-def named(part: str, adapter_name: str) -> str:
+def with_adapter_name(part: str, adapter_name: str) -> str:
     """The name in the state dict of a model, which may have several adapters, for `VALUES` or `CODE` of a file."""
     stem, _, leaf = part.rpartition(".")
     return f"{stem}.{adapter_name}.{leaf}"
@@ -195,66 +178,3 @@ def few(names: list[str]) -> str:
     """The first names of a list that may be long and come from a stranger's file."""
     shown = ", ".join(quoted(name) for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
-
-
-def open_tensors(path: Path, files: ExitStack) -> Any:
-    """Open a safetensors file, of which only the header is read; `files` closes it.
-
-    Raises:
-        DeltaFormatError: it is not a safetensors file, not of the length that its header says, or has tensors of a
-            dtype that torch does not know.
-    """
-    try:
-        file = files.enter_context(safe_open(path, framework="pt"))
-        for key in {file.get_slice(key).get_dtype(): key for key in file.keys()}.values():
-            file.get_tensor(key)  # memory of the file, which is not read
-    except SafetensorError as error:
-        raise DeltaFormatError(
-            f"'{path}' ({path.stat().st_size} bytes) is not a readable safetensors file ({printable(str(error))}). It "
-            "is incomplete or damaged; copy or download it again."
-        ) from error
-    return file
-
-
-def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; raises OSError where it cannot be written, as SafetensorError is none."""
-    try:
-        save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
-    except SafetensorError as error:
-        raise OSError(f"'{path}' cannot be written ({error}).") from error
-
-
-def check_output(folder: Path) -> None:
-    """Refuse, with a FileExistsError, to write into a folder that has files already."""
-    if (folder / _WORK).exists():
-        raise FileExistsError(
-            f"'{folder}' has a folder '{_WORK}': another process is writing into it, or was killed while it did. If "
-            "none is, delete the folder."
-        )
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"'{folder}' is not an empty folder; choose another output, or empty it first.")
-
-
-@contextmanager
-def finished_together(folder: Path) -> Iterator[Path]:
-    """A folder for the files of an output folder, which get their places when all of them are complete.
-
-    The output folder is new or empty; meanwhile `check_output` refuses it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    check_output(folder)
-    work = folder / _WORK
-    try:
-        work.mkdir()  # succeeds in one of two processes
-    except FileExistsError:
-        check_output(folder)
-        raise
-    try:
-        if [path.name for path in folder.iterdir()] != [_WORK]:
-            work.rmdir()  # another process ended in between
-            check_output(folder)
-        yield work
-        for path in sorted(work.iterdir(), key=lambda path: path.name in _LAST):
-            path.rename(folder / path.name)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)

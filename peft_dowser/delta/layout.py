@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from .apply import Delta, MergedEntries, merged_entries
-from .codec import DeltaFormatError, code_length, position_dtype
+from .codec import DeltaFormatError, position_dtype
 
 # What is chosen to train: the paper's single weights, or all weights of an input channel.
 Granularity: TypeAlias = Literal["weight", "input_channel"]
 
 
-class Stored(NamedTuple):
+class StoredDelta(NamedTuple):
     """A delta as a layer and a file hold it.
 
     Attributes:
@@ -68,10 +68,6 @@ class Layout:
         """The shape of the values at `count` positions."""
         return (count,) if self.channel_dim is None else (self.group, count)
 
-    def code_length(self, count: int) -> int:
-        """Length in bytes of the index code of `count` positions."""
-        return code_length(self.size, count)
-
     def flat(self, positions: Tensor) -> Tensor:
         """The flat positions of all weights that train, strictly increasing, from the positions."""
         if self.channel_dim is None:
@@ -82,24 +78,24 @@ class Layout:
             return (positions[:, None] * self.group + others).view(-1)
         return (others[:, None] * self.size + positions).view(-1)
 
-    def delta(self, stored: Stored) -> Delta:
+    def delta(self, stored: StoredDelta) -> Delta:
         """The delta of single weights."""
         values = stored.values.T if self.channel_dim == 0 else stored.values
         return Delta(self.flat(stored.positions), values.reshape(-1))
 
-    def merged(self, weight: Tensor, stored: Stored) -> MergedEntries:
+    def merged(self, weight: Tensor, stored: StoredDelta) -> MergedEntries:
         """What a merge would write into a weight, see `merged_entries`."""
         values = stored.values.T if self.channel_dim == 0 else stored.values
         return merged_entries(weight, Delta(stored.positions, values), self.channel_dim)
 
-    def stored(self, delta: Delta) -> Stored:
+    def stored(self, delta: Delta) -> StoredDelta:
         """A delta of single weights as it is stored: with zeros where an input channel has weights outside it."""
         if self.channel_dim is None:
-            return Stored(delta.positions, delta.values)
+            return StoredDelta(delta.positions, delta.values)
         width = self.shape[1]
         row, column = delta.positions // width, delta.positions % width
         channel, other = (row, column) if self.channel_dim == 0 else (column, row)
         channels, place = channel.unique(return_inverse=True)
         values = delta.values.new_zeros(self.values_shape(len(channels)))
         values[other.long(), place] = delta.values
-        return Stored(channels.to(position_dtype(self.size)), values)
+        return StoredDelta(channels.to(position_dtype(self.size)), values)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from .layout import Stored
+from .layout import StoredDelta
 
 
-def lora_factors(stored: Stored, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
+def lora_factors(stored: StoredDelta, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
     """The factors A and B with x A^T B^T = x[..., channels] D^T.
 
     Args:

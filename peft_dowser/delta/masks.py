@@ -99,7 +99,7 @@ def transpose_positions(positions: Tensor, shape: tuple[int, int]) -> Tensor:
     return ((wide % columns) * rows + wide // columns).sort().values.to(positions.dtype)
 
 
-def shared(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+def shared_positions(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Where the positions that two masks share are in either.
 
     Args:

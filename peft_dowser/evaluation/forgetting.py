@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..base.distributed import by_all_ranks
-from ..base.untouched import adapters_disabled, measuring
+from ..base.distributed import broadcast
+from ..base.restoring import adapters_disabled, measuring
 from ..config import DowserConfig
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text
@@ -190,7 +190,7 @@ class ForgettingCallback(TrainerCallback):
         if self.accuracy is not None:
             values["upstream_accuracy_change"] = values["upstream_accuracy"] - self.baseline["upstream_accuracy"]
         # One set of values on all ranks, or some might stop while others wait for them.
-        return by_all_ranks(lambda: values)
+        return broadcast(values)
 
     def _measured(self, model: Any, kl: bool) -> dict[str, float]:
         loss, divergence = loss_on(model, self.prompts, self.batch_size, kl)

@@ -12,11 +12,12 @@ device. Other positions raise a ValueError.
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from ..delta.masks import shared
+from ..delta.masks import shared_positions
 
 # Entries that `spearman` ranks at most.
 _SAMPLE = 1_000_000
@@ -69,17 +70,17 @@ def _fraction(result: float, reference: float, name: str) -> float:
 
 def mean_finetune_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
     """Mean accuracy on each task just after it was learned (MFT, Eq. 28): sum_i A_ii / T."""
-    return _mean([row[-1] for row in _lower_triangle(accuracy)])
+    return fmean([row[-1] for row in _lower_triangle(accuracy)])
 
 
 def mean_final_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
     """Mean accuracy on all tasks after the last one (MFN, Eq. 29): sum_i A_Ti / T."""
-    return _mean(_lower_triangle(accuracy)[-1])
+    return fmean(_lower_triangle(accuracy)[-1])
 
 
 def mean_average_accuracy(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
     """Mean over time of the mean accuracy on the tasks seen so far (MAA, Eq. 30): sum_t (sum_{i<=t} A_ti / t) / T."""
-    return _mean([_mean(row) for row in _lower_triangle(accuracy)])
+    return fmean([fmean(row) for row in _lower_triangle(accuracy)])
 
 
 def backward_transfer(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
@@ -93,11 +94,7 @@ def backward_transfer(accuracy: Sequence[Sequence[float]] | Tensor) -> float:
     *earlier, final = _lower_triangle(accuracy)
     if not earlier:
         raise ValueError("Backward transfer needs at least 2 tasks, got 1.")
-    return _mean([after - row[-1] for after, row in zip(final, earlier, strict=False)])
-
-
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+    return fmean([after - row[-1] for after, row in zip(final, earlier, strict=False)])
 
 
 def _lower_triangle(accuracy: Sequence[Sequence[float]] | Tensor) -> list[Sequence[float]]:
@@ -170,7 +167,7 @@ def _common(first: Tensor, second: Tensor, numel: float = math.inf) -> int:
     _check_positions("first", first, numel)
     _check_positions("second", second, numel)
     few, many = sorted((first, second), key=len)
-    return len(shared(few.to(many.device), many)[0])
+    return len(shared_positions(few.to(many.device), many)[0])
 
 
 def _check_positions(name: str, positions: Tensor, numel: float) -> None:

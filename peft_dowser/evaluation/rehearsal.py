@@ -8,8 +8,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..base.distributed import gather, gathers, is_spread
-from ..base.untouched import adapters_disabled, in_eval_mode, measuring
+from ..base.distributed import all_gather, is_gathered_by_module, is_sharded_model
+from ..base.restoring import adapters_disabled, in_eval_mode, measuring
 from ..config import DowserConfig
 from ..delta.seeds import derived_seed, generators_restored, seed_generators
 from ..probing.batches import alike
@@ -138,7 +138,7 @@ class RehearsalCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
         if self._since_log and logs is not None and "loss" in logs:
-            by_rank = gather(float(torch.stack(self._since_log).mean()))
+            by_rank = all_gather(float(torch.stack(self._since_log).mean()))
             logs["rehearsal_kl"] = sum(by_rank) / len(by_rank)
             if state.log_history:
                 state.log_history[-1]["rehearsal_kl"] = logs["rehearsal_kl"]
@@ -176,15 +176,15 @@ def rehearse(
     device = next(model.parameters()).device
     own = list(prompts[rank::ranks])
     # Ranks that gather weights together must run as many forwards as each other.
-    groups = [[number] for number in range(len(own))] if is_spread(model) else alike(own, padding=True)
+    groups = [[number] for number in range(len(own))] if is_sharded_model(model) else alike(own, padding=True)
     tokens = sum(int(_batch([prompt])[1].sum()) for prompt in prompts)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for group in groups:
         inputs, counts = _batch([own[number] for number in group])
         # Found on the CPU: on an accelerator, the host would have to wait for how many there are.
-        places = counts.nonzero(as_tuple=True)
-        base_scores = _base_scores(model, base, inputs, places).to(device)
-        mean = divergence(base_scores, _scores(model, inputs, places)) * (ranks / tokens)
+        counted = counts.nonzero(as_tuple=True)
+        base_scores = _base_scores(model, base, inputs, counted).to(device)
+        mean = divergence(base_scores, _scores(model, inputs, counted)) * (ranks / tokens)
         loss = mean * weight
         (loss if scaler is None else scaler.scale(loss)).backward()
         total += mean.detach()
@@ -197,17 +197,17 @@ def _batch(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
     return inputs, counts
 
 
-def _scores(model: Any, inputs: dict[str, Tensor], places: tuple[Tensor, ...]) -> Tensor:
+def _scores(model: Any, inputs: dict[str, Tensor], counted: tuple[Tensor, ...]) -> Tensor:
     """The logits of a model at the tokens that count, `(tokens, vocabulary)`."""
     device = next(model.parameters()).device
     logits = next_token_logits(model, {key: value.to(device) for key, value in inputs.items()})
-    return logits[tuple(place.to(device) for place in places)]
+    return logits[tuple(place.to(device) for place in counted)]
 
 
-def _base_scores(model: Any, base: Any, inputs: dict[str, Tensor], places: tuple[Tensor, ...]) -> Tensor:
+def _base_scores(model: Any, base: Any, inputs: dict[str, Tensor], counted: tuple[Tensor, ...]) -> Tensor:
     source = model if base is None else base
     with torch.no_grad(), in_eval_mode(source), adapters_disabled(source):
-        return _scores(source, inputs, places)
+        return _scores(source, inputs, counted)
 
 
 def _check(args: TrainingArguments, model: Any, base: nn.Module | None) -> None:
@@ -218,7 +218,7 @@ def _check(args: TrainingArguments, model: Any, base: nn.Module | None) -> None:
             "RehearsalCallback cannot add to the gradients of DeepSpeed, whose engine runs the backward itself. Train "
             "with DDP or FSDP2."
         )
-    if not gathers(model):
+    if not is_gathered_by_module(model):
         raise ValueError(
             f"RehearsalCallback cannot follow {name}, whose weights are sharded by FSDP1 or tensor parallelism. Train "
             "with DDP or FSDP2 (fsdp_version: 2)."
@@ -258,9 +258,9 @@ def _check_prompts(model: Any, base: nn.Module | None, prompts: Sequence[Prompt]
         if not lengths[-1]:
             raise ValueError(f"texts[{number}] has no token that counts: all its labels are -100. Leave it out.")
     inputs, counts = _batch([prompts[lengths.index(max(lengths))]])
-    places = counts.nonzero(as_tuple=True)
+    counted = counts.nonzero(as_tuple=True)
     with measuring(model):
-        ours, theirs = _scores(model, inputs, places), _base_scores(model, base, inputs, places)
+        ours, theirs = _scores(model, inputs, counted), _base_scores(model, base, inputs, counted)
     if ours.shape != theirs.shape:
         raise ValueError(
             f"base predicts {theirs.shape[1]} tokens and {type(model).__name__} {ours.shape[1]}, so they cannot be "

@@ -12,11 +12,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.distributed import by_all_ranks, from_rank, is_spread
-from ..base.untouched import base_of
+from ..base.distributed import broadcast, is_sharded_model, on_one_rank
+from ..base.restoring import base_of
 from ..config import DowserConfig
 from ..probing.batches import collate
-from ..probing.prompts import Prompt, Text, special_ids
+from ..probing.prompts import Prompt, Text, longest_input, special_ids
 from ..probing.run import own_prompts
 from ..probing.settings import ProbeSettings
 
@@ -68,13 +68,13 @@ class Texts:
             ValueError: the base cannot write texts, or those that were given do not fit the model.
         """
         if self.given is None:
-            if isinstance(model, PeftModel) and is_spread(model):
+            if isinstance(model, PeftModel) and is_sharded_model(model):
                 raise ValueError(
                     f"{self.reader} cannot let the base inside a sharded PeftModel write prompts: only a forward of "
                     "the whole model gathers its weights. Pass texts=[...]."
                 )
-            for_all = by_all_ranks if is_spread(model) else partial(from_rank, 0)
-            return for_all(lambda: written_prompts(base_of(model), self.settings, self.reader))
+            write = partial(written_prompts, base_of(model), self.settings, self.reader)
+            return broadcast(write()) if is_sharded_model(model) else on_one_rank(0, write)
         prompts = read_prompts(self.given, processing_class, self.max_length, self.reader)
         config = getattr(base_of(model), "config", None)
         for number, prompt in enumerate(prompts):
@@ -83,16 +83,11 @@ class Texts:
 
 
 def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
-    """Turn texts into inputs of the model.
-
-    Args:
-        texts: strings, rows of token ids, or keyword arguments of the model's forward for one sample.
-        processing_class: tokenizer or processor for the strings.
-        max_length: where strings and rows are cut.
-        reader: who reads them, for the message.
+    """Turn texts into inputs of the model: strings with the tokenizer or processor; they and rows of ids are cut.
 
     Raises:
-        ValueError: there is no tokenizer for strings, or a text has no next token.
+        ValueError: there is no tokenizer for strings, for the `reader` that the message names, or a text has no next
+            token.
     """
     tokenizer = _tokenizer(processing_class, reader) if any(isinstance(text, str) for text in texts) else None
     return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
@@ -141,9 +136,8 @@ def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Pro
 
 def _check_length(config: Any, number: int, prompt: Prompt, model: str) -> None:
     """Refuse a text that is longer than the model can read."""
-    limit = None if config is None else getattr(config.get_text_config(), "max_position_embeddings", None)
-    # XLNet says -1 where it has no limit.
-    if limit is not None and 0 < limit < (length := prompt["input_ids"].shape[1]):
+    limit = None if config is None else longest_input(config)
+    if limit is not None and limit < (length := prompt["input_ids"].shape[1]):
         raise ValueError(
             f"texts[{number}] has {length} tokens, but {model} reads {limit} at most (max_position_embeddings). Pass "
             f"max_length={limit}, or shorter texts."

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from ..card import measured
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import DeltaFormatError, check_values
-from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, open_tensors, quoted
-from ..delta.layout import Layout, Stored
+from ..delta.format import CODE, PREFIX, VALUES, base_name, base_sample, digest, is_delta, quoted
+from ..delta.layout import Layout, StoredDelta
+from ..delta.safe_files import open_tensors
 from .checkpoint import FLOAT_DTYPES, Checkpoint, fetched
 from .checks import (
     check_counts,
@@ -29,9 +31,9 @@ from .checks import (
     check_missing,
     check_whole_tensor,
     described_layouts,
+    errors_at,
     foreign_to,
     in_modules_to_save,
-    naming,
     other_base,
     read_delta,
 )
@@ -45,8 +47,8 @@ class SavedAdapter:
         name: its folder or Hub id.
         size: size of its file, in bytes.
         counts: trained weights by module.
-        others: names in the file, by name in the base model, of the tensors that are not part of a delta: biases and
-            modules that were trained as a whole.
+        whole_tensors: names in the file, by name in the base model, of the tensors that are not part of a delta: biases
+            and modules that were trained as a whole.
         measured: what its card says was measured in training, by name.
     """
 
@@ -55,14 +57,14 @@ class SavedAdapter:
     size: int
     file: Any
     counts: dict[str, int]
-    others: dict[str, str]
+    whole_tensors: dict[str, str]
     measured: dict[str, float]
 
     def delta(self, module: str, layout: Layout) -> Delta:
         """The delta of a module as single weights; the rest as `stored`."""
         return layout.delta(self.stored(module, layout))
 
-    def stored(self, module: str, layout: Layout, code: Tensor | None = None) -> Stored:
+    def stored(self, module: str, layout: Layout, code: Tensor | None = None) -> StoredDelta:
         """The delta of a module, checked; its values are float32, as PEFT loads them. `code` is its index code, where
         that was read already.
         """
@@ -77,7 +79,7 @@ class SavedAdapter:
         shape: tuple[int, ...] = (nnz,)
         if self.config.granularity == "input_channel":  # of a weight whose shape may not be known here
             shape = tuple(values.shape) if values.dim() == 2 and values.numel() == nnz else (nnz, 1)
-        with naming(self._place(module)):
+        with errors_at(self._place(module)):
             check_values(values, shape)
         return values
 
@@ -85,9 +87,9 @@ class SavedAdapter:
         """The index code of a module, unchecked, shape `(bytes,)`, uint8."""
         return self._read(f"{PREFIX}{module}{CODE}")
 
-    def other(self, name: str) -> Tensor:
+    def whole_tensor(self, name: str) -> Tensor:
         """A tensor that is not part of a delta, by its name in the base model."""
-        return self._read(self.others[name])
+        return self._read(self.whole_tensors[name])
 
     def check_complete(self) -> None:
         """Refuse counts that cannot be, and a file that does not have the tensors of exactly the modules counted."""
@@ -95,6 +97,7 @@ class SavedAdapter:
         expected = [f"{PREFIX}{module}{part}" for module in self.counts for part in (VALUES, CODE)]
         check_keys(expected, self.file.keys(), self._where)
 
+    @cached_property
     def layouts(self) -> dict[str, Layout]:
         """What its positions mean by module, where no base is at hand: as its manifest describes it."""
         if self.config.manifest is None:
@@ -134,12 +137,12 @@ class SavedAdapter:
                 f"{self._where}: {shared} of its target weights are tied to others of them in '{base.name}'. "
                 "Merge in memory, with merge_and_unload()."
             )
-        for name in self.others:
-            yield from _problem(self._check_other, base, name)
-        known = [name for name in self.others if name in base.tensors]
+        for name in self.whole_tensors:
+            yield from _problem(self._check_whole_tensor, base, name)
+        known = [name for name in self.whole_tensors if name in base.tensors]
         yield from _problem(check_foreign, foreign_to(base.model, known, self.config, self.counts), self._where)
         needed = in_modules_to_save(base.model, self.config)
-        yield from _problem(check_missing, [name for name in needed if name not in self.others], self._where)
+        yield from _problem(check_missing, [name for name in needed if name not in self.whole_tensors], self._where)
 
     def other_base(self, base: Checkpoint, targets: Mapping[str, Target]) -> str | None:
         """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
@@ -172,14 +175,14 @@ class SavedAdapter:
     def _place(self, module: str) -> str:
         return f"{self._where}, module {quoted(module)}"
 
-    def _check_other(self, base: Checkpoint, name: str) -> None:
-        key = self.others[name]
-        if name not in base.tensors or name in base.twins:
+    def _check_whole_tensor(self, base: Checkpoint, name: str) -> None:
+        key = self.whole_tensors[name]
+        if name not in base.tensors or name in base.tied:
             raise DeltaFormatError(
                 f"{self._where}: {quoted(key)} is neither a Dowser tensor nor a tensor of '{base.name}' that is not "
                 "tied. Such an adapter can only be merged in memory, with merge_and_unload()."
             )
-        check_whole_tensor(self.other(name), base.read(name), key, self._where)
+        check_whole_tensor(self.whole_tensor(name), base.read(name), key, self._where)
 
 
 def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
@@ -225,8 +228,8 @@ def open_adapter(name: str, files: ExitStack) -> SavedAdapter:
     config = _config(folder, name)
     file = open_tensors(path, files)
     counts = _counts(file) if config.nnz_pattern is None else config.nnz_pattern
-    others = {base_name(key): key for key in file.keys() if not is_delta(key)}
-    return SavedAdapter(name, config, path.stat().st_size, file, counts, others, measured(folder))
+    whole_tensors = {base_name(key): key for key in file.keys() if not is_delta(key)}
+    return SavedAdapter(name, config, path.stat().st_size, file, counts, whole_tensors, measured(folder))
 
 
 def _config(folder: Path, name: str) -> DowserConfig:

@@ -23,7 +23,8 @@ from .._transformers import (
     rename_source_key,
     tied_weights,
 )
-from ..delta.format import open_tensors, printable, quoted
+from ..delta.format import printable, quoted
+from ..delta.safe_files import open_tensors
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -65,7 +66,7 @@ class Checkpoint:
         tensors: by the name in the model, a tensor's name in the checkpoint.
         pieces: by the name of a fused parameter that is in the checkpoint as one tensor per expert, or several, their
             names in the checkpoint, in the order in which they lie in the memory of the parameter.
-        twins: by the name of a tied tensor, the name that it is tied to; both ways.
+        tied: by the name of a tied tensor, the name that it is tied to; both ways.
     """
 
     name: str
@@ -73,10 +74,10 @@ class Checkpoint:
     files: dict[str, Any]
     tensors: dict[str, str]
     pieces: dict[str, list[str]]
-    twins: dict[str, str]
+    tied: dict[str, str]
 
     def __contains__(self, name: str) -> bool:
-        return name in self.tensors or self.twins.get(name) in self.tensors
+        return name in self.tensors or self.tied.get(name) in self.tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._slice(name).get_shape())
@@ -87,17 +88,17 @@ class Checkpoint:
 
     def read(self, name: str) -> Tensor:
         """A tensor, on the CPU: memory of the file, which must not be written."""
-        return self.stored(self.key(name))
+        return self.tensor(self.key(name))
 
     def key(self, name: str) -> str:
         """The name in the checkpoint of a tensor, or of the one that it is tied to."""
-        return self.tensors[name if name in self.tensors else self.twins[name]]
+        return self.tensors[name if name in self.tensors else self.tied[name]]
 
     def parts(self, name: str) -> list[str]:
         """The names in the checkpoint of what makes up a tensor, in the order of its memory; empty where it is not."""
         return self.pieces.get(name) or ([self.key(name)] if name in self else [])
 
-    def stored(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Tensor:
         """A tensor by its name in the checkpoint, as `read` gives it."""
         return self.files[key].get_tensor(key)
 
@@ -132,7 +133,7 @@ def open_checkpoint(name: str, files: ExitStack) -> Checkpoint:
     for key, given in names.items():
         tensors.setdefault(given, key)  # of two for one name transformers loads the first
     tied = tied_weights(model)
-    return Checkpoint(name, model, opened, tensors, pieces, twins=tied | {other: one for one, other in tied.items()})
+    return Checkpoint(name, model, opened, tensors, pieces, tied=tied | {other: one for one, other in tied.items()})
 
 
 def fetched(name: str, wanted: list[str]) -> Path:

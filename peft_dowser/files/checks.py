@@ -1,9 +1,9 @@
 """The only judge of a saved adapter: whether its counts, names, manifest, deltas and whole tensors fit a base.
 
-The adapter may be a file (`files.adapter`) or tensors that PEFT or transformers load (`tuner.loading`, `tuner.whole`):
-those fetch what a check needs, and every rule is here. Where transformers puts tensors into the model first,
-`layers.state` refuses what cannot be read, by the rules of the format alone (`delta.codec`, `delta.format`). A failed
-check is a `DeltaFormatError`, and changes nothing.
+The adapter may be a file (`files.adapter`) or tensors that PEFT or transformers load (`tuner.loading`,
+`tuner.whole_tensors`): those fetch what a check needs, and every rule is here. Where transformers puts tensors into the
+model first, `layers.state` refuses what cannot be read, by the rules of the format alone (`delta.codec`,
+`delta.format`). A failed check is a `DeltaFormatError`, and changes nothing.
 """
 
 import math
@@ -15,11 +15,11 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from ..base.parts import embedding_tensors
+from ..base.module_names import embedding_tensors
 from ..config import DowserConfig
 from ..delta.codec import VALUE_DTYPES, DeltaFormatError, check_values, is_finite
 from ..delta.format import PREFIX, few, is_delta, is_sample, quoted, read_positions, unlike_samples
-from ..delta.layout import Granularity, Layout, Stored
+from ..delta.layout import Granularity, Layout, StoredDelta
 
 # More than any weight has: thousands of times a position in such a one still fits 64 bits.
 _MOST_ENTRIES = 2**50
@@ -33,19 +33,19 @@ def read_delta(
     code_digest: str | None,
     where: str,
     dtype: torch.dtype = torch.float32,
-) -> Stored:
+) -> StoredDelta:
     """The delta of one module, from its two tensors in a file, for a weight of this layout; its values become `dtype`.
 
     `code_digest` is the SHA-256 of the index code by the manifest, if there is one; `where` begins the message.
     """
-    with naming(where):
+    with errors_at(where):
         count = layout.count(nnz)
         check_values(values, layout.values_shape(count), dtype)
-        return Stored(read_positions(code, layout, count, code_digest), values.to(dtype))
+        return StoredDelta(read_positions(code, layout, count, code_digest), values.to(dtype))
 
 
 @contextmanager
-def naming(where: str) -> Iterator[None]:
+def errors_at(where: str) -> Iterator[None]:
     try:
         yield
     except DeltaFormatError as error:
@@ -151,7 +151,7 @@ def described_layouts(
             raise _other_granularity(module, own, dim, where)
     layouts = {module: Layout(tuple(shapes[module]), dim) for module, dim in dims.items()}
     for module, layout in layouts.items():
-        with naming(f"{where}, module {quoted(module)}"):
+        with errors_at(f"{where}, module {quoted(module)}"):
             layout.count(counts[module])
     return layouts
 

@@ -7,15 +7,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import TaskType
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from .._transformers import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 from ..base.search import resolve_targets
@@ -23,20 +22,9 @@ from ..baselines.postmerge import dare, graft, top_delta
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import encode
-from ..delta.format import (
-    CODE,
-    PREFIX,
-    VALUES,
-    base_sample,
-    check_output,
-    entry,
-    few,
-    finished_together,
-    manifest,
-    quoted,
-    write_tensors,
-)
+from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest, manifest_entry, quoted
 from ..delta.layout import Layout
+from ..delta.safe_files import check_output, finished_together, write_tensors
 from ..delta.seeds import derived_seed
 from .checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 
@@ -103,10 +91,10 @@ def extract(
             positions, values = _changed(delta, scale)
             if counted := positions.numel():
                 counts[name] = counted
-                tensors[f"{PREFIX}{name}{VALUES}"] = values
-                tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, pair.numel(name))
                 weight = pair.base.read(_weight(name))
-                entries[name] = entry(code, values, Layout(tuple(weight.shape)), base_sample(weight))
+                tensors[f"{PREFIX}{name}{VALUES}"] = values
+                tensors[f"{PREFIX}{name}{CODE}"] = code = encode(positions, weight.numel())
+                entries[name] = manifest_entry(code, values, Layout(tuple(weight.shape)), base_sample(weight))
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts
@@ -122,12 +110,9 @@ class _Pair:
     base: Checkpoint
     tuned: Checkpoint
 
-    def read(self, module: str, bar: tqdm) -> tuple[Tensor, Tensor]:
+    def read(self, module: str, bar: Any) -> tuple[Tensor, Tensor]:
         bar.update()
         return _finite(self.base, _weight(module)), _finite(self.tuned, _weight(module))
-
-    def numel(self, module: str) -> int:
-        return math.prod(self.base.shape(_weight(module)))
 
     def differ(self, name: str) -> bool:
         base, tuned = self.base, self.tuned
@@ -202,7 +187,7 @@ def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
 def _deltas(pair: _Pair, names: list[str], config: DowserConfig, method: str) -> Iterator[tuple[str, Delta]]:
     reads = len(names) * (_GRAFT_READS if method == "graft" else 1)
     ratio = config.update_ratio
-    with tqdm(total=reads, desc="Extracting", unit="matrix", disable=not is_progress_bar_enabled()) as bar:
+    with tqdm(total=reads, desc="Extracting", unit="matrix") as bar:
         if method == "graft":
             yield from zip(names, graft([partial(pair.read, name, bar) for name in names], ratio), strict=True)
             return

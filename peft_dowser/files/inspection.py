@@ -15,10 +15,10 @@ from ..delta.apply import Delta, merged_entries
 from ..delta.codec import DeltaFormatError
 from ..delta.format import quoted
 from ..delta.layout import Layout
-from ..delta.masks import shared
+from ..delta.masks import shared_positions
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import Checkpoint, open_checkpoint
-from .places import groups, in_order
+from .grouping import groups, in_order
 
 # Fields of the configuration that say how the mask was chosen.
 _CHOICES = ("base_model_name_or_path", "update_ratio", "granularity", "channels", "score", "select", "scope", "seed")
@@ -54,7 +54,7 @@ def inspect(adapter: str | Path, base: str | Path | None = None, bits: int | Non
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         saved.check_complete()
-        layouts = {} if saved.config.manifest is None else saved.layouts()
+        layouts = {} if saved.config.manifest is None else saved.layouts
         vanished = {} if base is None else _vanished(saved, open_checkpoint(str(base), files), bits)
         modules = [_facts(saved, name, layouts.get(name), vanished.get(name)) for name in in_order(saved.counts)]
     chosen = {field: getattr(saved.config, field) for field in _CHOICES}
@@ -111,7 +111,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint, bits: int | None) -> dict
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
-        parts = [base.stored(key).view(-1) for key in base.parts(target.tensor_name)]
+        parts = [base.tensor(key).view(-1) for key in base.parts(target.tensor_name)]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         if bits is not None:
             found[module] = _vanished_in_blocks(weight.float(), delta, bits)
@@ -169,7 +169,7 @@ class Overlap:
 
 def overlap(a: Delta, b: Delta) -> Overlap:
     """Compare two deltas of one weight, on one device; counts and dtypes may differ."""
-    own, other = shared(a.positions, b.positions)
+    own, other = shared_positions(a.positions, b.positions)
     left, right = a.values[own].double(), b.values[other].double()
     return Overlap(
         shared=len(left),
@@ -204,35 +204,30 @@ def diff(a: str | Path, b: str | Path) -> dict[str, Overlap]:
     """
     with ExitStack() as files:
         first, second = open_adapter(str(a), files), open_adapter(str(b), files)
-        layouts_a, layouts_b = first.layouts(), second.layouts()
-        _check_same(first.name, layouts_a, second.name, layouts_b)
-        names = in_order(layouts_a | layouts_b)
-        return {name: _compare(name, (first, layouts_a), (second, layouts_b)) for name in names}
+        _check_same(first, second)
+        return {name: _compare(name, first, second) for name in in_order(first.layouts | second.layouts)}
 
 
-def _compare(
-    module: str, a: tuple[SavedAdapter, dict[str, Layout]], b: tuple[SavedAdapter, dict[str, Layout]]
-) -> Overlap:
-    (first, layouts_a), (second, layouts_b) = a, b
-    if module not in layouts_a:
-        return Overlap(only_b=second.counts[module])
-    if module not in layouts_b:
-        return Overlap(only_a=first.counts[module])
-    return overlap(first.delta(module, layouts_a[module]), second.delta(module, layouts_b[module]))
+def _compare(module: str, a: SavedAdapter, b: SavedAdapter) -> Overlap:
+    if module not in a.layouts:
+        return Overlap(only_b=b.counts[module])
+    if module not in b.layouts:
+        return Overlap(only_a=a.counts[module])
+    return overlap(a.delta(module, a.layouts[module]), b.delta(module, b.layouts[module]))
 
 
-def _check_same(name_a: str, layouts_a: dict[str, Layout], name_b: str, layouts_b: dict[str, Layout]) -> None:
-    common = [module for module in layouts_a if module in layouts_b]
+def _check_same(a: SavedAdapter, b: SavedAdapter) -> None:
+    common = [module for module in a.layouts if module in b.layouts]
     if not common:
-        first, second = quoted(next(iter(layouts_a))), quoted(next(iter(layouts_b)))
+        first, second = quoted(next(iter(a.layouts))), quoted(next(iter(b.layouts)))
         raise ValueError(
-            f"'{name_a}' and '{name_b}' have no module in common: the first adapts {first}, the second {second}. They "
+            f"'{a.name}' and '{b.name}' have no module in common: the first adapts {first}, the second {second}. They "
             "are for different base models, or for different parts of one."
         )
-    if other := [module for module in common if layouts_a[module].shape != layouts_b[module].shape]:
-        first, second = (layouts[other[0]].shape for layouts in (layouts_a, layouts_b))
+    if other := [module for module in common if a.layouts[module].shape != b.layouts[module].shape]:
+        first, second = (adapter.layouts[other[0]].shape for adapter in (a, b))
         raise ValueError(
-            f"'{name_a}' and '{name_b}' are for weights of other shapes in {len(other)} of {len(common)} modules that "
+            f"'{a.name}' and '{b.name}' are for weights of other shapes in {len(other)} of {len(common)} modules that "
             f"both adapt: {quoted(other[0])} is {first} in the first and {second} in the second. Only adapters of one "
             "base model can be compared."
         )

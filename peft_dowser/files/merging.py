@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from .._transformers import convert_file_size_to_int
 from ..base.target import Target
 from ..delta.apply import Delta, merged_entries, report_vanished
 from ..delta.codec import DeltaFormatError
-from ..delta.format import check_output, finished_together, quoted, write_tensors
+from ..delta.format import quoted
+from ..delta.safe_files import check_output, finished_together, write_tensors
 from .adapter import SavedAdapter, open_adapter
 from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
 
@@ -55,12 +55,12 @@ def merge(
     check_output(folder)
     limit = convert_file_size_to_int(max_shard_size)
     with ExitStack() as files:
-        total = open_sum(adapter, base, files)
+        merged = open_merged(adapter, base, files)
         with finished_together(folder) as work:
-            _write(work, total, limit)
-            _copy_companions(total.base, work)
-    report_vanished([total.vanished])
-    return total.adapter.counts
+            _write(work, merged, limit)
+            _copy_companions(merged.base, work)
+    report_vanished([merged.vanished])
+    return merged.adapter.counts
 
 
 def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Path | None = None) -> list[str]:
@@ -91,12 +91,12 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
             if other := saved.other_base(checkpoint, targets):
                 problems.append(other)
         if merged is not None and not problems:
-            total = _Sum(saved, checkpoint, targets)
-            problems = list(_differences(total, open_checkpoint(str(merged), files)))
+            expected = MergedCheckpoint(saved, checkpoint, targets)
+            problems = list(_differences(expected, open_checkpoint(str(merged), files)))
     return problems
 
 
-class _Sum:
+class MergedCheckpoint:
     """A base checkpoint plus an adapter.
 
     `vanished` has by module how many non-zero values changed no weight, of how many values; filled as tensors are read.
@@ -114,22 +114,22 @@ class _Sum:
             self._places |= {key: (target, start) for key, start in zip(keys, starts, strict=False)}
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
         self._delta = lru_cache(maxsize=2)(adapter.delta)
-        self._others = {base.tensors[name]: name for name in adapter.others if name in base.tensors}
+        self._others = {base.tensors[name]: name for name in adapter.whole_tensors if name in base.tensors}
 
-    def touched(self) -> list[str]:
+    def changed_tensors(self) -> list[str]:
         """The tensors that the adapter changes, by their names in the base checkpoint."""
         return [key for key in self.base.files if key in self._places or key in self._others]
 
     def read(self, key: str) -> Tensor:
         """A tensor of the sum, by its name in the base checkpoint; must not be written."""
-        tensor = self.base.stored(key)
+        tensor = self.base.tensor(key)
         if key in self._others:
-            tensor = self.adapter.other(self._others[key]).to(tensor.dtype)
+            tensor = self.adapter.whole_tensor(self._others[key]).to(tensor.dtype)
         return self._added(tensor, *self._places[key]) if key in self._places else tensor
 
     def cast_on_load(self) -> str | None:
         """What to say where weights are stored, and so summed, in another dtype than they are loaded in; or None."""
-        stored = {self.base.stored(key).dtype for key in self._places}
+        stored = {self.base.tensor(key).dtype for key in self._places}
         loaded = self.base.model.config.dtype
         if loaded is None or stored == {loaded}:
             return None
@@ -153,17 +153,10 @@ class _Sum:
         return weight
 
 
-def open_sum(adapter: str | Path, base: str | Path | None, files: ExitStack) -> _Sum:
+def open_merged(adapter: str | Path, base: str | Path | None, files: ExitStack) -> MergedCheckpoint:
     """Open a base checkpoint plus an adapter, and check all that can be checked before a sum is formed.
 
-    Args:
-        adapter: folder or Hub id of a saved Dowser adapter.
-        base: folder or Hub id of the base model; None takes the one that the adapter names.
-        files: closes the files of both.
-
-    Raises:
-        ValueError: the adapter is damaged or does not fit the base, or the base is damaged.
-        OSError: a checkpoint cannot be found.
+    Arguments and errors are those of `merge`; `files` closes the files of both.
     """
     saved, checkpoint = _open(str(adapter), base, files)
     targets = saved.targets_in(checkpoint.model)
@@ -171,10 +164,10 @@ def open_sum(adapter: str | Path, base: str | Path | None, files: ExitStack) -> 
         raise DeltaFormatError(problem)
     if other := saved.other_base(checkpoint, targets):
         warnings.warn(other, UserWarning, stacklevel=3)
-    total = _Sum(saved, checkpoint, targets)
-    if cast := total.cast_on_load():
+    merged = MergedCheckpoint(saved, checkpoint, targets)
+    if cast := merged.cast_on_load():
         warnings.warn(cast, UserWarning, stacklevel=3)
-    return total
+    return merged
 
 
 def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[SavedAdapter, Checkpoint]:
@@ -200,16 +193,16 @@ def _open(adapter: str, base: str | Path | None, files: ExitStack) -> tuple[Save
         ) from error
 
 
-def _write(work: Path, total: _Sum, limit: int) -> None:
+def _write(work: Path, merged: MergedCheckpoint, limit: int) -> None:
     split = split_state_dict_into_shards_factory(
-        {key: total.base.stored(key).nbytes for key in total.base.files},
+        {key: merged.base.tensor(key).nbytes for key in merged.base.files},
         get_storage_size=lambda size: size,
         filename_pattern=SINGLE_FILE.replace(".", "{suffix}."),
         max_shard_size=limit,
     )
     files = split.filename_to_tensors.items()
-    for name, keys in tqdm(files, desc="Merging", unit="file", disable=not is_progress_bar_enabled()):
-        write_tensors({key: total.read(key) for key in keys}, work / name, {"format": "pt"})
+    for name, keys in tqdm(files, desc="Merging", unit="file"):
+        write_tensors({key: merged.read(key) for key in keys}, work / name, {"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
@@ -222,22 +215,22 @@ def _copy_companions(base: Checkpoint, work: Path) -> None:
         shutil.copyfile(folder / name, work / name)
 
 
-def _differences(total: _Sum, merged: Checkpoint) -> Iterator[str]:
-    base = total.base
+def _differences(expected: MergedCheckpoint, merged: Checkpoint) -> Iterator[str]:
+    base = expected.base
     # A tied tensor that only the merged model stores counts too: with other content it is tied no more.
     names = dict.fromkeys([*base.tensors, *(name for name in merged.tensors if name in base)])
-    for name in tqdm(names, desc="Verifying", unit="tensor", disable=not is_progress_bar_enabled()):
+    for name in tqdm(names, desc="Verifying", unit="tensor"):
         if name not in merged:
             yield f"'{merged.name}' lacks the tensor {quoted(name)}."
             continue
-        expected, found = total.read(base.key(name)), merged.read(name)
-        if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        ours, found = expected.read(base.key(name)), merged.read(name)
+        if (found.dtype, found.shape) != (ours.dtype, ours.shape):
             yield (
                 f"'{merged.name}': tensor {quoted(name)} is {found.dtype} of shape {tuple(found.shape)}, expected "
-                f"{expected.dtype} of shape {tuple(expected.shape)}."
+                f"{ours.dtype} of shape {tuple(ours.shape)}."
             )
-        elif different := int((_bits(found) != _bits(expected)).any(-1).sum()):
-            entries = f"{different} of {expected.numel()} entries of tensor {quoted(name)}"
+        elif different := int((_bits(found) != _bits(ours)).any(-1).sum()):
+            entries = f"{different} of {ours.numel()} entries of tensor {quoted(name)}"
             yield f"'{merged.name}': {entries} are not base + delta."
     if unknown := sorted(name for name in merged.tensors if name not in base):
         yield f"'{merged.name}' has {len(unknown)} tensors that are not in '{base.name}', such as {quoted(unknown[0])}."

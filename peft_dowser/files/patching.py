@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from ..delta.apply import report_vanished
-from ..delta.format import open_tensors, quoted, write_tensors
-from .merging import open_sum
+from ..delta.format import quoted
+from ..delta.safe_files import open_tensors, write_tensors
+from .merging import open_merged
 
 # What the metadata of a patch says it is, and how its tensors are called after the weight that they belong to.
 _KIND = "weight patch 1"
@@ -73,14 +73,14 @@ def write_patch(
         raise ValueError(f"The patch and its revert cannot be one file, '{output}'.")
     sums, originals = [], []
     with ExitStack() as files:
-        total = open_sum(adapter, base, files)
-        for key in tqdm(total.touched(), desc="Patching", unit="tensor", disable=not is_progress_bar_enabled()):
-            before, after = total.base.stored(key), total.read(key)
+        merged = open_merged(adapter, base, files)
+        for key in tqdm(merged.changed_tensors(), desc="Patching", unit="tensor"):
+            before, after = merged.base.tensor(key), merged.read(key)
             indices = _changed(before, after)
             if len(indices):
                 sums.append(_patch(key, after, indices))
                 originals.append(_patch(key, before, indices))
-    report_vanished([total.vanished])
+    report_vanished([merged.vanished])
     for path, patches in zip(outputs, (sums, originals), strict=False):
         _write(patches, path)
     return {patch.name: len(patch.indices) for patch in sums}
@@ -98,7 +98,10 @@ def read_patch(path: str | Path) -> list[WeightPatch]:
         shapes = _shapes(file.metadata() or {}, path)
         if set(file.keys()) != {name + part for name in shapes for part in (_INDICES, _VALUES)}:
             raise ValueError(f"'{path}' does not have indices and values of exactly the tensors that it names.")
-        return [_checked(_read(file, name, tuple(shape)), path) for name, shape in shapes.items()]
+        patches = [_read(file, name, tuple(shape)) for name, shape in shapes.items()]
+    for patch in patches:
+        _check(patch, path)
+    return patches
 
 
 def _changed(before: Tensor, after: Tensor) -> Tensor:
@@ -144,19 +147,17 @@ def _read(file: Any, name: str, shape: tuple[int, ...]) -> WeightPatch:
     return WeightPatch(name, shape, values.dtype, values, indices)
 
 
-def _checked(patch: WeightPatch, path: str | Path) -> WeightPatch:
-    if problem := next(_problems(patch), None):
-        raise ValueError(f"'{path}', tensor {quoted(patch.name)}: {problem}. The file is damaged or was edited.")
-    return patch
-
-
-def _problems(patch: WeightPatch) -> Iterator[str]:
-    values, indices = patch.values, patch.indices
+def _check(patch: WeightPatch, path: str | Path) -> None:
+    values, indices, problem = patch.values, patch.indices, None
     if not values.is_floating_point() or indices.dtype not in (torch.int32, torch.int64):
-        yield f"values must be floating-point and indices int32 or int64, got {values.dtype} and {indices.dtype}"
+        problem = f"values must be floating-point and indices int32 or int64, got {values.dtype} and {indices.dtype}"
     elif values.dim() != 1 or values.shape != indices.shape or not len(indices):
-        yield f"values and indices must be lists of one length, got {tuple(values.shape)} and {tuple(indices.shape)}"
+        problem = (
+            f"values and indices must be lists of one length, got {tuple(values.shape)} and {tuple(indices.shape)}"
+        )
     elif int(indices[0]) < 0 or int(indices[-1]) >= math.prod(patch.shape) or not bool((indices.diff() > 0).all()):
-        yield f"indices must be strictly increasing positions in a tensor of shape {patch.shape}"
+        problem = f"indices must be strictly increasing positions in a tensor of shape {patch.shape}"
     elif bool(values.isnan().any()):
-        yield "values must not be NaN"
+        problem = "values must not be NaN"
+    if problem is not None:
+        raise ValueError(f"'{path}', tensor {quoted(patch.name)}: {problem}. The file is damaged or was edited.")

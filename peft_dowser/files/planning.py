@@ -17,10 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoConfig, Conv1D, PreTrainedConfig, PreTrainedModel
 
 from .._transformers import uninitialized
-from ..base.parts import layer_of
+from ..base.module_names import layer_of
 from ..base.search import fused_parameters, resolve_targets
 from ..base.target import Target, layouts_of
-from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, share_of
+from ..config import FORWARD_SCORES, PROBED_SCORES, DowserConfig, Score, unrounded_count
 from ..delta.codec import code_length, position_dtype
 from ..delta.layout import Layout
 from ..delta.masks import trained_count
@@ -155,7 +155,7 @@ def plan(
         numbers = dict.fromkeys(targets, 0)  # positions by target
         for matrix in matrices:
             layout = matrix.layout(config.granularity)
-            numbers[matrix.whole_name] += round(share_of(matrix.whole_name, layout, config))
+            numbers[matrix.name_without_expert] += round(unrounded_count(matrix.name_without_expert, layout, config))
         counts = {key: number * layouts[key].group for key, number in numbers.items()}
         writes = skeleton.can_generate()
         parameters, weights = skeleton.num_parameters(), _weight_bytes(skeleton, dtype, quantization)
@@ -171,7 +171,7 @@ def plan(
             recomputed = math.ceil((kept - activations) / len({layer_of(key) for key in targets}))
     numels = {key: target.numel for key, target in targets.items()}
     nnz, adapted, size = sum(counts.values()), sum(numels.values()), _DTYPE_BYTES[values_dtype]
-    codes = sum(layouts[key].code_length(number) for key, number in numbers.items())
+    codes = sum(code_length(layouts[key].size, number) for key, number in numbers.items())
     positions = sum(number * position_dtype(layouts[key].size).itemsize for key, number in numbers.items())
     # The temporaries of a layer are of the size of its weight, or of its trained channels.
     largest = max((numels if config.granularity == "weight" else counts).values())
@@ -231,15 +231,10 @@ def bytes_per_weight(update_ratio: float, optimizer: str, values_dtype: str) -> 
 def _probe_cost(
     score: str, config: DowserConfig, features: Iterable[tuple[int, int]], used: float, products: float, writes: bool
 ) -> ProbeCost:
-    """What a probe takes.
+    """What a probe for a score takes, with N, R and T of the config and the outputs and inputs of every adapted matrix.
 
-    Args:
-        score: the score that it is for.
-        config: gives N, R and T.
-        features: outputs and inputs of every adapted matrix.
-        used: weights of the adapted matrices that one token is multiplied with.
-        products: weights that a token of the training is multiplied with, in all its products.
-        writes: the model writes the prompts, which takes a forward too.
+    A token is multiplied with `used` of their weights, and one of the training with `products` in all its products. A
+    model that `writes` the prompts runs forward for them too.
     """
     if score not in PROBED_SCORES:
         return ProbeCost(0, 0, 0.0, 0, 0)

@@ -17,16 +17,9 @@ class Embedding(Linear):
         return False  # PEFT writes what it converts as factors of a linear layer
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Rows of W + D; where the layer `is_additive`, the rows of D added to what the base layer gives.
+        """Rows of W + D, shape `(*x.shape, width)`; where it `is_additive`, rows of D added to those of the base.
 
-        Args:
-            x: token ids, any shape, int32 or int64.
-            active: the adapters.
-            args: further arguments of the base layer.
-            kwargs: the same.
-
-        Returns:
-            Embeddings, shape `(*x.shape, width)`.
+        `x` has token ids, int32 or int64, and the further arguments are those of the base layer.
         """
         base = cast(nn.Embedding, self.get_base_layer())
         values = [self.scaled_values(name) for name in active]

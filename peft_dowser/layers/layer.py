@@ -13,9 +13,9 @@ from .._peft import check_adapters_to_merge
 from .._transformers import is_falcons
 from ..base.storage import device_of, has_own_forward, offload_hook
 from ..base.target import Target
-from ..delta.apply import Delta, MergedEntries, Written, add_delta_
-from ..delta.codec import encode, position_dtype
-from ..delta.layout import Granularity, Stored
+from ..delta.apply import Delta, MergedEntries, Overwritten, add_delta_
+from ..delta.codec import code_length, encode, position_dtype
+from ..delta.layout import Granularity, StoredDelta
 from ..delta.lora import lora_factors
 from .channels import add_channels
 from .linear_op import Weight, in_autocast, refuse_tangents, sparse_linear
@@ -58,7 +58,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.vanished: dict[str, tuple[int, int]] = {}
         self.not_finite: dict[str, int] = {}
-        self.base_sample = target.sample() if sample is None else sample
+        self.base_sample = target.base_sample() if sample is None else sample
         self.out_features, self.in_features = target.features
 
     @property
@@ -117,18 +117,14 @@ class DowserLayer(BaseTunerLayer):
         empty = torch.empty(0, dtype=torch.float32, device=self._device)
         return Delta(empty.to(position_dtype(self.target.numel)), empty)
 
-    def stored(self, adapter_name: str) -> Stored:
+    def stored(self, adapter_name: str) -> StoredDelta:
         """Positions and scaled values of an adapter, as they are stored. Must not be written."""
-        return Stored(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
+        return StoredDelta(self.index(adapter_name).decoded(), self.scaled_values(adapter_name).detach())
 
     def add_positions(self, adapter_name: str, positions: Tensor, granularity: Granularity, init_weights: bool) -> None:
-        """Add an adapter at chosen positions.
+        """Add an adapter at chosen positions: flat ones in the stored weight, or numbers of input channels.
 
-        Args:
-            adapter_name: its name.
-            positions: flat positions in the stored weight, or numbers of input channels, strictly increasing.
-            granularity: which of these they are.
-            init_weights: True starts from a delta of zero, False from random values of the size of the weights.
+        It starts from a delta of zero, and without `init_weights` from random values of the size of the weights.
         """
         layout = self.target.layout(granularity)
         values = torch.zeros(layout.values_shape(positions.numel()), device=self._device, dtype=torch.float32)
@@ -139,30 +135,23 @@ class DowserLayer(BaseTunerLayer):
     def add_placeholder(
         self, adapter_name: str, nnz: int, granularity: Granularity, code_digest: str | None = None
     ) -> None:
-        """Add an adapter whose positions and values a file will fill in.
+        """Add an adapter of `nnz` values, whose positions and values will be loaded from a file.
 
-        Args:
-            adapter_name: its name.
-            nnz: number of its values.
-            granularity: of the adapter.
-            code_digest: SHA-256 of the index code in the file, where it is known.
+        `code_digest` is the SHA-256 of the index code in the file, where it is known.
         """
         layout, device = self.target.layout(granularity), self._device
         count = layout.count(nnz)
-        code = torch.zeros(layout.code_length(count), dtype=torch.uint8, device=device)
+        code = torch.zeros(code_length(layout.size, count), dtype=torch.uint8, device=device)
         values = torch.zeros(layout.values_shape(count), device=device, dtype=torch.float32)
         self._add(adapter_name, values, Index(code, None, count, layout, code_digest))
 
-    def fill(self, adapter_name: str, stored: Stored, code: Tensor) -> None:
-        """Give an adapter other positions and values; in the memory that it has, where their number stays the same.
+    def replace_delta(self, adapter_name: str, stored: StoredDelta, code: Tensor) -> None:
+        """Give an adapter other positions, with their index code, and values; in its own memory where it is as long.
 
-        Args:
-            adapter_name: its name; it may be a placeholder, and must not be merged.
-            stored: the positions and values, in the layout of the adapter.
-            code: the index code of the positions.
+        The adapter may be a placeholder, and must not be merged.
         """
-        cast(Values, self.dowser_values[adapter_name]).fill(stored.values)
-        self.index(adapter_name).fill(code, stored.positions)
+        cast(Values, self.dowser_values[adapter_name]).replace(stored.values)
+        self.index(adapter_name).replace(code, stored.positions)
         self.scaling[adapter_name] = 1.0
 
     def _add(self, adapter_name: str, values: Tensor, index: Index) -> None:
@@ -202,7 +191,7 @@ class DowserLayer(BaseTunerLayer):
             if safe_merge:
                 entries.check_finite(name, self.module_name)
             self.vanished[name] = (entries.vanished(), entries.sums.numel())
-            self._write(name, entries, entries.written())
+            self._write(name, entries, entries.overwritten())
             if not self.weight.is_inference():
                 # So that a backward of an earlier forward, which needs the weight as it was, fails in torch.
                 torch.autograd.graph.increment_version(self.weight)
@@ -211,12 +200,12 @@ class DowserLayer(BaseTunerLayer):
         """`merge` the active adapters for a moment in which nobody else writes the weight or asks what was lost."""
         for name in self._unmerged(None):
             entries = self.index(name).layout.merged(self.weight.data, self.stored(name))
-            self._write(name, entries, entries.written(with_checksum=False))
+            self._write(name, entries, entries.overwritten(with_checksum=False))
 
-    def _write(self, adapter_name: str, entries: MergedEntries, written: Written) -> None:
+    def _write(self, adapter_name: str, entries: MergedEntries, written: Overwritten) -> None:
         """Write the sums and note the adapter as merged; whatever interrupts that, the weight is put back."""
         self.not_finite[adapter_name] = entries.not_finite()
-        self.index(adapter_name).keep(written)
+        self.index(adapter_name).set_overwritten(written)
         try:
             self.merged_adapters.append(adapter_name)
             entries.write(self.weight.data)
@@ -237,7 +226,7 @@ class DowserLayer(BaseTunerLayer):
         self.merged_adapters = [name for name in self.merged_adapters if name in self.dowser_values]
         while self.merged_adapters:
             name = self.merged_adapters[-1]
-            if self.index(name).written().was_changed(self.weight.data):
+            if self.index(name).overwritten().was_changed(self.weight.data):
                 warnings.warn(
                     f"Adapter '{name}': the weight of module '{self.module_name}' was changed after the merge. "
                     f"Unmerging puts the {self.index(name).nnz} entries that the merge had written back to what they "
@@ -250,11 +239,11 @@ class DowserLayer(BaseTunerLayer):
     def unmerge_last(self) -> None:
         """Put back what the last merged adapter has overwritten."""
         name = self.merged_adapters[-1]
-        self.index(name).written().undo(self.weight.data)
+        self.index(name).overwritten().undo(self.weight.data)
         self.merged_adapters.pop()  # before the rest, without which the layer is unmerged all the same
         self.vanished.pop(name, None)
         self.not_finite.pop(name, None)
-        self.index(name).keep(None)
+        self.index(name).set_overwritten(None)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The dense delta, in the shape of the stored weight and the dtype of the values.
@@ -295,11 +284,8 @@ class Linear(nn.Module, DowserLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.
 
-        Args:
-            x: input of the base layer.
-            args: further arguments of the base layer.
-            adapter_names: one adapter for each row of `x`, instead of the active ones.
-            kwargs: further arguments of the base layer.
+        The arguments are those of the base layer. `adapter_names` names an adapter for each row of `x`, which runs
+        instead of the active ones.
         """
         return self.output(x, self.in_use(), None if self.disable_adapters else adapter_names, *args, **kwargs)
 
@@ -352,18 +338,9 @@ def dowser_layers(model: nn.Module) -> list[DowserLayer]:
 
 
 def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], Tensor]) -> Tensor:
-    """Run every adapter on its own rows of a batch.
+    """Run every adapter on its own rows of a batch `(batch, ...)`, which has one name per row.
 
-    Args:
-        x: input, shape `(batch, ...)`.
-        names: one adapter per row.
-        apply: gives the output of an adapter for some rows.
-
-    Returns:
-        The outputs, in the order of the rows.
-
-    Raises:
-        ValueError: there are more or fewer names than rows.
+    `apply` gives the output of an adapter for some rows; the outputs are in the order of the rows.
     """
     if len(names) != x.shape[0]:
         raise ValueError(f"adapter_names must have one name for each of the {x.shape[0]} rows, got {len(names)}.")
@@ -375,12 +352,9 @@ def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], T
 
 @torch.no_grad()
 def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tuple[Tensor, Tensor, int] | None:
-    """The LoRA factors A and B of a layer and their rank; None where a LoRA of this rank cannot be exact.
+    """The LoRA factors A and B of a layer of any PEFT method, and their rank; None where they cannot be exact.
 
-    Args:
-        layer: an adapted layer, of any PEFT method.
-        rank: as in `peft.convert_to_lora`: a rank, or as a float the share of the delta's squares that is wanted.
-        adapter_name: name of the adapter.
+    `rank` is that of `peft.convert_to_lora`: a number, or as a float the share of the delta's squares that is wanted.
     """
     if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
         return None
@@ -391,10 +365,10 @@ def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tupl
     return *lora_factors(layer.stored(adapter_name), index.layout.size, index.count), index.count
 
 
-def adapted(model: nn.Module, adapter_name: str) -> list[tuple[str, DowserLayer]]:
-    """The layers that carry an adapter, with their names in the model."""
-    return [
-        (name, layer)
+def layers_with_adapter(model: nn.Module, adapter_name: str) -> dict[str, DowserLayer]:
+    """The layers that carry an adapter, by their names in the model."""
+    return {
+        name: layer
         for name, layer in model.named_modules()
         if isinstance(layer, DowserLayer) and adapter_name in layer.dowser_values
-    ]
+    }

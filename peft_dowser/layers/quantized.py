@@ -57,11 +57,7 @@ class QuantizedLinear(Linear):
         return lambda: backend.get_base_weight(base).detach()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Replace the base layer by one that holds W + D, quantized again.
-
-        Args:
-            safe_merge: refuse sums that are not finite.
-            adapter_names: adapters to merge, in this order; None takes the active ones.
+        """Replace the base layer by one that holds W + D, quantized again; arguments as in `DowserLayer.merge`.
 
         Raises:
             ValueError: `safe_merge` found an infinite or undefined sum, or PEFT cannot quantize such a layer again;
@@ -71,7 +67,12 @@ class QuantizedLinear(Linear):
         if not names:
             return
         original = self._original[0] if self._original else self.get_base_layer()
-        backend = self._merging_backend()
+        backend = self._backend
+        if not backend.supports_merge:
+            raise ValueError(
+                f"Module '{self.module_name}' is quantized by {backend.backend_name}, into which PEFT cannot merge. "
+                "Load the base in floating point and merge there; nothing was merged."
+            )
         before = backend.get_base_weight(original).detach()
         total = before.clone()
         merged = [name for name in self.merged_adapters if name in self.dowser_values]
@@ -115,15 +116,6 @@ class QuantizedLinear(Linear):
         self.merged_adapters.clear()
         self.vanished.clear()
         self.not_finite.clear()
-
-    def _merging_backend(self) -> QuantizationBackend:
-        backend = self._backend
-        if not backend.supports_merge:
-            raise ValueError(
-                f"Module '{self.module_name}' is quantized by {backend.backend_name}, into which PEFT cannot merge. "
-                "Load the base in floating point and merge there; nothing was merged."
-            )
-        return backend
 
 
 def _copied(module: nn.Module) -> nn.Module:

@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .._transformers import is_fsdp_enabled
-from ..delta.apply import Written
+from ..delta.apply import Overwritten
 from ..delta.codec import DeltaFormatError, check_values, decode
 from ..delta.format import read_positions
 from ..delta.layout import Layout
 
 logger = logging.getLogger(__name__)
-
 
 _NOT_LOADED = (
     "its config comes from a saved adapter (it has an nnz_pattern), but no file was loaded, or the file lacks this "
@@ -56,7 +55,7 @@ class Values(nn.Module):
             if not loaded.is_meta and self.weight.data_ptr() == loaded.data_ptr():
                 self.weight.data = _owned(loaded)
 
-    def fill(self, values: Tensor) -> None:
+    def replace(self, values: Tensor) -> None:
         """Take other values; the same parameter stays, and its memory where the number does."""
         self.awaited = False
         if values.shape == self.weight.shape:
@@ -169,7 +168,7 @@ class Index(nn.Module):
         self.positions = cast(Tensor, positions).to(self.code.device)
         self._note_agreement()
 
-    def fill(self, code: Tensor, positions: Tensor) -> None:
+    def replace(self, code: Tensor, positions: Tensor) -> None:
         """Take other positions with their code; in the same memory where their number stays."""
         if self.positions is not None and positions.shape == self.positions.shape:
             self.code.copy_(code)
@@ -201,19 +200,19 @@ class Index(nn.Module):
         if self.positions is None:
             raise DeltaFormatError(f"This adapter has no positions yet: {_NOT_LOADED}")
         if not torch.compiler.is_compiling():
-            self.check_untouched()
+            self.check_agreement()
         return self.positions
 
-    def keep(self, written: Written | None) -> None:
-        """Keep what a merge of the adapter has written, in a buffer that moves with the weight; None forgets it."""
-        self.originals, self.checksum = (None, None) if written is None else (written.originals, written.checksum)
+    def set_overwritten(self, entries: Overwritten | None) -> None:
+        """Keep what a merge of the adapter has overwritten, in a buffer that moves with the weight; None forgets it."""
+        self.originals, self.checksum = (None, None) if entries is None else (entries.originals, entries.checksum)
 
-    def written(self) -> Written:
-        """What the merge of the adapter has written."""
-        return Written(self.decoded(), cast(Tensor, self.originals), self.checksum, self.layout.channel_dim)
+    def overwritten(self) -> Overwritten:
+        """What the merge of the adapter has overwritten."""
+        return Overwritten(self.decoded(), cast(Tensor, self.originals), self.checksum, self.layout.channel_dim)
 
-    def check_untouched(self) -> None:
-        """Refuse a code and positions that something has written into, so that they no longer agree.
+    def check_agreement(self) -> None:
+        """Refuse a code and positions that something has overwritten into, so that they no longer agree.
 
         Raises:
             ValueError: they do not agree.

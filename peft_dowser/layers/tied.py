@@ -18,12 +18,7 @@ class Tied(nn.Module):
     """
 
     def __init__(self, layer: DowserLayer, own: Linear) -> None:
-        """Share the deltas of a layer.
-
-        Args:
-            layer: the layer that has them.
-            own: a layer around the base module of this one, without adapters.
-        """
+        """Share the deltas of a layer; `own` is a layer without adapters around the base module of this one."""
         super().__init__()
         self.base_layer = own.base_layer
         own.dowser_values, own.dowser_index, own.scaling = layer.dowser_values, layer.dowser_index, layer.scaling

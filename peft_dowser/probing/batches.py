@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .prompts import Prompt
 
@@ -36,17 +37,14 @@ def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, 
         The model's inputs, and the mask of the real tokens, `(batch, tokens)`, float32; None where the inputs are not
         token ids.
     """
-    width = max((prompt["input_ids"].shape[1] for prompt in prompts if "input_ids" in prompt), default=0)
     inputs = {}
-    for key in prompts[0]:
-        parts = [
-            _padded(prompt[key], width) if _is_token_wise(prompt[key], prompt) else prompt[key] for prompt in prompts
-        ]
-        inputs[key] = torch.cat(parts).to(device)
+    for key, value in prompts[0].items():
+        stack = _stacked if _is_token_wise(value, prompts[0]) else torch.cat
+        inputs[key] = stack([prompt[key] for prompt in prompts]).to(device)
     if "input_ids" not in inputs:
         return inputs, None
     masks = [prompt.get("attention_mask", torch.ones_like(prompt["input_ids"])) for prompt in prompts]
-    return inputs, _stacked(masks, device)
+    return inputs, _stacked(masks).to(device, torch.float32)
 
 
 def decoder_tokens(prompts: Sequence[Prompt], mask: Tensor) -> Tensor:
@@ -63,7 +61,7 @@ def decoder_tokens(prompts: Sequence[Prompt], mask: Tensor) -> Tensor:
         if ids is None:
             return mask
         rows.append(prompt.get("decoder_attention_mask", torch.ones_like(ids)))
-    found = _stacked(rows, mask.device)
+    found = _stacked(rows).to(mask.device, torch.float32)
     if found.shape == mask.shape and not torch.equal(found, mask):
         raise ValueError(
             "A prompt has as many tokens for the encoder as for the decoder, but different padding (attention_mask, "
@@ -84,10 +82,6 @@ def _is_token_wise(value: Tensor, prompt: Prompt) -> bool:
     return "input_ids" in prompt and value.shape == prompt["input_ids"].shape
 
 
-def _stacked(masks: Sequence[Tensor], device: torch.device) -> Tensor:
-    width = max(mask.shape[1] for mask in masks)
-    return torch.cat([_padded(mask, width) for mask in masks]).to(device, torch.float32)
-
-
-def _padded(value: Tensor, width: int) -> Tensor:
-    return torch.nn.functional.pad(value, (0, width - value.shape[1]))
+def _stacked(values: Sequence[Tensor]) -> Tensor:
+    """Rows `(1, tokens)` of several lengths below each other, padded with zeros on the right."""
+    return pad_sequence([row for value in values for row in value], batch_first=True)

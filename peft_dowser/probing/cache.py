@@ -44,19 +44,13 @@ _LIMIT = 4_000_000_000
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> list[Path]:
+def statistics_paths(model: nn.Module, samples: Mapping[str, str | None], settings: ProbeSettings) -> list[Path]:
     """The files in the cache that may hold what a probe with synthetic prompts measures; the first is its own.
 
-    A probe with backwards has measured what forwards alone measure too; the opposite does not hold.
-
-    Args:
-        model: the base model, not sharded.
-        samples: samples of the target weights, by name.
-        settings: how it is probed.
-
-    Returns:
-        An empty list where the cache is off, or a digest cannot tell everything that the statistics depend on: what a
-        quantized weight stands for, what a hook does, or which image processor lies in a folder.
+    A probe with backwards has measured what forwards alone measure too; the opposite does not hold. There are none
+    where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized weight
+    stands for, what a hook does, or which image processor lies in a folder. The base is not sharded, and `samples` has
+    those of the target weights by name.
     """
     if None in samples.values():
         return []
@@ -71,11 +65,10 @@ def places_of(model: nn.Module, samples: Mapping[str, str | None], settings: Pro
     return [own, *(path for path in others if path != own)]
 
 
-def place_of_prompts(model: nn.Module, settings: ProbeSettings) -> Path | None:
+def prompts_path(model: nn.Module, settings: ProbeSettings) -> Path | None:
     """The file in the cache for the prompts that a base writes, whose adapters, if it has any, are disabled.
 
-    Returns:
-        None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
+    None where the cache is off, or a digest cannot tell everything that the prompts depend on, as for a probe.
     """
     found = _folder_and_digest(model, settings, [settings.num_probes, settings.probe_length, settings.seed])
     return None if found is None else found[0] / _NAMES[1].format(found[1])
@@ -127,18 +120,18 @@ def read_prompts(path: Path) -> list[Prompt] | None:
     return [{"input_ids": row[None]} for row in rows]
 
 
-def keep(statistics: ProbeStatistics, path: Path) -> None:
+def write(statistics: ProbeStatistics, path: Path) -> None:
     """Write statistics into the cache, whole or not at all; a folder that cannot be written is a warning."""
-    _keep("statistics", statistics.save, path)
+    _write("statistics", statistics.save, path)
 
 
-def keep_prompts(prompts: Sequence[Prompt], path: Path) -> None:
-    """Write prompts of token ids alone, which are all of one length, into the cache, as `keep` writes statistics."""
+def write_prompts(prompts: Sequence[Prompt], path: Path) -> None:
+    """Write prompts of token ids alone, which are all of one length, into the cache, as `write` writes statistics."""
     rows = torch.cat([prompt["input_ids"] for prompt in prompts])
-    _keep("prompts", lambda file: save_file({"input_ids": rows}, file), path)
+    _write("prompts", lambda file: save_file({"input_ids": rows}, file), path)
 
 
-def _keep(content: str, save: Callable[[Path], None], path: Path) -> None:
+def _write(content: str, save: Callable[[Path], None], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".probe-", dir=path.parent) as work:

@@ -170,14 +170,14 @@ def _rehearsed(module: nn.Module, names: list[str], forward: Callable[[Tensor], 
     """The token of every row of every product of a forward, in the order of the products."""
     numbers = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
     marked = torch.zeros_like(hidden)
-    places = torch.arange(_DIGITS, device=hidden.device) * 8
-    marked.view(-1, hidden.shape[-1])[:, :_DIGITS] = ((numbers[:, None] >> places) & 255).to(hidden.dtype)
+    shifts = torch.arange(_DIGITS, device=hidden.device) * 8
+    marked.view(-1, hidden.shape[-1])[:, :_DIGITS] = ((numbers[:, None] >> shifts) & 255).to(hidden.dtype)
     found: list[Tensor] = []
 
     def note(product: Product) -> Tensor:
         digits = product.x[:, :_DIGITS].float()
         # Products give NaN here, so a NaN is what earlier products of the same rows have led to.
-        tokens = found[-1] if found and bool(digits.isnan().any()) else (digits.long() << places).sum(1)
+        tokens = found[-1] if found and bool(digits.isnan().any()) else (digits.long() << shifts).sum(1)
         if len(tokens) != len(digits) or bool(((tokens < 0) | (tokens >= len(numbers))).any()):
             raise ValueError(
                 f"{type(module).__name__} changes its tokens before it multiplies them, so the probe cannot tell them "

@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
-from transformers.utils.logging import is_progress_bar_enabled
+from transformers.utils.logging import tqdm
 
 from ..base.target import Target
 from ..delta.seeds import derived_seed
 from .batches import alike, collate, decoder_tokens, last_positions
 from .expert_taps import ExpertsTap, tapped_experts
-from .prompts import Kind, Prompt, kind_of
+from .prompts import ModelKind, Prompt, model_kind
 from .ranks import Ranks
 from .settings import ProbeSettings
 from .statistics import ModuleStatistics
@@ -52,10 +51,10 @@ class Passes:
         self.matrices = {matrix.name: matrix for target in targets.values() for matrix in target.matrices()}
         self.fused = {name: target for name, target in targets.items() if target.kind == "fused"}
         self.plain = {name: target for name, target in targets.items() if target.kind != "fused"}
-        self.kind = kind_of(model)
+        self.kind = model_kind(model)
         self.has_head = isinstance(model, PreTrainedModel) and model.can_generate()
         self.device = next(iter(targets.values())).device
-        self.groups = alike(prompts, padding=self.kind is not Kind.OTHER)
+        self.groups = alike(prompts, padding=self.kind is not ModelKind.OTHER)
         self.mine = sorted(number for group in self.groups for number in ranks.share(group))
         self.found: dict[str, ModuleStatistics] = {}
 
@@ -63,12 +62,10 @@ class Passes:
         """Statistics of this rank's prompts, in the order of `mine`."""
         size = self._batch_size()
         total = len(self.mine) * max(1, self.settings.num_rademacher)
-        with tqdm(
-            total=total, desc="Probing", unit="pass", disable=not (self.ranks.is_first and is_progress_bar_enabled())
-        ) as bar:
+        with tqdm(total=total, desc="Probing", unit="pass", disable=not self.ranks.is_first) as bar:
             for group in self.groups:
                 waiting = self.ranks.share(group)
-                if self.ranks.in_step and self.ranks.batches(group, size) > -(-len(waiting) // size):
+                if self.ranks.in_step and self.ranks.batch_count(group, size) > -(-len(waiting) // size):
                     self._probe_batch(group[:1], bar, kept=False)  # the others have one batch more
                 while waiting:
                     if self._fits(partial(self._probe_batch, waiting[:size], bar)):
@@ -85,7 +82,7 @@ class Passes:
 
     def _batch_size(self) -> int:
         """How many prompts are probed at a time: 1 where a target module mixes the prompts of a batch."""
-        size = self.ranks.smallest(self.settings.batch_size or self._fitting_batch())
+        size = self.ranks.common_batch_size(self.settings.batch_size or self._fitting_batch())
         mixing: list[str] = []
         if size == 1 or not self._fits(lambda: mixing.extend(self._mixing())):
             return 1
@@ -108,10 +105,10 @@ class Passes:
         for group in self.groups:
             pair = sorted(group, key=lambda number: _length(self.prompts[number]))[-2:]
             if len(pair) == 2:
-                inputs, mask, written = self._collated(pair)
-                taps = {name: LayoutTap(_masks(mask, written), len(pair)) for name in self.plain}
+                inputs, mask, output_mask = self._collated(pair)
+                taps = {name: LayoutTap(_masks(mask, output_mask), len(pair)) for name in self.plain}
                 with torch.no_grad(), tapped(self.plain, taps):
-                    self._forward(inputs, mask, written)
+                    self._forward(inputs, mask, output_mask)
                 mixing.update(name for name, tap in taps.items() if tap.mixes)
         return [name for name in self.plain if name in mixing]
 
@@ -142,9 +139,9 @@ class Passes:
         clear_device_cache()
         return False
 
-    def _probe_batch(self, chosen: list[int], bar: tqdm, kept: bool = True) -> None:
-        inputs, mask, written = self._collated(chosen)
-        masks = _masks(mask, written)
+    def _probe_batch(self, chosen: list[int], bar: Any, kept: bool = True) -> None:
+        inputs, mask, output_mask = self._collated(chosen)
+        masks = _masks(mask, output_mask)
         of_experts: dict[str, ExpertsTap] = {}
         if mask is not None:
             of_experts = {
@@ -159,17 +156,17 @@ class Passes:
         with tapped(self.plain, of_plain), tapped_experts(self.fused, of_experts):
             for numbers in self._rounds():
                 with torch.no_grad():  # the taps turn it on
-                    outputs = self._forward(inputs, mask, written)
+                    outputs = self._forward(inputs, mask, output_mask)
                 if not self.settings.backward:
                     bar.update(len(chosen))
                 starts = [start for tap in taps for start in tap.starts]
                 for number in numbers:
-                    output, direction = self._probed_output(outputs, written), None
+                    output, direction = self._probed_output(outputs, output_mask), None
                     if number < self.settings.num_rademacher:
-                        direction = _rademacher(generators, output, written)
+                        direction = _rademacher(generators, output, output_mask)
                         bar.update(len(chosen))
                     else:
-                        output = _next_token_loss(self.kind, outputs, inputs, written) / len(self.mine)
+                        output = _next_token_loss(self.kind, outputs, inputs, output_mask) / len(self.mine)
                         for tap in taps:
                             tap.of_loss = True
                     if starts and output.requires_grad:
@@ -191,7 +188,7 @@ class Passes:
         """
         prompts = [self.prompts[number] for number in chosen]
         inputs, mask = collate(prompts, self.device)
-        if self.kind is not Kind.SEQ2SEQ or mask is None:
+        if self.kind is not ModelKind.SEQ2SEQ or mask is None:
             return inputs, mask, mask
         return inputs, mask, decoder_tokens(prompts, mask)
 
@@ -202,8 +199,8 @@ class Passes:
             return [range(number, number + 1) for number in range(count)]
         return [range(count)]
 
-    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, written: Tensor | None) -> Any:
-        if self.kind is Kind.OTHER or mask is None or written is None:
+    def _forward(self, inputs: dict[str, Tensor], mask: Tensor | None, output_mask: Tensor | None) -> Any:
+        if self.kind is ModelKind.OTHER or mask is None or output_mask is None:
             return self.model(**inputs)
         options: dict[str, Any] = {"attention_mask": mask.long()}
         accepted = inspect.signature(self.model.forward).parameters
@@ -213,7 +210,7 @@ class Passes:
             options["use_cache"] = False
         if "logits_to_keep" in accepted and not self.settings.gradient and not self._probes_head():
             # A number, because a tensor might be on another device than the hidden states.
-            options["logits_to_keep"] = written.shape[1] - int(last_positions(written).min())
+            options["logits_to_keep"] = output_mask.shape[1] - int(last_positions(output_mask).min())
         return self.model(**(inputs | options))
 
     def _probes_head(self) -> bool:
@@ -221,9 +218,9 @@ class Passes:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return any(target.module is head for target in self.targets.values())
 
-    def _probed_output(self, outputs: Any, written: Tensor | None) -> Tensor:
+    def _probed_output(self, outputs: Any, output_mask: Tensor | None) -> Tensor:
         """f: `(batch, features)`, or `(batch, tokens, features)` for an encoder."""
-        if self.kind is Kind.OTHER or written is None:
+        if self.kind is ModelKind.OTHER or output_mask is None:
             output = outputs if isinstance(outputs, Tensor) else outputs[0]
             return output[:, -1] if output.dim() == 3 else output
         if self.has_head:
@@ -231,9 +228,9 @@ class Passes:
         else:
             output = outputs.get("last_hidden_state")
             output = outputs.hidden_states[-1] if output is None else output
-        if self.kind is Kind.ENCODER:
+        if self.kind is ModelKind.ENCODER:
             return output
-        last = last_positions(written).to(output.device) - (written.shape[1] - output.shape[1])
+        last = last_positions(output_mask).to(output.device) - (output_mask.shape[1] - output.shape[1])
         return output[torch.arange(len(last), device=output.device), last]
 
     def _keep(self, name: str, tap: Tap, chosen: list[int]) -> None:
@@ -265,8 +262,8 @@ def _length(prompt: Prompt) -> int:
     return next(iter(prompt.values())).shape[1:2].numel()
 
 
-def _masks(mask: Tensor | None, written: Tensor | None) -> list[Tensor]:
-    return [tokens for tokens in (mask, written) if tokens is not None]
+def _masks(mask: Tensor | None, output_mask: Tensor | None) -> list[Tensor]:
+    return [tokens for tokens in (mask, output_mask) if tokens is not None]
 
 
 def _rademacher(generators: list[torch.Generator], output: Tensor, mask: Tensor | None) -> Tensor:
@@ -289,15 +286,15 @@ def _signs(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return signs.mul_(2).sub_(1).float()
 
 
-def _next_token_loss(kind: Kind, outputs: Any, inputs: dict[str, Tensor], written: Tensor | None) -> Tensor:
+def _next_token_loss(kind: ModelKind, outputs: Any, inputs: dict[str, Tensor], output_mask: Tensor | None) -> Tensor:
     """Sum over the prompts of the mean cross-entropy of their own next tokens."""
     logits = getattr(outputs, "logits", None)
-    if kind not in (Kind.DECODER, Kind.SEQ2SEQ) or written is None or logits is None:
+    if kind not in (ModelKind.DECODER, ModelKind.SEQ2SEQ) or output_mask is None or logits is None:
         raise ValueError("score='gradient' needs a model that predicts the next token of its prompts.")
-    ids = inputs.get("decoder_input_ids" if kind is Kind.SEQ2SEQ else "input_ids")
+    ids = inputs.get("decoder_input_ids" if kind is ModelKind.SEQ2SEQ else "input_ids")
     if ids is None:
         raise ValueError(
             "score='gradient' needs prompts with decoder_input_ids, whose next tokens an encoder-decoder predicts."
         )
     losses = F.cross_entropy(logits[:, :-1].transpose(1, 2).float(), ids[:, 1:], reduction="none")
-    return ((losses * written[:, 1:]).sum(1) / written[:, 1:].sum(1).clamp(min=1)).sum()
+    return ((losses * output_mask[:, 1:]).sum(1) / output_mask[:, 1:].sum(1).clamp(min=1)).sum()

@@ -17,34 +17,28 @@ from .settings import ProbeSettings
 
 logger = logging.getLogger(__name__)
 
-
 # A text, its token ids, or the keyword arguments of a forward, for one sample.
 Text: TypeAlias = str | Mapping[str, Tensor] | Tensor | Sequence[int]
-
 
 # Inputs of one sample, with a batch dimension of 1: keyword arguments of the model's forward.
 Prompt = dict[str, Tensor]
 
-
 # Random tokens that start a prompt, at most.
 _MAX_SEED_TOKENS = 5
 
-
 # Errors of a model that cannot run on tokens alone, because it needs an image, sound, a language ...
 _NOT_ON_TOKENS = (TypeError, ValueError, AttributeError, LookupError, NotImplementedError)
-
 
 _WAY_OUT = (
     "Probe with your own inputs, probe(model, config, prompts=[...]), save the statistics and pass "
     "DowserConfig(statistics=path); or choose score='magnitude' or 'random', which need no probe."
 )
 
-
 # Prompts written together. A constant, because the prompts depend on it and must not depend on the free memory.
 _GENERATION_BATCH = 64
 
 
-class Kind(Enum):
+class ModelKind(Enum):
     """How a model is probed: by what it reads, and where its output is."""
 
     DECODER = "decoder"
@@ -53,28 +47,22 @@ class Kind(Enum):
     OTHER = "other"
 
 
-def kind_of(model: nn.Module) -> Kind:
+def model_kind(model: nn.Module) -> ModelKind:
     """Tell decoder-only, encoder-only and sequence-to-sequence models apart."""
     if not isinstance(model, PreTrainedModel):
-        return Kind.OTHER
+        return ModelKind.OTHER
     if model.config.is_encoder_decoder:
-        return Kind.SEQ2SEQ
+        return ModelKind.SEQ2SEQ
     causal = any(getattr(module, "is_causal", False) is True for module in model.modules())
-    return Kind.DECODER if causal or model.can_generate() else Kind.ENCODER
+    return ModelKind.DECODER if causal or model.can_generate() else ModelKind.ENCODER
 
 
 def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
     """Write N prompts of T tokens each: random tokens for an encoder, the model's own sampling for the others.
 
     Each begins with BOS where the model has one; the random tokens that started it are dropped, and no special token
-    occurs. Uses torch's global generators, which the caller restores.
-
-    Args:
-        model: the base model, in eval mode.
-        settings: how many prompts, how long, and so on.
-
-    Returns:
-        N prompts, on the device of the input embeddings.
+    occurs. They are on the device of the input embeddings. The model is in eval mode, and torch's global generators are
+    used, which the caller restores.
 
     Raises:
         ValueError: the model has no vocabulary, cannot generate, or needs more than tokens, such as an image or sound.
@@ -99,7 +87,7 @@ def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]
             _after_image(prefix, prompt["input_ids"][:, len(_start(model)) :])
             for prefix, prompt in zip(prefixes, prompts, strict=False)
         ]
-    if kind_of(model) is Kind.SEQ2SEQ:
+    if model_kind(model) is ModelKind.SEQ2SEQ:
         start = _decoder_start(model)
         for prompt in prompts:
             ids = prompt["input_ids"]
@@ -148,9 +136,14 @@ def _as_prompt(prompt: Text, number: int, tokenizer: Any) -> Prompt:
 
 def prompt_length(model: Any, settings: ProbeSettings) -> int:
     """T, or the length of the longest prompt that the model can write if it is shorter."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 0
-    # XLNet says -1 where it has no limit.
-    return min(settings.probe_length, limit - _MAX_SEED_TOKENS) if limit > 0 else settings.probe_length
+    limit = longest_input(model.config)
+    return settings.probe_length if limit is None else min(settings.probe_length, limit - _MAX_SEED_TOKENS)
+
+
+def longest_input(config: Any) -> int | None:
+    """How many tokens a model reads at most, by its config; None where it has no limit."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None) or 0
+    return limit if limit > 0 else None  # XLNet says -1
 
 
 def _promptable(model: nn.Module) -> PreTrainedModel:
@@ -160,7 +153,7 @@ def _promptable(model: nn.Module) -> PreTrainedModel:
         raise ValueError(f"Cannot write prompts for {name}: it has no token vocabulary. {_WAY_OUT}")
     if model.main_input_name != "input_ids":
         raise ValueError(f"Cannot write prompts for {name}: it reads {model.main_input_name}, not tokens. {_WAY_OUT}")
-    if kind_of(model) is not Kind.ENCODER and not model.can_generate():
+    if model_kind(model) is not ModelKind.ENCODER and not model.can_generate():
         raise ValueError(
             f"Cannot write prompts with {name}: it has no language-model head, so it cannot generate. Probe the same "
             "base loaded with its head (AutoModelForCausalLM, AutoModelForSeq2SeqLM or AutoModelForImageTextToText), "
@@ -237,7 +230,7 @@ def _device(model: PreTrainedModel) -> torch.device:
 
 def _written_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int) -> Tensor:
     """The prompts, in rows."""
-    if kind_of(model) is Kind.ENCODER:
+    if model_kind(model) is ModelKind.ENCODER:
         tokens = _random_tokens(model, settings, length)
         with torch.no_grad():
             model(input_ids=tokens[:1])  # raises where that is not enough
@@ -308,7 +301,7 @@ def _sampling(model: PreTrainedModel, new_tokens: int, pad: int) -> GenerationCo
         pad_token_id=pad,
         bos_token_id=_token_id(model, "bos_token_id"),
         eos_token_id=_token_id(model, "eos_token_id"),
-        decoder_start_token_id=_decoder_start(model) if kind_of(model) is Kind.SEQ2SEQ else None,
+        decoder_start_token_id=_decoder_start(model) if model_kind(model) is ModelKind.SEQ2SEQ else None,
         use_cache=True,
     )
 

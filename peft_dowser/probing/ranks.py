@@ -6,7 +6,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..base.distributed import by_all_ranks, check_gathers, from_rank, gather, is_spread, is_zero3, on_every_rank, rank
+from ..base.distributed import (
+    all_gather,
+    broadcast,
+    check_gathered_by_module,
+    is_sharded_model,
+    is_zero3,
+    on_every_rank,
+    on_one_rank,
+    rank,
+)
 from ..base.storage import check_materialized, on_meta
 from .statistics import ModuleStatistics, combined
 
@@ -37,9 +46,9 @@ class Ranks:
         Raises:
             ValueError: no rank has the weights, or they are sharded in a way that the probe cannot follow.
         """
-        in_step = is_spread(model)
-        check_gathers(model)
-        missing = gather(bool(on_meta(model)))
+        in_step = is_sharded_model(model)
+        check_gathered_by_module(model)
+        missing = all_gather(bool(on_meta(model)))
         able = [number for number, lacks in enumerate(missing) if not lacks]
         on_every_rank(lambda: check_materialized(model) if not able or in_step or rank() in able else None)
         return cls(able, len(missing), in_step, is_zero3(model))
@@ -58,32 +67,34 @@ class Ranks:
         """The prompts that this rank probes."""
         return prompts[self.able.index(rank()) :: len(self.able)]
 
-    def batches(self, prompts: list[int], size: int) -> int:
+    def batch_count(self, prompts: list[int], size: int) -> int:
         """How many batches the rank with the largest share of some prompts runs."""
         return -(-len(prompts) // (size * len(self.able)))
 
-    def smallest(self, size: int) -> int:
+    def common_batch_size(self, size: int) -> int:
         """A batch size that all ranks can use where they run in step, and otherwise this rank's own."""
-        return min(gather(size)) if self.in_step else size
+        return min(all_gather(size)) if self.in_step else size
 
-    def for_all(self, work: Callable[[], T]) -> T:
-        """Do some work that needs the weights, and hand one result to all ranks."""
-        return by_all_ranks(work) if self.in_step else from_rank(self.able[0], work)
+    def one_result(self, work: Callable[[], T]) -> T:
+        """Do some work that needs the weights, and hand one result to all ranks; an error is raised on all of them.
 
-    def on_each(self, work: Callable[[], T]) -> T:
+        Where they run in step, it is raised where it happens: the others wait in the middle of the work.
+        """
+        return broadcast(work()) if self.in_step else on_one_rank(self.able[0], work)
+
+    def on_every_rank(self, work: Callable[[], T]) -> T:
         """Do some work on every rank; an error is raised on all of them, unless they run in step."""
         return work() if self.in_step else on_every_rank(work)
 
-    def gathered(
+    def all_statistics(
         self, names: list[str], mine: Sequence[int], found: dict[str, ModuleStatistics]
     ) -> dict[str, ModuleStatistics]:
-        """Statistics of all prompts, from what each rank has found.
+        """Statistics of all prompts by matrix: what this rank has `found` for its own ones, `mine`, and the others too.
 
-        Args:
-            names: the matrices, in the same order on every rank.
-            mine: numbers of the prompts that this rank has probed.
-            found: their statistics by matrix; emptied on the way, so that no two copies of all exist.
+        The names are in one order on every rank; `found` is emptied on the way, so that no two copies of all exist.
         """
-        numbers = gather(mine)
-        wholes = ((name, combined(list(zip(numbers, gather(found.pop(name, None)), strict=True)))) for name in names)
+        numbers = all_gather(mine)
+        wholes = (
+            (name, combined(list(zip(numbers, all_gather(found.pop(name, None)), strict=True)))) for name in names
+        )
         return {name: whole for name, whole in wholes if whole is not None}

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ..base.compiled import uncompiled
-from ..base.distributed import is_spread
+from ..base.distributed import is_sharded_model
+from ..base.restoring import left_as_it_was
 from ..base.search import check_is_base, resolve_targets
 from ..base.target import Target
-from ..base.untouched import left_as_it_was
 from ..config import DowserConfig
 from . import cache
 from .passes import Passes
@@ -82,17 +82,17 @@ def probe_targets(
     if torch.is_inference_mode_enabled():
         raise RuntimeError("The probe does not run under torch.inference_mode(); leave that context first.")
     ranks = Ranks.of(model)
-    settings = ranks.for_all(lambda: settings)
-    samples = ranks.for_all(lambda: {name: target.sample() for name, target in targets.items()})
+    settings = ranks.one_result(lambda: settings)
+    samples = ranks.one_result(lambda: {name: target.base_sample() for name, target in targets.items()})
     names = [matrix.name for target in targets.values() for matrix in target.matrices()]
-    places: list[Path] = []
+    paths: list[Path] = []
     if prompts is None and not ranks.in_step:
-        places = ranks.for_all(lambda: cache.places_of(model, samples, settings))
-    if places and (known := ranks.for_all(lambda: cache.read(places, names, samples))) is not None:
+        paths = ranks.one_result(lambda: cache.statistics_paths(model, samples, settings))
+    if paths and (known := ranks.one_result(lambda: cache.read(paths, names, samples))) is not None:
         return known if settings.backward else known.of_forwards()
     _report_idle(ranks, next(iter(targets.values())).device)
-    inputs = ranks.for_all(lambda: _inputs(model, settings, prompts))
-    mine, found = ranks.on_each(lambda: _probed(model, targets, settings, inputs, ranks))
+    inputs = ranks.one_result(lambda: _inputs(model, settings, prompts))
+    mine, found = ranks.on_every_rank(lambda: _probed(model, targets, settings, inputs, ranks))
     info = ProbeInfo(
         base_model=getattr(getattr(model, "config", None), "name_or_path", "") or "",
         num_probes=len(inputs),
@@ -101,31 +101,25 @@ def probe_targets(
         probe_images=settings.probe_images if prompts is None else 0.0,
         seed=settings.seed,
     )
-    statistics = ProbeStatistics(ranks.gathered(names, mine, found), info, samples)
-    if places:
-        ranks.for_all(lambda: cache.keep(statistics, places[0]))
+    statistics = ProbeStatistics(ranks.all_statistics(names, mine, found), info, samples)
+    if paths:
+        ranks.one_result(lambda: cache.write(statistics, paths[0]))
     return statistics
 
 
 def own_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]:
     """The prompts that a probe of a base would write, on the CPU; the base is left as it was.
 
-    They are kept in the cache of probes, and read from there the next time.
-
-    Args:
-        model: the base; its adapters, if it has any, are disabled.
-        settings: how many prompts, how long, and so on.
-
-    Raises:
-        ValueError: the base cannot write prompts.
+    They are kept in the cache of probes, and read from there the next time. The adapters of the base, if it has any,
+    are disabled. A ValueError tells that it cannot write prompts.
     """
-    at = None if is_spread(model) else cache.place_of_prompts(model, settings)
+    at = None if is_sharded_model(model) else cache.prompts_path(model, settings)
     if at is not None and (known := cache.read_prompts(at)) is not None:
         return known
     with left_as_it_was(model):
         prompts = _on_cpu(synthetic_prompts(model, settings))
     if at is not None:
-        cache.keep_prompts(prompts, at)
+        cache.write_prompts(prompts, at)
     return prompts
 
 

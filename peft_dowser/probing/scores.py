@@ -1,4 +1,10 @@
-"""Scores: how much each weight matters. Larger means more protected; all are plain functions of tensors."""
+"""Scores: how much each weight matters. Larger means more protected.
+
+Plain functions of the base weight, shape `(out, in)`, any float dtype, read only, and of the `ModuleStatistics` of the
+same module. They return scores of the same shape, float32, non-negative, on the device of the weight. A ValueError
+tells that the statistics belong to a weight of another shape, or do not hold what the score reads. `shift`, `activity`,
+`gradient` and `random` need only the shape and the device of the weight.
+"""
 
 import torch
 from torch import Tensor
@@ -12,15 +18,7 @@ _BLOCK = 1 << 20
 def dowser(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     """Score weights by how much the output depends on them (Eq. 5): S = |W| o (A^T B) / N.
 
-    Args:
-        weight: base weight, shape `(out, in)`, any float dtype; read only.
-        statistics: statistics of the same module: A is `sensitivity`, `(N, out)`, and B is `activity`, `(N, in)`.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative, on the device of `weight`.
-
-    Raises:
-        ValueError: the statistics hold no sensitivity, or belong to a weight of another shape.
+    A, shape `(N, out)`, is the `sensitivity`, and B, shape `(N, in)`, the `activity`.
 
     Note: allocates the scores and, on CPU, a float32 copy of a weight of another dtype; nothing else of their size.
         A^T B is summed in float64, so that a mask depends neither on TF32 nor on the order of a device's sums.
@@ -34,16 +32,6 @@ def shift(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     Theorem 3.1 of the paper bounds the shift of the output by |J| |dW| |h|, and Eq. 3 puts |W| in the place of |dW|.
     But AdamW moves every weight by about the same amount, whatever |W| is.
 
-    Args:
-        weight: base weight, shape `(out, in)`; only its shape and device matter.
-        statistics: statistics of the same module: A is `sensitivity`, `(N, out)`, and B is `activity`, `(N, in)`.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative, on the device of `weight`.
-
-    Raises:
-        ValueError: the statistics hold no sensitivity, or belong to a weight of another shape.
-
     Note: an option for studies, not a default. On the measured language model (SmolLM2-135M-Instruct) it is better than
         `dowser`: at equal learning the model drifts less from its base. On the small image-text model, whose tasks the
         probes do not cover, it is worse than random masks. Memory and sums are those of `dowser`.
@@ -54,15 +42,7 @@ def shift(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
 def activity(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     """Score weights by their input alone, mean_n |h_j|: the factor B of Eq. 5. The probe needs forwards only.
 
-    Args:
-        weight: base weight, shape `(out, in)`; only its shape and device matter.
-        statistics: statistics of the same module; `activity` is used.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative. All rows are one row of memory, so they are read only.
-
-    Raises:
-        ValueError: the statistics belong to a weight of another shape.
+    All rows of the result are one row of memory, so they are read only.
     """
     _check_shape(weight, (weight.shape[0], statistics.activity.shape[1]))
     return mean_activity(statistics).to(weight.device).expand(weight.shape)
@@ -74,45 +54,22 @@ def mean_activity(statistics: ModuleStatistics) -> Tensor:
 
 
 def random(weight: Tensor, seed: int) -> Tensor:
-    """Score weights at random, uniform in [0, 1) (the paper's random baseline).
-
-    Args:
-        weight: base weight, shape `(out, in)`; only its shape and device matter.
-        seed: seed of this matrix. One seed gives one score, on every device.
-
-    Returns:
-        Scores, shape `(out, in)`, float32.
+    """Score weights at random, uniform in [0, 1) (the paper's random baseline); one seed of the matrix gives one score,
+    on every device.
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(weight.shape, generator=generator, dtype=torch.float32, device="cpu").to(weight.device)
 
 
 def magnitude(weight: Tensor) -> Tensor:
-    """Score weights by their size, |W|.
-
-    Args:
-        weight: base weight, shape `(out, in)`, any float dtype; read only.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative.
-    """
+    """Score weights by their size, |W|."""
     return weight.to(torch.float32, copy=True).abs_()
 
 
 def wanda(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
-    """Score weights by size times the norm of their input, |W_ij| ||h_j||_2 (Sun et al. 2024).
+    """Score weights by size times the norm of their input, |W_ij| ||h_j||_2 (Sun et al. 2024), from the `energy`.
 
-    Args:
-        weight: base weight, shape `(out, in)`, any float dtype; read only.
-        statistics: statistics of the same module; `energy` is used.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative.
-
-    Raises:
-        ValueError: the statistics belong to a weight of another shape.
-
-    Note: the original ranks inside each output row; that is `scope="row"`.
+    The original ranks inside each output row; that is `scope="row"`.
     """
     _check_shape(weight, (weight.shape[0], statistics.energy.shape[0]))
     return magnitude(weight).mul_(statistics.energy.to(weight.device).sqrt())
@@ -121,17 +78,7 @@ def wanda(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
 def gradient(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
     """Score weights by the size of the loss gradient, |dL/dW| (SIFT; RoSA ranks its square, the same order).
 
-    Args:
-        weight: base weight, shape `(out, in)`; only its shape and device matter.
-        statistics: statistics of the same module, probed with `score="gradient"`; `gradient` is used.
-
-    Returns:
-        Scores, shape `(out, in)`, float32, non-negative.
-
-    Raises:
-        ValueError: the statistics hold no gradient, or belong to a weight of another shape.
-
-    Note: those methods train the weights with the largest gradient; that is `select="high"`.
+    Those methods train the weights with the largest gradient; that is `select="high"`.
     """
     if statistics.gradient is None:
         raise ValueError(

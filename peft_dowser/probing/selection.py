@@ -9,10 +9,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..base.distributed import is_distributed, on_every_rank, rank, sent_from
-from ..base.parts import layer_of
+from ..base.distributed import broadcast, is_distributed, on_every_rank, rank
+from ..base.module_names import layer_of
 from ..base.target import Target
-from ..config import DowserConfig, ratio_of, share_of
+from ..config import DowserConfig, ratio_of, unrounded_count
 from ..delta.codec import decode, encode, position_dtype
 from ..delta.layout import Granularity, Layout
 from ..delta.masks import frozen_reason, select_jointly, select_rows, trained_count, transpose_positions
@@ -33,8 +33,8 @@ def choose_masks(
 
     Returns:
         Flat positions in the stored weight, or numbers of its input channels, strictly increasing, by target. Frozen
-        targets are left out: those with a
-        ratio of 0, and, with one warning, those whose ratio is too small for one of them or that have no usable score.
+        targets are left out: those with a ratio of 0, and, with one warning, those whose ratio is too small for one of
+        them or that have no usable score.
 
     Raises:
         ValueError: the statistics do not fit the model, a module has fewer input channels than are to train, or no
@@ -125,7 +125,7 @@ class _Ranking:
 
     def masks(self) -> dict[str, Tensor]:
         largest = self.config.select == "high"
-        ratios = {name: ratio_of(self.matrices[name].whole_name, self.config) for name in self.names}
+        ratios = {name: ratio_of(self.matrices[name].name_without_expert, self.config) for name in self.names}
         layouts = {name: self.matrices[name].layout(self.config.granularity) for name in self.names}
         if not self.names:
             return {}
@@ -134,7 +134,10 @@ class _Ranking:
             score = self._score(name)
             selected = [select_rows(score, trained_count(ratios[name], score.shape[1]), largest)]
         else:
-            shares = [share_of(self.matrices[name].whole_name, layout, self.config) for name, layout in layouts.items()]
+            shares = [
+                unrounded_count(self.matrices[name].name_without_expert, layout, self.config)
+                for name, layout in layouts.items()
+            ]
             count = round(sum(shares))
             selected = select_jointly([partial(self._score, name) for name in self.names], count, largest)
         found = dict(zip(self.names, selected, strict=True))
@@ -151,7 +154,7 @@ class _Ranking:
         return {name: _as_stored(at, self.matrices[name]) for name, at in found.items()}
 
     def _joins(self, name: str, alone: bool) -> bool:
-        if ratio_of(self.matrices[name].whole_name, self.config) == 0:
+        if ratio_of(self.matrices[name].name_without_expert, self.config) == 0:
             return False
         uses = [use.name for use in self.matrices[name].uses]
         if self.statistics is not None and not any(use in self.statistics.modules for use in uses):
@@ -177,14 +180,7 @@ class _Ranking:
 
 
 def channel_scores(score: Tensor) -> Tensor:
-    """Scores of the input channels of a matrix: the mean over the weights of each.
-
-    Args:
-        score: scores of its weights, shape `(out, in)`, float32.
-
-    Returns:
-        Shape `(in,)`, float32.
-    """
+    """Scores of the input channels, `(in,)`: the mean over the scores `(out, in)` of the weights of each; float32."""
     wide = torch.float32 if score.device.type == "mps" else torch.float64  # MPS has no float64
     return score.mean(0, dtype=wide).float()
 
@@ -196,7 +192,7 @@ def _as_stored(positions: Tensor, matrix: Target) -> Tensor:
 def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Mapping[str, Target]) -> None:
     grouped: dict[tuple[str, str], list[str]] = {}
     for name, reason in frozen.items():
-        grouped.setdefault((matrices[name].whole_name, reason), []).append(str(matrices[name].expert))
+        grouped.setdefault((matrices[name].name_without_expert, reason), []).append(str(matrices[name].expert))
     listed = [
         f"{whole} ({reason})" if experts == ["None"] else f"{whole}: experts {', '.join(experts)} ({reason})"
         for (whole, reason), experts in grouped.items()
@@ -227,10 +223,10 @@ def same_on_all_ranks(
     if not is_distributed():
         return choose()
     masks = on_every_rank(lambda: choose() if rank() == 0 else {})
-    shapes = sent_from({name: targets[name].shape for name in masks}, 0)
+    shapes = broadcast({name: targets[name].shape for name in masks})
     on_every_rank(lambda: _check_shapes(shapes, targets))
     sizes = {name: targets[name].layout(granularity).size for name in shapes}
-    codes = {name: sent_from(_packed(masks[name], sizes[name]) if masks else None, 0) for name in shapes}
+    codes = {name: broadcast(_packed(masks[name], sizes[name]) if masks else None) for name in shapes}
     return on_every_rank(
         lambda: masks or {name: _unpacked(code, sizes[name], targets[name].device) for name, code in codes.items()}
     )

@@ -7,16 +7,9 @@ from ..config import FORWARD_SCORES, DowserConfig
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """Everything in a `DowserConfig` that a probe depends on besides its targets.
+    """Everything in a `DowserConfig` that a probe depends on besides its targets; the fields mean what they mean there.
 
-    Attributes:
-        num_probes: N, the number of synthetic prompts.
-        num_rademacher: R, the number of random projections of the output per prompt; 0 in a probe of forwards only.
-        probe_length: T, the tokens of a synthetic prompt.
-        probe_images: fraction of the prompts that begin with a noise image.
-        seed: seed of prompts and projections.
-        batch_size: prompts per batch; None chooses it from the free memory.
-        gradient: also keep the gradient of the next-token loss.
+    R, `num_rademacher`, is 0 in a probe of forwards only; `gradient` also keeps the gradient of the next-token loss.
     """
 
     num_probes: int

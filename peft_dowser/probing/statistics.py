@@ -10,10 +10,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..delta.format import few, is_sample, printable, quoted, unlike_samples, write_tensors
+from ..delta.format import few, is_sample, printable, quoted, unlike_samples
+from ..delta.safe_files import write_tensors
 
 _FORMAT = "peft_dowser.statistics"
-
 
 _VERSION = 1
 
@@ -202,13 +202,9 @@ class ProbeStatistics:
 
 
 def combined(parts: Sequence[tuple[Sequence[int], ModuleStatistics | None]]) -> ModuleStatistics | None:
-    """Join the statistics of one module over parts of the prompts to the statistics of all prompts.
+    """Join the statistics of one module over parts of the prompts, whose numbers come first in each part.
 
-    Args:
-        parts: the numbers of the prompts of each part, and their statistics; None where no prompt reached the module.
-
-    Returns:
-        The statistics, their rows in the order of the numbers; None where no prompt reached the module.
+    The rows of the result are in the order of the numbers. None is a module that no prompt has reached.
     """
     reached = [(numbers, part) for numbers, part in parts if part is not None]
     if not reached:

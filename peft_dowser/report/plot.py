@@ -16,8 +16,8 @@ from torch import Tensor
 from ..delta.format import printable, quoted
 from ..evaluation.metrics import h_score
 from ..files.adapter import open_adapter
+from ..files.grouping import OUTSIDE, kinds_and_layers
 from ..files.inspection import inspect
-from ..files.places import OUTSIDE, places
 from ..probing import scores
 from ..probing.statistics import ProbeStatistics
 
@@ -107,7 +107,7 @@ def mask_density(adapter: str | Path, module: str) -> Figure:
     """
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
-        layouts = saved.layouts()
+        layouts = saved.layouts
         if module not in layouts:
             raise ValueError(
                 f"Adapter '{adapter}' has no values for {quoted(module)}. It adapts, for example, "
@@ -157,7 +157,7 @@ def _without_weight(sensitivity: Tensor, activity: Tensor) -> float:
 
 def _maps(maps: Mapping[str, Mapping[str, float]]) -> Figure:
     """Maps of numbers by module, one below the other: a row for each kind of module, a column for each layer."""
-    found = places(next(iter(maps.values())))
+    found = kinds_and_layers(next(iter(maps.values())))
     kinds = list(dict.fromkeys(kind for kind, _ in found.values()))
     layers = sorted({layer for _, layer in found.values()})
     # The width stays: a page shrinks what is wider, and its letters with it.

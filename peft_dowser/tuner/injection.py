@@ -12,7 +12,7 @@ from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from .._peft import bare_base
-from ..base.distributed import check_whole, on_every_rank, rank
+from ..base.distributed import check_not_sharded, on_every_rank, rank
 from ..base.search import fused_parameters, resolve_targets
 from ..base.storage import check_materialized
 from ..base.target import Target, layouts_of
@@ -20,14 +20,14 @@ from ..config import PROBED_SCORES, AdapterRecord, DowserConfig
 from ..delta.codec import DeltaFormatError
 from ..delta.format import counts_in, is_delta
 from ..files.checks import check_fits, warn_of_other_base
-from ..layers.layer import DowserLayer, adapted, dowser_layers
+from ..layers.layer import DowserLayer, dowser_layers, layers_with_adapter
 from ..probing.run import probe_targets
 from ..probing.selection import choose_masks, same_on_all_ranks
 from ..probing.settings import ProbeSettings
 from ..probing.statistics import ProbeStatistics
 from .loading import Load, current_load
 from .merging import check_unmerged
-from .notices import (
+from .messages import (
     report_bare_experts,
     report_other_probe,
     report_read,
@@ -36,7 +36,7 @@ from .notices import (
     warn_of_other_weights,
 )
 from .snapshot import Snapshot
-from .whole import check_whole_modules
+from .whole_tensors import check_whole_modules
 
 # By task, the heads that PEFT trains as a whole. It adds them to `modules_to_save` only after the adapter is made.
 _LATE_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -93,7 +93,7 @@ class Injection:
         self.config.check()
         check_whole_modules(model, self.config)
         _check_base_unmerged(model, is_new)
-        check_whole(model)
+        check_not_sharded(model)
         self.targets = resolve_targets(model, self.config)
         _check_not_nested(model, self.targets)
         by_default = self.config.target_modules is None
@@ -104,7 +104,7 @@ class Injection:
             self._check_saved(model, self.counts)
         else:
             twin = cast(str, self.twin)
-            layers = [layer for _, layer in adapted(model, twin)]
+            layers = layers_with_adapter(model, twin).values()
             self.masks = {layer.module_name: layer.index(twin).decoded().clone() for layer in layers}
 
     @property
@@ -143,7 +143,7 @@ class Injection:
     def _read_samples(self, model: nn.Module, names: Iterable[str]) -> dict[str, str | None]:
         """Samples of base weights by name. A layer that has an adapter may be merged, so it keeps the sample."""
         known = {layer.module_name: layer.base_sample for layer in dowser_layers(model)}
-        return {name: known[name] if name in known else self.targets[name].sample() for name in names}
+        return {name: known[name] if name in known else self.targets[name].base_sample() for name in names}
 
     def _check_saved(self, model: nn.Module, counts: Mapping[str, int]) -> None:
         where, manifest = f"Adapter '{self.adapter_name}'", self.config.manifest
@@ -174,7 +174,7 @@ class Injection:
         path = self.config.statistics
         if path is None:
             return probe_targets(model, self.targets, ProbeSettings.of(self.config))
-        place = _place_of_base(model)
+        place = _prefix_of_base(model)
         # Rank 0 chooses.
         return on_every_rank(lambda: ProbeStatistics.load(path).named_as(self.targets, place) if rank() == 0 else None)
 
@@ -238,7 +238,7 @@ def _check_base_unmerged(model: nn.Module, is_new: bool) -> None:
     check_unmerged(layers, "adding an adapter")
 
 
-def _place_of_base(model: nn.Module) -> str:
+def _prefix_of_base(model: nn.Module) -> str:
     """The name of the base in a transformers model with a head; "" for the base itself."""
     place = getattr(model, "base_model_prefix", "")
     return place if isinstance(getattr(model, place, None), nn.Module) else ""

@@ -22,14 +22,14 @@ from .._peft import NAME
 from .._transformers import PeftAdapterMixin
 from ..config import DowserConfig
 from ..delta.codec import DeltaFormatError, side_by_side
-from ..delta.format import CODE, VALUES, named, quoted
-from ..delta.layout import Stored
+from ..delta.format import CODE, VALUES, quoted, with_adapter_name
+from ..delta.layout import StoredDelta
 from ..files.checks import check_keys, check_missing, check_names_in_file, read_delta
-from ..layers.layer import DowserLayer, adapted
+from ..layers.layer import DowserLayer, layers_with_adapter
 from ..layers.state import Index, Values
 from .merging import check_replaceable
 from .snapshot import Snapshot
-from .whole import check_replaced, saved_names
+from .whole_tensors import check_replaced, saved_names
 
 
 @dataclass
@@ -48,10 +48,10 @@ class Load:
     copies: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     deltas: list[tuple[Values, Index, list[Tensor]]] = field(default_factory=list)
 
-    def keep(self, tensors: Iterable[Tensor]) -> None:
+    def back_up(self, tensors: Iterable[Tensor]) -> None:
         self.copies += [(tensor, _copied(tensor)) for tensor in tensors]
 
-    def keep_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
+    def back_up_deltas(self, layers: Iterable[DowserLayer], adapter_name: str) -> None:
         """Copy the deltas of an adapter before they are replaced, unless it is new and goes as a whole."""
         if any(snapshot.adapter_name == adapter_name for snapshot in self.snapshots):
             return
@@ -65,8 +65,8 @@ class Load:
             for tensor, copy in self.copies:
                 tensor.copy_(copy)
             for values, index, (before, code, positions) in self.deltas:
-                values.fill(before)
-                index.fill(code, positions)
+                values.replace(before)
+                index.replace(code, positions)
         for snapshot in reversed(self.snapshots):
             snapshot.restore()
 
@@ -198,26 +198,26 @@ def _tensors(given: Mapping[str, Any]) -> Mapping[str, Tensor]:
 
 
 def read_file(
-    layers: Sequence[tuple[str, DowserLayer]],
+    layers: Mapping[str, DowserLayer],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
     names: Collection[str],
-) -> list[Stored]:
+) -> list[StoredDelta]:
     """Have every Dowser tensor of a saved adapter judged for the layers that it is loaded into, with their names in the
     model.
 
     `state_dict` has its tensors, as the model calls them, and `names` are their names in the file. Returns the deltas
     in the order of the layers, their values in the dtypes of the layers.
     """
-    check_replaceable([layer for _, layer in layers], adapter_name)
+    check_replaceable(layers.values(), adapter_name)
     where = f"Adapter '{adapter_name}'"
-    values, code = named(VALUES, adapter_name), named(CODE, adapter_name)
-    expected = [name + part for name, _ in layers for part in (values, code)]
+    values, code = with_adapter_name(VALUES, adapter_name), with_adapter_name(CODE, adapter_name)
+    expected = [name + part for name in layers for part in (values, code)]
     check_keys(expected, state_dict, where)
     check_names_in_file(names, expected, where)
 
-    def read(named_layer: tuple[str, DowserLayer]) -> Stored:
-        name, layer = named_layer
+    def read(name: str) -> StoredDelta:
+        layer = layers[name]
         index, dtype = layer.index(adapter_name), layer.values(adapter_name).dtype
         place = f"{where}, module {quoted(layer.module_name)}"
         tensors = state_dict[name + values], state_dict[name + code]
@@ -225,30 +225,30 @@ def read_file(
 
     # On a GPU all threads would share it, and each would take memory of its own there.
     on_cpu = all(tensor.is_cpu for tensor in state_dict.values())
-    return side_by_side(read, layers) if on_cpu else list(map(read, layers))
+    return side_by_side(read, list(layers)) if on_cpu else list(map(read, layers))
 
 
-def fill(
-    layers: Sequence[tuple[str, DowserLayer]],
+def set_positions(
+    layers: Mapping[str, DowserLayer],
     adapter_name: str,
     state_dict: Mapping[str, Tensor],
-    deltas: Sequence[Stored],
+    deltas: Sequence[StoredDelta],
 ) -> dict[str, Tensor]:
     """Give the layers the positions in the deltas of `read_file`, so that nothing decodes them again.
 
     Returns the tensors of the deltas that are to be loaded, by their names in `state_dict`.
     """
     tensors = {}
-    for (name, layer), delta in zip(layers, deltas, strict=True):
-        code = name + named(CODE, adapter_name)
-        layer.index(adapter_name).fill(state_dict[code], delta.positions)
-        tensors |= {name + named(VALUES, adapter_name): delta.values, code: state_dict[code]}
+    for (name, layer), delta in zip(layers.items(), deltas, strict=True):
+        code = name + with_adapter_name(CODE, adapter_name)
+        layer.index(adapter_name).replace(state_dict[code], delta.positions)
+        tensors |= {name + with_adapter_name(VALUES, adapter_name): delta.values, code: state_dict[code]}
     return tensors
 
 
 def check_loaded(model: nn.Module, adapter_name: str) -> None:
     loaded = {}
-    for name, layer in adapted(model, adapter_name):
+    for name, layer in layers_with_adapter(model, adapter_name).items():
         loaded[name + VALUES] = not cast(Values, layer.dowser_values[adapter_name]).awaited
         loaded[name + CODE] = layer.index(adapter_name).positions is not None
     check_keys(loaded, [key for key, is_there in loaded.items() if is_there], f"Adapter '{adapter_name}'")

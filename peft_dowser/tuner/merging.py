@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..base.distributed import is_spread
+from ..base.distributed import is_sharded_model
 from ..delta.format import few
 from ..layers.layer import DowserLayer, dowser_layers
 from . import writing
@@ -74,7 +74,7 @@ def briefly_merged(model: nn.Module) -> Iterator[None]:
     disabled already, or whose weights are spread over ranks; a layer whose merge does not write in place stays
     unmerged.
     """
-    layers = [] if is_spread(model) else [layer for layer in dowser_layers(model) if layer.merges_in_place]
+    layers = [] if is_sharded_model(model) else [layer for layer in dowser_layers(model) if layer.merges_in_place]
 
     def unmerge() -> None:
         for layer in layers:

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from .._peft import _get_submodules, _set_adapter, check_target_module_exists
-from ..base.compiled import uncompiled, usual_name
+from ..base.compiled import uncompiled, uncompiled_name
 from ..base.search import check_is_base
 from ..config import DowserConfig
 from ..delta.apply import report_vanished
@@ -24,15 +24,15 @@ from ..delta.codec import encode
 from ..delta.format import PREFIX, is_delta
 from ..layers.experts import Experts, FusedParameter
 from ..layers.kinds import layer_for
-from ..layers.layer import DowserLayer, adapted, dowser_layers
+from ..layers.layer import DowserLayer, dowser_layers, layers_with_adapter
 from ..layers.state import Values
 from ..layers.tied import Tied
 from .combining import check_sources, combined_config, combined_deltas
 from .injection import Injection, check_adapter_name, prepare_for_task
-from .loading import current_load, fill, read_file
+from .loading import current_load, read_file, set_positions
 from .merging import briefly_merged, note_merged_everywhere, prepare_merge, report_not_finite, unmerge_everywhere
-from .mixing import check_names, mixed_batch
-from .notices import report_untrained
+from .messages import report_untrained
+from .mixed_batch import check_names, mixed_batch
 from .saving import (
     check_unmerged_embeddings,
     complete,
@@ -40,10 +40,10 @@ from .saving import (
     leave_positions_to_us,
     own_biases,
     report_scale,
-    with_usual_names,
+    under_model_names,
 )
 from .snapshot import differ
-from .whole import fitted
+from .whole_tensors import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class DowserModel(BaseTuner):
     _mixes = False  # whether a batch that mixes adapters is under way
     prefix = "dowser_"
     tuner_layer_cls = DowserLayer
-    # Empty: the default targets are found in the structure of the model, see `base.defaults`.
+    # Empty: the default targets are found in the structure of the model, see `base.default_targets`.
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
     def __init__(
@@ -85,7 +85,7 @@ class DowserModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
-        return check_target_module_exists(peft_config, usual_name(key))
+        return check_target_module_exists(peft_config, uncompiled_name(key))
 
     def inject_adapter(
         self,
@@ -98,7 +98,7 @@ class DowserModel(BaseTuner):
         config = self.peft_config[adapter_name]
         before = dict(vars(config))
         self._injection = Injection.begin(model, adapter_name, self.peft_config, state_dict)
-        is_new = not adapted(model, adapter_name)
+        is_new = not layers_with_adapter(model, adapter_name)
         if is_new and (load := current_load()) is not None:
             load.snapshots.append(self._injection.snapshot)
         try:
@@ -107,7 +107,7 @@ class DowserModel(BaseTuner):
             leave_positions_to_us(model)
             config.record = replace(config.record, settings=config.settings())
             if not config.inference_mode:
-                report_untrained([layer for _, layer in adapted(model, adapter_name)], adapter_name)
+                report_untrained(list(layers_with_adapter(model, adapter_name).values()), adapter_name)
         except BaseException:
             vars(config).update(before)
             self.peft_config.pop(adapter_name, None)
@@ -134,7 +134,7 @@ class DowserModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        current_key = usual_name(current_key)
+        current_key = uncompiled_name(current_key)
         if isinstance(target, FusedParameter) or not self._injection.adapts(current_key):
             return
         if isinstance(target, DowserLayer):
@@ -251,7 +251,7 @@ class DowserModel(BaseTuner):
             if layer.module_name in deltas:
                 layout = layer.index(adapter_name).layout
                 stored = layout.stored(deltas[layer.module_name])
-                layer.fill(adapter_name, stored, encode(stored.positions, layout.size))
+                layer.replace_delta(adapter_name, stored, encode(stored.positions, layout.size))
 
     def set_scale(self, adapter_name: str, scale: float) -> None:
         """Multiply the delta of an adapter by a factor, see `DowserLayer.set_scale`; a saved file does not hold it.
@@ -312,7 +312,7 @@ class DowserModel(BaseTuner):
         if autocast_adapter_dtype:
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
             return
-        layers = [layer for _, layer in adapted(self.model, adapter_name)]
+        layers = layers_with_adapter(self.model, adapter_name).values()
         for layer in layers:
             if layer.target.kind != "quantized":
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
@@ -337,7 +337,7 @@ class DowserModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        layers = [layer for _, layer in adapted(model, adapter_name)]
+        layers = list(layers_with_adapter(model, adapter_name).values())
         report_scale(layers, adapter_name)
         check_unmerged_embeddings(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
@@ -358,16 +358,16 @@ class DowserModel(BaseTuner):
         cls, model: nn.Module, config: DowserConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Check the whole file against the model before a single tensor is loaded."""
-        layers = adapted(model, adapter_name)
-        if layers and layers[0][0].startswith(PREFIX) and not any(key.startswith(PREFIX) for key in state_dict):
+        layers = layers_with_adapter(model, adapter_name)
+        if any(name.startswith(PREFIX) for name in layers) and not any(key.startswith(PREFIX) for key in state_dict):
             # It was saved from a model with the adapter in it but no PeftModel around it, as diffusers does.
             state_dict = {PREFIX + key: tensor for key, tensor in state_dict.items()}
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        remapped = with_usual_names(model, remapped, adapter_name)
+        remapped = under_model_names(model, remapped, adapter_name)
         deltas = read_file(layers, adapter_name, remapped, state_dict.keys())
         state = model.state_dict()
         whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
         if (load := current_load()) is not None:
-            load.keep(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
-            load.keep_deltas([layer for _, layer in layers], adapter_name)
-        return fill(layers, adapter_name, remapped, deltas) | whole
+            load.back_up(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
+            load.back_up_deltas(layers.values(), adapter_name)
+        return set_positions(layers, adapter_name, remapped, deltas) | whole

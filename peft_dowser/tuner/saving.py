@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..base.compiled import usual_name
-from ..base.distributed import is_sharded
-from ..base.parts import embedding_modules
+from ..base.compiled import uncompiled_name
+from ..base.distributed import is_sharded_tensor
+from ..base.module_names import embedding_modules
 from ..config import DowserConfig
 from ..delta.codec import side_by_side
-from ..delta.format import CODE, PREFIX, VALUES, entry, manifest, named
+from ..delta.format import CODE, PREFIX, VALUES, manifest, manifest_entry, with_adapter_name
 from ..layers.layer import DowserLayer
 from ..layers.tied import Tied
 
@@ -44,54 +44,54 @@ def complete(
     modules but not of tensors; torch.compile adds one to both, which a file must not have. A state dict may lack the
     index code, see `layers.state.Index`. The layers are those that carry the adapter, whose name is in all keys.
     """
-    completed, state_dict = _as_usual(selected), _as_usual(state_dict)
+    completed, state_dict = _uncompiled(selected), _uncompiled(state_dict)
     inside_peft = any(key.startswith(PREFIX) for key in state_dict)
     for layer in layers:
         module, index = layer.module_name, layer.index(adapter_name)
         start = f"{PREFIX if inside_peft else ''}{module}"
-        values_key = start + named(VALUES, adapter_name)
+        values_key = start + with_adapter_name(VALUES, adapter_name)
         values = state_dict.get(values_key)
-        if values is None or is_sharded(values) or values.numel() != index.nnz:
-            whole = 0 if values is None or is_sharded(values) else values.numel()
+        if values is None or is_sharded_tensor(values) or values.numel() != index.nnz:
+            whole = 0 if values is None or is_sharded_tensor(values) else values.numel()
             raise ValueError(
                 f"Adapter '{adapter_name}': the state dict has {whole} of the {index.nnz} values of module '{module}', "
                 "so the file would be incomplete. The model is sharded: gather a full state dict on all ranks "
                 "(accelerator.get_state_dict(model), or get_model_state_dict with full_state_dict=True), and call "
                 "save_pretrained(..., state_dict=...) with it on rank 0."
             )
-        index.check_untouched()
+        index.check_agreement()
         completed[values_key] = values
-        completed[start + named(CODE, adapter_name)] = index.code
+        completed[start + with_adapter_name(CODE, adapter_name)] = index.code
     return completed
 
 
-def with_usual_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
+def under_model_names(model: nn.Module, tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Tensor]:
     """The tensors of a saved adapter, under those names in a model that PEFT does not find.
 
     They are the names of buffers outside the state dict, see `layers.state.Index`, and of all inside compiled modules.
     """
-    known = {usual_name(name): name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    known = {uncompiled_name(name): name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     renamed = {}
     for key, tensor in tensors.items():
         part = next((part for part in (VALUES, CODE) if key.endswith(part)), None)
-        full = key if part is None else key.removesuffix(part) + named(part, adapter_name)
+        full = key if part is None else key.removesuffix(part) + with_adapter_name(part, adapter_name)
         renamed[known.get(full) or known.get(full.removeprefix(PREFIX)) or key] = tensor
     return renamed
 
 
-def _as_usual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {usual_name(name): tensor for name, tensor in tensors.items()}
+def _uncompiled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {uncompiled_name(name): tensor for name, tensor in tensors.items()}
 
 
 def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
     """The manifest of what is about to be saved, of tensors by their names in the model."""
-    code, values = named(CODE, adapter_name), named(VALUES, adapter_name)
+    code, values = with_adapter_name(CODE, adapter_name), with_adapter_name(VALUES, adapter_name)
 
     def entry_of(layer: DowserLayer) -> dict[str, Any]:
         name = layer.module_name
         start = name if name + values in tensors else PREFIX + name
         layout = layer.index(adapter_name).layout
-        return entry(tensors[start + code], tensors[start + values], layout, layer.base_sample)
+        return manifest_entry(tensors[start + code], tensors[start + values], layout, layer.base_sample)
 
     return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 

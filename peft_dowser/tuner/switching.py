@@ -11,11 +11,11 @@ from ..base.search import check_is_model
 from ..base.storage import offload_hook
 from ..base.target import Target
 from ..config import AdapterRecord, DowserConfig
-from ..delta.apply import Delta, Written, merged_entries
-from ..delta.format import few
+from ..delta.apply import Delta, Overwritten, merged_entries
+from ..delta.format import few, quoted
 from ..files.adapter import SavedAdapter, open_adapter
 from ..files.checks import warn_of_other_base
-from ..layers.layer import DowserLayer, adapted, dowser_layers
+from ..layers.layer import DowserLayer, dowser_layers, layers_with_adapter
 from . import writing
 from .merging import check_replaceable
 
@@ -38,7 +38,7 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
         OSError: there is no such saved adapter.
     """
     check_is_model(model)
-    layers = {layer.module_name: layer for _, layer in adapted(model, adapter_name)}
+    layers = {layer.module_name: layer for layer in layers_with_adapter(model, adapter_name).values()}
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
         _check(model, layers, saved, adapter_name)
@@ -53,14 +53,14 @@ def hotswap(model: nn.Module, adapter: str | Path, adapter_name: str = "default"
     config.nnz_pattern, config.record = saved.counts, AdapterRecord(in_use=True, counts=saved.counts)
     config.inference_mode = model.peft_config[adapter_name].inference_mode  # type: ignore[index, union-attr]
 
-    def fill() -> None:
+    def replace() -> None:
         for name, layer in layers.items():
-            layer.fill(adapter_name, deltas[name], codes[name])
+            layer.replace_delta(adapter_name, deltas[name], codes[name])
         model.peft_config[adapter_name] = config  # type: ignore[index, operator]
 
     with writing.lock:
         check_replaceable(layers.values(), adapter_name)  # a `generate` may have merged it meanwhile
-        writing.to_the_end(fill)
+        writing.to_the_end(replace)
 
 
 def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter, adapter_name: str) -> None:
@@ -79,16 +79,20 @@ def _check(model: nn.Module, layers: dict[str, DowserLayer], saved: SavedAdapter
                 f"Adapter '{name}' also trains {also}, which hotswap does not replace. Use load_adapter() and "
                 "delete_adapter()."
             )
-    if saved.others:
-        raise ValueError(
-            f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
-            f"{next(iter(saved.others))[:100]!r}, which hotswap does not replace. Use load_adapter() and "
-            "delete_adapter()."
-        )
+    _check_sparse(saved, "hotswap does not replace. Use load_adapter() and delete_adapter()")
     if different := sorted(layers.keys() ^ saved.counts.keys()):
         raise ValueError(
             f"Adapter '{saved.name}' is not for the modules of adapter '{adapter_name}'; {len(different)} differ: "
             f"{few(different)}. Use load_adapter() and delete_adapter()."
+        )
+
+
+def _check_sparse(saved: SavedAdapter, refusal: str) -> None:
+    """Refuse an adapter that is more than sparse deltas; `refusal` says who does, and what to do instead."""
+    if saved.whole_tensors:
+        raise ValueError(
+            f"Adapter '{saved.name}' also changes {len(saved.whole_tensors)} whole tensors, such as "
+            f"{quoted(next(iter(saved.whole_tensors)))}, which {refusal}."
         )
 
 
@@ -124,11 +128,7 @@ class Patch:
             raise ValueError("The model has Dowser adapters. Give a patch the plain model, or use load_adapter().")
         with ExitStack() as files:
             saved = open_adapter(str(adapter), files)
-            if saved.others:
-                raise ValueError(
-                    f"Adapter '{saved.name}' also changes {len(saved.others)} whole tensors, such as "
-                    f"{next(iter(saved.others))!r}, which a patch does not. Use PeftModel.from_pretrained()."
-                )
+            _check_sparse(saved, "a patch does not. Use PeftModel.from_pretrained()")
             self._targets = saved.targets_in(model)
             _check_writable(self._targets)
             self._deltas = {}
@@ -136,15 +136,15 @@ class Patch:
                 delta = saved.delta(name, target.layout(saved.config.granularity))
                 self._deltas[name] = Delta(*(part.to(target.device) for part in delta))
         # What is to be put back, by module, and whether `apply` has written all of it and was not interrupted.
-        self._written: dict[str, Written] = {}
+        self._overwritten: dict[str, Overwritten] = {}
         self._is_complete = False
         self.name = saved.name
         if saved.config.manifest is not None:
-            samples = {name: target.sample() for name, target in self._targets.items()}
+            samples = {name: target.base_sample() for name, target in self._targets.items()}
             warn_of_other_base(saved.config.manifest, samples, f"Adapter '{self.name}'")
 
     def __repr__(self) -> str:
-        return f"Patch({self.name!r}, {len(self._targets)} modules, {'' if self._written else 'not '}applied)"
+        return f"Patch({self.name!r}, {len(self._targets)} modules, {'' if self._overwritten else 'not '}applied)"
 
     def apply(self) -> None:
         """Write W + D into the weights.
@@ -153,7 +153,7 @@ class Patch:
             ValueError: it is applied already, or a sum would not be finite; no weight has changed.
         """
         with writing.lock:
-            if self._written:
+            if self._overwritten:
                 raise ValueError(f"Adapter '{self.name}' is applied already. Call remove() first.")
             sums = {}
             for name, target in self._targets.items():
@@ -161,7 +161,7 @@ class Patch:
                 entries.check_finite(self.name, name)
                 sums[name] = entries
             try:
-                self._written = {name: entries.written() for name, entries in sums.items()}
+                self._overwritten = {name: entries.overwritten() for name, entries in sums.items()}
                 for name, entries in sums.items():
                     entries.write(_weight(self._targets[name]))
                 self._is_complete = True
@@ -177,9 +177,9 @@ class Patch:
                 changed.
         """
         with writing.lock:
-            if not self._written:
+            if not self._overwritten:
                 raise ValueError(f"Adapter '{self.name}' is not applied.")
-            for name, written in self._written.items():
+            for name, written in self._overwritten.items():
                 weight = _weight(self._targets[name])
                 is_cast = weight.dtype != written.originals.dtype
                 # Where a write was interrupted, some entries are the originals.
@@ -194,9 +194,9 @@ class Patch:
     def _restore(self) -> None:
         """Put back what was written; called again after an interruption, the rest."""
         self._is_complete = False
-        for name, written in list(self._written.items()):
+        for name, written in list(self._overwritten.items()):
             written.undo(_weight(self._targets[name]))
-            del self._written[name]
+            del self._overwritten[name]
 
     def __enter__(self) -> "Patch":
         self.apply()

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DeviceMesh, distribute_tensor
 from trainings import HOOK, same, trained, weights
 
 from peft_dowser.baselines import SpiderCallback
-from peft_dowser.baselines.spider import SPIDER_FILE, _pull_back, _rank
+from peft_dowser.baselines.spider import SPIDER_FILE, _pull_back, _relative_magnitude
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -92,9 +92,9 @@ def test_spider_is_exact_where_nothing_moved() -> None:
 
 
 def test_spider_ranks_every_tensor() -> None:
-    assert torch.equal(_rank(torch.zeros(3)), torch.zeros(3))
-    assert torch.equal(_rank(torch.tensor([2.0, -2.0])), torch.full((2,), 0.5))
-    assert torch.equal(_rank(torch.tensor(-3.0)), torch.tensor(0.5))
+    assert torch.equal(_relative_magnitude(torch.zeros(3)), torch.zeros(3))
+    assert torch.equal(_relative_magnitude(torch.tensor([2.0, -2.0])), torch.full((2,), 0.5))
+    assert torch.equal(_relative_magnitude(torch.tensor(-3.0)), torch.tensor(0.5))
     gradient, weight = torch.zeros(4), torch.ones(4)
     _pull_back(weight, torch.arange(4.0), gradient)
     assert torch.equal(weight, torch.arange(4.0))  # no gradient: nothing may move

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from peft_dowser.delta.apply import Delta
 from peft_dowser.delta.codec import DeltaFormatError
-from peft_dowser.delta.layout import Layout, Stored
+from peft_dowser.delta.layout import Layout, StoredDelta
 from peft_dowser.delta.lora import lora_factors
 
 OUT, IN = 6, 10
@@ -23,8 +23,8 @@ def numbers(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(channels: list[int] = CHANNELS) -> Stored:
-    return Stored(torch.tensor(channels, dtype=torch.int32), numbers(OUT, len(channels)))
+def stored(channels: list[int] = CHANNELS) -> StoredDelta:
+    return StoredDelta(torch.tensor(channels, dtype=torch.int32), numbers(OUT, len(channels)))
 
 
 def dense(delta: Delta, layout: Layout) -> Tensor:

@@ -17,7 +17,7 @@ from peft_dowser.delta.masks import (
     select,
     select_jointly,
     select_rows,
-    shared,
+    shared_positions,
     trained_count,
     transpose_positions,
 )
@@ -224,7 +224,7 @@ def test_temporaries_are_bounded_by_the_block(work, tmp_path: Path, monkeypatch:
 def test_shared_positions_are_found_in_both(ratios: tuple[float, float], dtypes: tuple[torch.dtype, ...]) -> None:
     generator = np.random.default_rng(0)
     one, other = (np.flatnonzero(generator.random(50) < ratio) for ratio in ratios)
-    found = shared(torch.from_numpy(one).to(dtypes[0]), torch.from_numpy(other).to(dtypes[1]))
+    found = shared_positions(torch.from_numpy(one).to(dtypes[0]), torch.from_numpy(other).to(dtypes[1]))
     both, *expected = np.intersect1d(one, other, return_indices=True)
     assert [indices.tolist() for indices in found] == [indices.tolist() for indices in expected]
     assert {indices.dtype for indices in found} == {torch.int64}

@@ -7,7 +7,7 @@ from models import config, tiny_llama
 from torch import nn
 
 from peft_dowser import probe
-from peft_dowser.base.untouched import measuring
+from peft_dowser.base.restoring import measuring
 from peft_dowser.delta import seeds
 
 

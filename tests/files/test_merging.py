@@ -291,13 +291,13 @@ def test_files_are_named_as_transformers_names_them_and_split_at_the_size(tmp_pa
 def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, adapter = pair(tmp_path, lambda: tiny_llama(layers=6), shards="1GB")
     live, peak, total = 0, 0, 0
-    read = merging._Sum.read
+    read = merging.MergedCheckpoint.read
 
     def release(size: int) -> None:
         nonlocal live
         live -= size
 
-    def counted(self: merging._Sum, key: str) -> Tensor:
+    def counted(self: merging.MergedCheckpoint, key: str) -> Tensor:
         nonlocal live, peak, total
         tensor = read(self, key)
         live += tensor.nbytes
@@ -306,7 +306,7 @@ def test_one_shard_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.Mo
         weakref.finalize(tensor, release, tensor.nbytes)
         return tensor
 
-    monkeypatch.setattr(merging._Sum, "read", counted)
+    monkeypatch.setattr(merging.MergedCheckpoint, "read", counted)
     merge(adapter, tmp_path / "merged", max_shard_size="20KB")
     largest = 4 * 32 * 64
     assert largest < peak <= 20_000 + largest
@@ -420,7 +420,7 @@ def tied(checkpoint: checkpoints.Checkpoint, names: dict[str, str]) -> checkpoin
     """A checkpoint in which some tensors are stored under another name only."""
     for name, other in names.items():
         del checkpoint.tensors[name]
-        checkpoint.twins[name] = other
+        checkpoint.tied[name] = other
     return checkpoint
 
 

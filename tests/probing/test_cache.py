@@ -246,7 +246,7 @@ def test_writers_and_readers_at_once_see_whole_files(folder: Path, caplog: pytes
 
     def work(number: int) -> ProbeStatistics | None:
         if number % 2:
-            cache.keep(first, path)
+            cache.write(first, path)
         return cache.read([path], list(first.modules), first.samples)
 
     with ThreadPoolExecutor(8) as pool:

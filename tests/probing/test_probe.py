@@ -344,14 +344,14 @@ def test_prompts_are_on_the_cpu_before_they_are_sent(given: bool, monkeypatch: p
         moved.append(tensor)
         return cpu(tensor)
 
-    def from_rank(source: int, work: Callable[[], Any]) -> Any:
+    def on_one_rank(source: int, work: Callable[[], Any]) -> Any:
         if isinstance(result := work(), list):
             sent.extend(tensor for prompt in result for tensor in prompt.values())
         return result
 
     sent: list[Tensor] = []
     monkeypatch.setattr(Tensor, "cpu", noted)
-    monkeypatch.setattr(sys.modules["peft_dowser.probing.ranks"], "from_rank", from_rank)
+    monkeypatch.setattr(sys.modules["peft_dowser.probing.ranks"], "on_one_rank", on_one_rank)
     probe(tiny_llama(), config(), prompts=[{"input_ids": torch.tensor([[3, 4]])}] if given else None)
     assert len(sent) == (1 if given else 4)
     assert all(any(tensor is other for other in moved) for tensor in sent)

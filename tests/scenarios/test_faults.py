@@ -168,7 +168,7 @@ def test_a_probe_that_is_cut_short_leaves_the_model(fault, after: int, where: st
 @pytest.mark.parametrize(
     ("module", "name"),
     [
-        (injection, "check_whole"),
+        (injection, "check_not_sharded"),
         (injection, "resolve_targets"),
         (injection, "probe_targets"),
         (injection, "choose_masks"),
@@ -381,9 +381,9 @@ def test_wherever_a_patch_is_interrupted_it_can_be_removed(
         if call == "remove":
             patch.apply()
         finished = interrupt(line, patch.apply if call == "apply" else patch.remove)
-        if again and patch._written:
+        if again and patch._overwritten:
             interrupt(line, patch.remove)
-        if patch._written:
+        if patch._overwritten:
             patch.remove()
         assert_same_bits(base_bits(base), before)
         patch.apply()

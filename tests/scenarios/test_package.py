@@ -50,6 +50,7 @@ FLOOR = {
     "delta.layout",
     "delta.lora",
     "delta.masks",
+    "delta.safe_files",
     "delta.seeds",
     "base.fused",
     "layers.channels",

@@ -8,8 +8,8 @@ from models import config, tiny_llama
 from peft import get_peft_model
 
 from peft_dowser.delta.codec import side_by_side
-from peft_dowser.delta.format import CODE, VALUES, named
-from peft_dowser.layers.layer import adapted
+from peft_dowser.delta.format import CODE, VALUES, with_adapter_name
+from peft_dowser.layers.layer import layers_with_adapter
 from peft_dowser.tuner.loading import read_file
 
 
@@ -50,11 +50,11 @@ def test_only_tensors_on_the_cpu_are_read_side_by_side(on_cpu: bool, monkeypatch
         return [work(item) for item in items]
 
     monkeypatch.setattr("peft_dowser.tuner.loading.side_by_side", noted)
-    layers = adapted(get_peft_model(tiny_llama(), config(score="random")), "default")
+    layers = layers_with_adapter(get_peft_model(tiny_llama(), config(score="random")), "default")
     tensors = {}
-    for name, layer in layers:
-        tensors[name + named(VALUES, "default")] = layer.values("default").detach()
-        tensors[name + named(CODE, "default")] = layer.index("default").code
+    for name, layer in layers.items():
+        tensors[name + with_adapter_name(VALUES, "default")] = layer.values("default").detach()
+        tensors[name + with_adapter_name(CODE, "default")] = layer.index("default").code
     if not on_cpu:
         tensors["lm_head.weight"] = torch.empty(2, device="meta")
     read_file(layers, "default", tensors, ())

@@ -6,9 +6,10 @@ from pathlib import Path
 from peft import LoraConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..delta.format import PREFIX, check_output, finished_together, quoted, write_tensors
-from ..delta.layout import Stored
+from ..delta.format import PREFIX, quoted
+from ..delta.layout import StoredDelta
 from ..delta.lora import lora_factors
+from ..delta.safe_files import check_output, finished_together, write_tensors
 from .adapter import open_adapter
 
 
@@ -35,7 +36,7 @@ def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
     check_output(folder)
     with ExitStack() as files:
         saved = open_adapter(str(adapter), files)
-        config, layouts = saved.config, saved.layouts()
+        config, layouts = saved.config, saved.layouts
         if single := [module for module, layout in layouts.items() if layout.channel_dim is None]:
             raise ValueError(
                 f"Adapter '{saved.name}' trains single weights of module {quoted(single[0])}, which a LoRA adapter "
@@ -46,10 +47,11 @@ def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
         rank, tensors = max(counts.values()), {}
         for module, layout in layouts.items():
             positions = saved.stored(module, layout).positions
-            stored = Stored(positions, saved.values(module))  # in the dtype of the file
+            stored = StoredDelta(positions, saved.values(module))  # in the dtype of the file
             first, second = lora_factors(stored, layout.size, rank)
             tensors |= {f"{PREFIX}{module}.lora_A.weight": first, f"{PREFIX}{module}.lora_B.weight": second}
-        tensors |= {key: saved.other(name) for name, key in saved.others.items()}  # named as in any adapter
+        # They are called the same in every adapter.
+        tensors |= {key: saved.whole_tensor(name) for name, key in saved.whole_tensors.items()}
     lora = LoraConfig(
         r=rank,
         lora_alpha=rank,

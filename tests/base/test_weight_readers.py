@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from peft_dowser import DowserConfig
-from peft_dowser.base.readers import READERS
 from peft_dowser.base.search import resolve_targets
+from peft_dowser.base.weight_readers import READERS
 from peft_dowser.layers.layer import dowser_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing")

@@ -1,4 +1,4 @@
-"""Where the modules of an adapter are in the base model: their order, their layers and their kinds."""
+"""The modules of an adapter in the order of their layers, and grouped by kind and by layer."""
 
 import re
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ def _numbers_as_numbers(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if re.fullmatch("[0-9]{1,9}", part) else (OUTSIDE, part) for part in name.split(".")]
 
 
-def places(names: Iterable[str]) -> dict[str, tuple[str, int]]:
+def kinds_and_layers(names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """For each module, its kind, which is its name in its layer, and the number of the layer, or `OUTSIDE`.
 
     'model.layers.3.mlp.up_proj' is the 'mlp.up_proj' of layer 3. Where there are several stacks of layers, such as an
@@ -37,7 +37,7 @@ def groups(names: Iterable[str]) -> dict[str, list[str]]:
     """The modules of each kind in all layers, then the modules of each layer, by what to call the group."""
     kinds: dict[str, list[str]] = {}
     layers: dict[int, list[str]] = {}
-    for name, (kind, layer) in places(names).items():
+    for name, (kind, layer) in kinds_and_layers(names).items():
         kinds.setdefault(f"all {kind}", []).append(name)
         layers.setdefault(layer, []).append(name)
     outside = {"all outside the layers": layers.pop(OUTSIDE)} if OUTSIDE in layers else {}

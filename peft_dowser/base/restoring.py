@@ -1,4 +1,4 @@
-"""Leave a model as it was: modes, generators, hooks and adapters come back, whatever happens meanwhile."""
+"""Contexts that change a model for a while: modes, generators and adapters are restored, whatever happens meanwhile."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

@@ -14,9 +14,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from .._peft import get_pattern_key
 from .._transformers import is_experts
 from ..base.distributed import rank
-from ..base.parts import layer_of
-from ..base.readers import reader_of
+from ..base.module_names import layer_of
 from ..base.target import Target
+from ..base.weight_readers import reader_of
 from ..config import FORWARD_SCORES, DowserConfig
 from ..delta.format import few
 from ..layers.layer import DowserLayer

@@ -3,10 +3,10 @@
 from torch import nn
 from transformers import PreTrainedModel
 
-from .compiled import uncompiled, usual_modules
-from .parts import LAYER_INDEX, adaptable_names, unwrapped
-from .readers import reader_of
+from .compiled import modules_by_name, uncompiled
+from .module_names import LAYER_INDEX, adaptable_names, unwrapped
 from .target import LINEAR, target_kind
+from .weight_readers import reader_of
 
 # Linears of a language model, or modules around them, that route tokens to experts or streams; no default targets.
 _ROUTERS = {"gate", "router", "modality_router", "shared_expert_gate"}
@@ -25,7 +25,7 @@ def default_modules(model: nn.Module) -> set[str]:
         )
     text = _text_part(model)
     whole = uncompiled(model if model.config.is_encoder_decoder else text)
-    modules = {name: uncompiled(module) for name, module in usual_modules(model).items()}
+    modules = {name: uncompiled(module) for name, module in modules_by_name(model).items()}
     start = next(f"{name}." if name else "" for name, module in modules.items() if module is whole)
     towers = tuple(
         f"{name}."

@@ -1,4 +1,4 @@
-"""The parts of a model by their names: modules as they are without adapters, numbered layers, embeddings."""
+"""The names of a model's modules: without adapters, in numbered layers, of embeddings."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .._peft import AuxiliaryTrainingWrapper
-from .compiled import usual_modules
+from .compiled import modules_by_name
 
 LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 
@@ -16,7 +16,7 @@ LAYER_INDEX = re.compile(r"(?:^|\.)(\d+)\.")
 def adaptable_names(model: nn.Module) -> list[str]:
     """Names of the modules, without those that are inside an adapter."""
     names, inside = [], ()
-    for name, module in usual_modules(model).items():
+    for name, module in modules_by_name(model).items():
         if not name or (inside and name.startswith(inside)):
             continue
         names.append(name)

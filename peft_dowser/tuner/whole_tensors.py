@@ -10,12 +10,12 @@ from typing import cast
 from torch import Tensor, nn
 
 from .._peft import AuxiliaryTrainingWrapper, saved_names_in
-from ..base.compiled import usual_name
-from ..base.parts import embedding_modules
+from ..base.compiled import uncompiled_name
+from ..base.module_names import embedding_modules
 from ..config import DowserConfig
 from ..delta.format import PREFIX, base_name, is_delta
 from ..files.checks import check_foreign, check_whole_tensor
-from ..layers.layer import adapted
+from ..layers.layer import layers_with_adapter
 
 
 def fitted(
@@ -98,12 +98,12 @@ def _brought(model: nn.Module, adapter_name: str, state: Iterable[str]) -> dict[
     saved = saved_names(model, adapter_name)
     own = {*saved.values()}
     if bias == "dowser_only":
-        own |= {f"{name}.base_layer.bias" for name, _ in adapted(model, adapter_name)}
+        own |= {f"{name}.base_layer.bias" for name in layers_with_adapter(model, adapter_name)}
     brought = {}
     for name in state:
         is_own = name in own or name.startswith(embeddings) or (bias == "all" and f".{name}".endswith(".bias"))
         if is_own and not is_delta(name) and not any(other in f"{name}." for other in others):
-            plain = _plain(usual_name(name).removesuffix(f".{adapter_name}"))
+            plain = _plain(uncompiled_name(name).removesuffix(f".{adapter_name}"))
             brought[plain] = name
             brought.setdefault(_bare(plain), name)
     # Under their whole names, so that the original of a module is not taken for the adapter's copy.
@@ -118,7 +118,7 @@ def _names_of(keys: Iterable[str], brought: Mapping[str, str]) -> dict[str, str]
     known = set(brought.values())
     found = {}
     for key in keys:
-        plain = _plain(usual_name(key))
+        plain = _plain(uncompiled_name(key))
         kinds = (PREFIX + key.removeprefix(PREFIX), plain, _bare(plain))
         name = key if key in known else next((brought[kind] for kind in kinds if kind in brought), None)
         if name is not None:

@@ -1,7 +1,7 @@
 """Modules that read the weights of their linears without a call: a delta on such a linear has no effect until a merge.
 
 The list has only classes that read a weight in training, where a delta on it would get no gradient. Other such classes
-are noticed in training, see `tuner.notices.report_untrained`.
+are noticed in training, see `tuner.messages.report_untrained`.
 """
 
 from torch import nn

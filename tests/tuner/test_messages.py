@@ -31,7 +31,7 @@ def test_a_choice_is_summed_up_in_one_line(caplog: pytest.LogCaptureFixture) -> 
 
 
 def test_nothing_is_hashed_where_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("peft_dowser.tuner.notices.digest_of", lambda masks: pytest.fail("hashed"))
+    monkeypatch.setattr("peft_dowser.tuner.messages.digest_of", lambda masks: pytest.fail("hashed"))
     get_peft_model(tiny_llama(), config(score="random"))
 
 
