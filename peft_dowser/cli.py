@@ -121,6 +121,21 @@ def _export_lora(options: argparse.Namespace) -> None:
     )
 
 
+# What the parts of a plan are.
+_PARTS = {
+    "weights": "the base",
+    "values": "what trains",
+    "gradients": "of the values",
+    "optimizer": "its state",
+    "buckets": "copies that DDP sends",
+    "positions": "which weights train",
+    "activations": "kept from forward to backward",
+    "temporary": "the loss, or one layer at work",
+    "update": "what a step of the optimizer takes beyond its state",
+    "total": "the first six, and the larger of activations + temporary and update",
+}
+
+
 def _plan(options: argparse.Namespace) -> None:
     from peft_dowser.config import DowserConfig
     from peft_dowser.files.planning import OPTIMIZERS, STATE, ProbeCost, bytes_per_weight, plan
@@ -134,8 +149,11 @@ def _plan(options: argparse.Namespace) -> None:
     print(f"trained {found.trained:,} of {found.adapted:,} adapted weights ({found.parameters:,} parameters)\n")
     print("memory of a training step, GB")
     for part in (*STATE, "activations", "temporary", "update", "total"):
-        print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}")
-    print("  total: the first six, and the larger of activations + temporary and update")
+        print(f"  {part:<12} {getattr(found, part) / 1e9:9.3f}  {_PARTS[part]}")
+    print(
+        f"counted for {options.batch} x {options.tokens} tokens, a base in {options.dtype}, {options.optimizer}, "
+        f"granularity '{options.granularity}'; other settings: peft-dowser plan --help"
+    )
     print("\nstate per base weight, bytes      float32   bfloat16 values")
     for name in OPTIMIZERS:
         wide, narrow = (bytes_per_weight(options.update_ratio, name, dtype) for dtype in ("float32", "bfloat16"))

@@ -354,6 +354,11 @@ class DowserConfig(PeftConfig):
                     f"channels={self.channels} needs granularity='input_channel'; for single weights there is "
                     "update_ratio"
                 )
+            elif self.update_ratio != type(self).update_ratio:
+                yield (
+                    f"channels={self.channels} and update_ratio={self.update_ratio} both say how much of a module "
+                    "trains; give one of them, or a ratio_pattern for single modules"
+                )
 
     def _target_problems(self) -> Iterator[str]:
         for name in ("target_modules", "exclude_modules", "layers_pattern"):

@@ -86,6 +86,10 @@ WRONG_TOGETHER = [
         "channels=4 needs granularity='input_channel'; for single weights there is update_ratio.",
     ),
     (
+        {"granularity": "input_channel", "channels": 4, "update_ratio": 0.2},
+        "channels=4 and update_ratio=0.2 both say how much of a module trains; give one of them, or a ratio_pattern",
+    ),
+    (
         {"granularity": "input_channel", "scope": "row"},
         "scope='row' ranks the weights of each row, and granularity='input_channel' has none to rank: take 'matrix'.",
     ),

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -147,7 +148,8 @@ class ForgettingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if self.current is None or args.load_best_model_at_end:
-            self._measure(state, control, model)
+            best = state.best_model_checkpoint if args.load_best_model_at_end else None
+            self._measure(state, control, model, best and f"Loaded {Path(best).name}")
         self.training, self.current = False, None
 
     def _check(self, args: TrainingArguments, state: TrainerState, model: Any) -> None:
@@ -201,22 +203,31 @@ class ForgettingCallback(TrainerCallback):
             values["upstream_accuracy"] = float(self.accuracy(model))
         return values
 
-    def _measure(self, state: TrainerState, control: TrainerControl, model: Any) -> dict[str, float]:
-        """Measure a model, and tell the console, the log history and the config of the adapter."""
+    def _measure(
+        self, state: TrainerState, control: TrainerControl, model: Any, where: str | None = None
+    ) -> dict[str, float]:
+        """Measure a model, and tell the console, the log history and the config of the adapter.
+
+        `where` names the weights for the console; None where they are those of the step.
+        """
         values = self.current = self._compared(model)
         for adapter_name in model.active_adapters if isinstance(model, PeftModel) else []:
             if isinstance(config := model.peft_config[adapter_name], DowserConfig):
                 config.record = replace(config.record, measured=values)  # for the model card
         if self.trainer is not None:
+            from transformers import Trainer  # slow to import, and here it was
+
             logs_later = control.should_log
-            self.trainer.log(dict(values))
+            # Not a subclass's own, which would put its averages of the step, such as TRL's, into this row.
+            Trainer.log(self.trainer, dict(values))
             control.should_log = logs_later  # the loss of this step is still to be logged
         else:
             state.log_history.append({**values, "epoch": state.epoch, "step": state.global_step})
         if state.is_world_process_zero:
             others = "".join(f", {name} {value:.4g}" for name, value in values.items() if name not in _LOSSES)
+            where = where or f"Step {state.global_step}"
             tqdm.write(
-                f"Step {state.global_step}: forgetting {values['forgetting']:.4f} nats per token (upstream_loss "
+                f"{where}: forgetting {values['forgetting']:.4f} nats per token (upstream_loss "
                 f"{self.baseline['upstream_loss']:.4f} -> {values['upstream_loss']:.4f}){others}"
             )
         return values

@@ -1,6 +1,7 @@
 """Safetensors checkpoints of transformers models, read one tensor at a time by the names that the model gives them."""
 
 import json
+import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ _COMPANIONS = ["*.json", *_TOKENIZERS, "*.jinja", "additional_chat_templates/*.j
 
 # What describes other weights in the same folder.
 _NO_COMPANIONS = ["*.index.json", "adapter_config.json", "trainer_state.json"]
+
+# What an adapter does not decide, though it may lie in the folder of a model.
+_OF_A_BASE = ["config.json", "generation_config.json", "*.py"]
 
 
 def model_class(config: PreTrainedConfig, name: str) -> type[PreTrainedModel]:
@@ -102,12 +106,6 @@ class Checkpoint:
         """A tensor by its name in the checkpoint, as `read` gives it."""
         return self.files[key].get_tensor(key)
 
-    def companions(self) -> tuple[Path, list[Path]]:
-        """The folder, downloaded where this is a Hub id, and the files that go with the weights, relative to it."""
-        folder = fetched(self.name, _COMPANIONS)
-        found = {path.relative_to(folder) for pattern in _COMPANIONS for path in folder.glob(pattern)}
-        return folder, sorted(path for path in found if not any(map(path.match, _NO_COMPANIONS)))
-
     def _slice(self, name: str) -> Any:
         key = self.key(name)
         return self.files[key].get_slice(key)
@@ -144,6 +142,17 @@ def fetched(name: str, wanted: list[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (OSError, ValueError) as error:
         raise OSError(f"'{name}' is neither a folder nor a model on the Hub that can be read ({error}).") from error
+
+
+def copy_companions(name: str, work: Path, of_adapter: bool = False) -> None:
+    """Copy the files that go with the weights of a model; of an adapter, its tokenizer and templates."""
+    folder = fetched(name, _COMPANIONS)
+    left_out = _NO_COMPANIONS + (_OF_A_BASE if of_adapter else [])
+    for path in {path for pattern in _COMPANIONS for path in folder.glob(pattern)}:
+        if not any(map(path.match, left_out)):
+            to = work / path.relative_to(folder)
+            to.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, to)
 
 
 def _locate(name: str) -> tuple[Path, list[Path]]:

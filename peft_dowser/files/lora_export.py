@@ -1,5 +1,6 @@
 """`export_lora`: an adapter that trains input channels, as a LoRA adapter with the same outputs."""
 
+import logging
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from ..delta.layout import StoredDelta
 from ..delta.lora import lora_factors
 from ..delta.safe_files import check_output, finished_together, write_tensors
 from .adapter import open_adapter
+from .checkpoint import copy_companions
+
+logger = logging.getLogger(__name__)
+
+# What servers of LoRA take without a word.
+_USUAL_RANK = 64
 
 
 def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
@@ -45,6 +52,12 @@ def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
             )
         counts = {module: layout.count(saved.counts[module]) for module, layout in layouts.items()}
         rank, tensors = max(counts.values()), {}
+        if rank > _USUAL_RANK:
+            logger.warning(
+                "The LoRA adapter has rank %d in every module, as the largest needs it; servers take it where their "
+                "limit allows (vLLM: --max-lora-rank). Train with channels=16 for a LoRA adapter of rank 16.",
+                rank,
+            )
         for module, layout in layouts.items():
             positions = saved.stored(module, layout).positions
             stored = StoredDelta(positions, saved.values(module))  # in the dtype of the file
@@ -68,4 +81,5 @@ def export_lora(adapter: str | Path, output: str | Path) -> dict[str, int]:
     with finished_together(folder) as work:
         write_tensors(tensors, work / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         lora.save_pretrained(str(work))
+        copy_companions(str(adapter), work, of_adapter=True)
     return counts

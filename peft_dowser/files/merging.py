@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from ..delta.codec import DeltaFormatError
 from ..delta.format import quoted
 from ..delta.safe_files import check_output, finished_together, write_tensors
 from .adapter import SavedAdapter, open_adapter
-from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from .checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, copy_companions, open_checkpoint
 
 # What to do where the adapter does not lead to its base.
 _GIVE_BASE = "give the base (base=, or --base on the command line)"
@@ -58,7 +57,9 @@ def merge(
         merged = open_merged(adapter, base, files)
         with finished_together(folder) as work:
             _write(work, merged, limit)
-            _copy_companions(merged.base, work)
+            copy_companions(merged.base.name, work)
+            # It may have tokens and a chat template of its own.
+            copy_companions(merged.adapter.name, work, of_adapter=True)
     report_vanished([merged.vanished])
     return merged.adapter.counts
 
@@ -206,13 +207,6 @@ def _write(work: Path, merged: MergedCheckpoint, limit: int) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
         (work / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _copy_companions(base: Checkpoint, work: Path) -> None:
-    folder, names = base.companions()
-    for name in names:
-        (work / name).parent.mkdir(exist_ok=True)
-        shutil.copyfile(folder / name, work / name)
 
 
 def _differences(expected: MergedCheckpoint, merged: Checkpoint) -> Iterator[str]:

@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers.utils.logging import tqdm
 
-from ..base.distributed import shape_of
+from ..base.distributed import rank, shape_of
 from ..base.storage import device_of
 from ..delta.seeds import derived_seed, seed_generators
 from .settings import ProbeSettings
@@ -236,7 +237,9 @@ def _written_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int
             model(input_ids=tokens[:1])  # raises where that is not enough
         return tokens
     chunks = range(0, settings.num_probes, _GENERATION_BATCH)
-    return torch.cat([_sampled_tokens(model, settings, length, first) for first in chunks])
+    new = len(chunks) * (length - len(_start(model)))
+    with tqdm(total=new, desc="Writing prompts", unit="token", disable=rank() > 0) as bar:
+        return torch.cat([_sampled_tokens(model, settings, length, first, bar) for first in chunks])
 
 
 def _random_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int) -> Tensor:
@@ -248,7 +251,18 @@ def _random_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int)
     return torch.cat([begin, tokens], 1).to(_device(model))
 
 
-def _sampled_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int, first: int) -> Tensor:
+class _Advance(StoppingCriteria):
+    """Moves a bar by every token that is written, and stops nothing."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        self.bar.update()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _sampled_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int, first: int, bar: Any) -> Tensor:
     """Prompts `first`, `first + 1`, ..., up to one generation batch."""
     count = min(_GENERATION_BATCH, settings.num_probes - first)
     generator = torch.Generator().manual_seed(derived_seed(settings.seed, "seed tokens", first))
@@ -271,6 +285,7 @@ def _sampled_tokens(model: PreTrainedModel, settings: ProbeSettings, length: int
             input_ids=ids.to(_device(model)),
             attention_mask=mask.to(_device(model)),
             generation_config=_sampling(model, new, pad),
+            stopping_criteria=StoppingCriteriaList([_Advance(bar)]),
         )
     begin = torch.tensor(start, device=written.device, dtype=written.dtype).expand(count, -1)
     return torch.cat([begin, written[:, -new:]], 1)

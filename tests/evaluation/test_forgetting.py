@@ -167,7 +167,7 @@ def test_a_trainer_lets_the_values_reach_report_integrations(tmp_path: Path) -> 
     assert after["eval_forgetting"] == reported[-1]
 
 
-def test_the_best_model_can_be_the_one_that_forgot_least(tmp_path: Path) -> None:
+def test_the_best_model_can_be_the_one_that_forgot_least(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     options = EVALUATED | {"save_strategy": "steps", "save_steps": 2, "load_best_model_at_end": True}
     model = get_peft_model(tiny_llama(), config(update_ratio=0.5))
     trainer, _ = trained(
@@ -184,6 +184,7 @@ def test_the_best_model_can_be_the_one_that_forgot_least(tmp_path: Path) -> None
     assert trainer.state.best_metric == best[1]
     assert len(found) == 4  # the end measures the model that was loaded
     assert found[3] == (4, best[1])
+    assert f"\nLoaded checkpoint-{best[0]}: forgetting {best[1]:.4f} nats per token" in capfd.readouterr().out
     with pytest.raises(ValueError, match=r"'forgetting' with greater_is_better=True would keep .* set greater_is"):
         trained(tiny_llama(), tmp_path, [ForgettingCallback(TEXTS)], metric_for_best_model="eval_forgetting", **options)
 
@@ -317,6 +318,11 @@ def test_sft_with_texts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> N
     assert [step for step, _ in found] == [0, 2, 4]
     assert found[0][1] == pytest.approx(expected, rel=1e-5)
     assert history(trainer, "forgetting")[2][1] != 0
+    # TRL's own averages stay in the rows of the loss.
+    of_the_loss = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in of_the_loss] == [1, 2, 3, 4]
+    assert all("mean_token_accuracy" in entry and "forgetting" not in entry for entry in of_the_loss)
+    assert not any("mean_token_accuracy" in entry for entry in trainer.state.log_history if "forgetting" in entry)
     assert history(trainer, "upstream_kl")[2][1] > 0
 
 

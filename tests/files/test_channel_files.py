@@ -326,14 +326,30 @@ def test_an_export_is_a_lora_adapter_with_the_same_outputs(
     base: Callable[..., PreTrainedModel], tmp_path: Path
 ) -> None:
     model = saved(tmp_path / "adapter", base(), **CHANNELS).eval()
+    (tmp_path / "adapter" / "tokenizer.json").write_text("{}")
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("a template")
     export_lora(tmp_path / "adapter", tmp_path / "lora")
     settings = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert (settings["peft_type"], settings["r"], settings["lora_alpha"]) == ("LORA", 4, 4)
     assert not any(settings[key] for key in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias"))
-    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == ["adapter_config.json", FILE]
+    files = ["adapter_config.json", FILE, "chat_template.jinja", "tokenizer.json"]
+    assert sorted(path.name for path in (tmp_path / "lora").iterdir()) == files
     again = PeftModel.from_pretrained(base(), tmp_path / "lora").eval()
     assert torch.equal(bits(logits(again)), bits(logits(model)))
     torch.testing.assert_close(logits(again.merge_and_unload()), logits(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("channels", [64, 65])
+def test_an_export_says_that_its_rank_is_large(channels: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=96, **sizes))
+    saved(tmp_path / "adapter", base, **CHANNELS | {"channels": channels}, target_modules=["down_proj"])
+    export_lora(tmp_path / "adapter", tmp_path / "lora")
+    messages = [record.message for record in caplog.records if record.name == "peft_dowser.files.lora_export"]
+    assert messages == [
+        "The LoRA adapter has rank 65 in every module, as the largest needs it; servers take it where their limit "
+        "allows (vLLM: --max-lora-rank). Train with channels=16 for a LoRA adapter of rank 16."
+    ] * (channels > 64)
 
 
 @over_bases

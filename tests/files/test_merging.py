@@ -230,7 +230,10 @@ def test_what_goes_with_the_weights_is_copied(tmp_path: Path) -> None:
         (Path(base) / name).write_text(name)
     (Path(base) / "additional_chat_templates").mkdir()
     (Path(base) / "additional_chat_templates/tools.jinja").write_text("tools")
+    for name in ("tokenizer.json", "config.json", "generation_config.json", "code.py", "trainer_state.json"):
+        (Path(adapter) / name).write_text("of the adapter")
     merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged/tokenizer.json").read_text() == "of the adapter"  # it was trained with this one
     assert sorted(str(path.relative_to(tmp_path / "merged")) for path in (tmp_path / "merged").rglob("*")) == [
         "additional_chat_templates",
         "additional_chat_templates/tools.jinja",
@@ -463,7 +466,7 @@ def test_a_sum_that_is_not_finite_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("No space left on device")])
-@pytest.mark.parametrize("step", ["write_tensors", "_copy_companions"])
+@pytest.mark.parametrize("step", ["write_tensors", "copy_companions"])
 def test_an_interrupted_merge_leaves_nothing(
     step: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

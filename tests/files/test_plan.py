@@ -324,7 +324,9 @@ def test_the_command_prints_a_table_and_json(tmp_path: Path, capsys: pytest.Capt
     table = capsys.readouterr().out
     assert "trained 4,100 of 20,480 adapted weights" in table  # every matrix is rounded
     assert main(["plan", str(tmp_path)]) == 0
-    assert f"  update       {found.update / 1e9:9.3f}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"  update       {found.update / 1e9:9.3f}  what a step of the optimizer takes beyond its state\n" in printed
+    assert "counted for 1 x 512 tokens, a base in bfloat16, adamw, granularity 'weight'" in printed
     assert "adamw_8bit" in table
     numbers = {line.split("  ")[1].strip(): line.split()[-5:] for line in table.splitlines() if ", " in line[:20]}
     assert numbers["dowser, shift"] == ["128", "512", "0.0", "0.000", "13,653"]

@@ -13,7 +13,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from peft_dowser import DowserLayer, ProbeStatistics, probe
+from peft_dowser import DowserConfig, DowserLayer, ProbeStatistics, probe
 from peft_dowser.base.search import resolve_targets
 from peft_dowser.delta.seeds import derived_seed
 from peft_dowser.probing.prompts import special_ids, synthetic_prompts
@@ -233,6 +233,19 @@ def test_what_a_class_keeps_in_float32_itself_needs_no_autocast() -> None:
 
 
 TINY_LLAVA = Path(__file__).parents[2] / "examples" / "tiny_llava"
+
+
+def test_a_bar_shows_how_prompts_are_written_and_changes_none(capfd: pytest.CaptureFixture[str]) -> None:
+    settings = ProbeSettings.of(DowserConfig(num_probes=70, probe_length=8))
+    written = []
+    for show in (T.logging.enable_progress_bar, T.logging.disable_progress_bar):
+        show()
+        torch.manual_seed(0)
+        written.append(torch.cat([prompt["input_ids"] for prompt in synthetic_prompts(tiny_llama(), settings)]))
+        shown = capfd.readouterr().err
+        assert ("Writing prompts: 100%" in shown) == (show is T.logging.enable_progress_bar)
+    T.logging.enable_progress_bar()
+    assert torch.equal(*written)
 
 
 def test_texts_are_read_by_the_tokenizer_beside_the_model() -> None:
