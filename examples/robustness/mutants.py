@@ -66,7 +66,7 @@ WARNED = "accepted with a warning"
 CLEAR = (ValueError, KeyError, RuntimeError, SafetensorError)
 # What an error names: a file, a tensor, a module, or a field of the config.
 PLACES = (FILE, CONFIG, "header", "base_model.model.", "module '", "modules that", "manifest", "config", "DowserConfig")
-PLACES += ("target_modules", "target_parameters", "modules_to_save", "task type")
+PLACES += ("target_modules", "target_parameters", "modules_to_save", "last_layers", "task type")
 WHERE = re.compile("|".join(map(re.escape, PLACES)))
 SECONDS, BYTES, TOGETHER = 10, 1 << 30, 8
 X = torch.randn(3, 12, generator=torch.Generator().manual_seed(2))
