@@ -17,7 +17,7 @@ from ..base.restoring import adapters_disabled, measuring
 from ..config import DowserConfig
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text
-from .texts import Texts, divergence, next_token_logits, predicted
+from .texts import Texts, divergence, next_token_logits, prediction_batch
 
 logger = logging.getLogger(__name__)
 
@@ -255,8 +255,8 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
 
 
 def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Run a batch. For each prompt, at its tokens that count: float32 logits, those of the base, and the tokens."""
-    inputs, targets, counts = predicted(prompts, next(model.parameters()).device)
+    """Run a batch. For each prompt, at its tokens that count: float32 logits, logits of the base, and the tokens."""
+    inputs, targets, counts = prediction_batch(prompts, next(model.parameters()).device)
     logits = next_token_logits(model, inputs)
     base_logits = None
     if with_base:

@@ -317,7 +317,7 @@ class DowserModel(BaseTuner):
             if layer.target.kind != "quantized":
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
         for layer in layers:
-            cast(Values, layer.dowser_values[adapter_name]).may_be_narrow = True
+            cast(Values, layer.dowser_values[adapter_name]).narrow_is_known = True
         values = [layer.values(adapter_name) for layer in layers]
         narrow = {value.dtype for value in values if value.requires_grad and value.element_size() < 4}
         if narrow:

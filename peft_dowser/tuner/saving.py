@@ -125,6 +125,5 @@ def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
         warnings.warn(
             f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "
             f"scaled, make an adapter of it: add_weighted_adapter(['{adapter_name}'], [1.0], 'NEW_NAME').",
-            UserWarning,
             stacklevel=2,
         )

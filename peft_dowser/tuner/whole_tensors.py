@@ -23,8 +23,8 @@ def fitted(
 ) -> dict[str, Tensor]:
     """The whole tensors of a saved adapter under their names in a model, in the dtypes that they have there.
 
-    `tensors` are those of the file that are not part of a delta, by their names there or in the model, and `state` has
-    all tensors of the model, the layers in place, by name.
+    `tensors` are all of the file that are not part of a delta, by their names there or in the model, and `state`
+    has all tensors of the model, the layers in place, by name.
     """
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
