@@ -103,7 +103,7 @@ class ForgettingCallback(TrainerCallback):
         with measuring(model), adapters_disabled(model):
             self.prompts = self.texts.prompts(model, processing_class)
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
-            self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
+            self.baseline = self._recorded_baseline(state) if resumes_dense else self._raw_values(model, kl=False)
         self.training = True
         if not state.global_step:
             self._measure(state, control, model)
@@ -185,14 +185,14 @@ class ForgettingCallback(TrainerCallback):
 
     def _compared(self, model: Any) -> dict[str, float]:
         with measuring(model):
-            values = self._measured(model, self.kl)
+            values = self._raw_values(model, self.kl)
         values["forgetting"] = values["upstream_loss"] - self.baseline["upstream_loss"]
         if self.accuracy is not None:
             values["upstream_accuracy_change"] = values["upstream_accuracy"] - self.baseline["upstream_accuracy"]
         # One set of values on all ranks, or some might stop while others wait for them.
         return broadcast(values)
 
-    def _measured(self, model: Any, kl: bool) -> dict[str, float]:
+    def _raw_values(self, model: Any, kl: bool) -> dict[str, float]:
         loss, divergence = loss_on(model, self.prompts, self.batch_size, kl)
         values = {"upstream_loss": loss}
         if kl:

@@ -22,7 +22,7 @@ from ..baselines.postmerge import dare, graft, top_delta
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import encode
-from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest, manifest_entry, quoted
+from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest_entry, manifest_of, quoted
 from ..delta.layout import Layout
 from ..delta.safe_files import check_output, finished_together, write_tensors
 from ..delta.seeds import derived_seed
@@ -98,7 +98,7 @@ def extract(
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts
-    config.manifest = manifest(entries)
+    config.manifest = manifest_of(entries)
     if config.target_modules is None:
         config.target_modules = set(names)
     _save(folder, tensors, config, pair.base.model)

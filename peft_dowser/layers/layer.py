@@ -44,12 +44,7 @@ class DowserLayer(BaseTunerLayer):
     is_tied = False
 
     def __init__(self, target: Target, sample: str | None = None) -> None:
-        """Begin without adapters.
-
-        Args:
-            target: the weight that the adapters change.
-            sample: its `base_sample`, where it was read already: an offloaded weight is slow to read.
-        """
+        """Begin without adapters; `sample` is the `base_sample` where it is known: an offloaded one is slow to read."""
         self.target = target
         self.module_name = target.name
         self.dowser_values = nn.ModuleDict()
