@@ -28,7 +28,7 @@ Scope = Literal["matrix", "row", "layer", "model"]
 Bias = Literal["none", "all", "dowser_only"]
 SaveDtype = Literal["float32", "bfloat16", "float16"]
 
-# The scores that need statistics of the model, and those of them for which forwards alone measure enough.
+# The scores that need statistics of the model, and the scores among them for which forwards alone measure enough.
 PROBED_SCORES = ("dowser", "shift", "activity", "wanda", "gradient")
 FORWARD_SCORES = ("activity", "wanda")
 
@@ -264,7 +264,6 @@ class DowserConfig(PeftConfig):
             warnings.warn(
                 f"'{folder}' has {few(left)}: left by a save that was killed, unless another process is saving there. "
                 "Delete it.",
-                UserWarning,
                 stacklevel=2,
             )
         with TemporaryDirectory(prefix=".config-", dir=folder) as work:

@@ -38,7 +38,7 @@ def left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _autocast_devices() -> set[str]:
-    """The devices where autocast may be on. The parameters do not tell: those of an offloaded base may be elsewhere."""
+    """The devices where autocast may be on. Parameters do not tell: an offloaded base may have them elsewhere."""
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return {"cpu"} if accelerator is None else {"cpu", accelerator.type}
 

@@ -124,7 +124,7 @@ def _called(model: nn.Module, names: list[str], by_name: bool) -> list[str]:
             f"Target modules {[name for name in read if _leaf(name) in refused]} cannot be trained: {reason}. Take "
             f"{refused} out of target_modules, or put them into exclude_modules."
         )
-    warnings.warn(f"Target modules {list(read)} are left out: {reason}.", UserWarning, stacklevel=2)
+    warnings.warn(f"Target modules {list(read)} are left out: {reason}.", stacklevel=2)
     return called
 
 
@@ -142,7 +142,7 @@ def _without_whole(config: DowserConfig) -> set[str]:
 
 
 def _fused_targets(model: nn.Module, config: DowserConfig) -> dict[str, Target]:
-    """The fused parameters that a config names, without those of excluded modules and other layers."""
+    """The fused parameters that a config names, without the parameters of excluded modules and other layers."""
     if not config.target_parameters:
         return {}
     asked = sorted(config.target_parameters)
@@ -263,9 +263,7 @@ def _check_matched(modules: set[str] | list[str] | str, names: list[str], model:
             f"Take the names out of target_modules, and set target_parameters={fused} to train those weights."
         )
     if unmatched:
-        warnings.warn(
-            f"The following target_modules matched nothing and are ignored: {unmatched}.", UserWarning, stacklevel=2
-        )
+        warnings.warn(f"The following target_modules matched nothing and are ignored: {unmatched}.", stacklevel=2)
 
 
 def _starts_of_parts(name: str) -> list[int]:

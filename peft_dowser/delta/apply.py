@@ -58,8 +58,8 @@ def add_delta_(weight: Tensor, positions: Tensor, values: Tensor) -> None:
 def entries_plus(entries: Tensor, values: Tensor, out: Tensor | None = None) -> Tensor:
     """What `add_delta_` makes of the entries of a weight, both of shape `(nnz,)`; in `out`, perhaps the entries.
 
-    Note: computed in the wider dtype of both, at least float32, and rounded once to that of `entries`, in one kernel.
-        It is an addition everywhere; the atomic one of `index_add_` takes subnormal numbers for 0 on a GPU.
+    Note: computed in the wider dtype of both, at least float32, and rounded once to the dtype of `entries`, in one
+        kernel. It is an addition everywhere; the atomic one of `index_add_` takes subnormal numbers for 0 on a GPU.
     """
     return torch.add(entries, values, out=torch.empty_like(entries) if out is None else out)
 

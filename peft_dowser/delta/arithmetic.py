@@ -37,7 +37,7 @@ def elected_mean(
     """The mean of the w_i D_i whose D_i has the elected sign of its entry, on the union of their positions (TIES).
 
     An entry's sign is that of the sum of its values ("total") or of its signs ("frequency"), without the weights; zero
-    elects the plus. The mean is 0 where no value has the elected sign, and its dtype that of `weighted_sum`.
+    elects the plus. The mean is 0 where no value has the elected sign, and its dtype is as in `weighted_sum`.
     """
     positions, slots = _union(deltas)
     values = _weighted(deltas, [1.0] * len(deltas))

@@ -59,7 +59,7 @@ def manifest_entry(code: Tensor, values: Tensor, layout: Layout, sample: str | N
     }
 
 
-def manifest(modules: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def manifest_of(modules: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     """The manifest of an adapter, from its entries by module."""
     return {"format": FORMAT, "written_by": f"peft-dowser {__version__}", "modules": dict(modules)}
 

@@ -7,16 +7,10 @@ from .layout import StoredDelta
 
 
 def lora_factors(stored: StoredDelta, inputs: int, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors A and B with x A^T B^T = x[..., channels] D^T.
+    """The factors A and B with x A^T B^T = x[..., channels] D^T, for k input channels and their values D.
 
-    Args:
-        stored: k input channels and their values D.
-        inputs: number of input channels of the layer.
-        rank: of the factors, at least k; rows of A and columns of B beyond k are zero.
-
-    Returns:
-        A, shape `(rank, inputs)`, with a single 1 in each of its first k rows; and B, shape `(out, rank)`, which begins
-        with D. Both have the dtype and device of the values.
+    A, shape `(rank, inputs)`, has a single 1 in each of its first k rows, and B, shape `(out, rank)`, begins with D;
+    the rest of both is zero. They have the dtype and device of the values.
     """
     channels, values = stored
     count = channels.numel()

@@ -15,7 +15,7 @@ def derived_seed(seed: int, *purpose: str | int) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed torch's global generators: those of the CPU, and of all accelerators that are in use.
+    """Seed torch's global generators: of the CPU, and of all accelerators that are in use.
 
     `torch.manual_seed` would also seed a GPU that nothing uses yet, which nobody could undo.
     """
@@ -26,7 +26,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def generators_restored() -> Iterator[None]:
-    """Restore torch's global generators: those of the CPU, and of all accelerators that are in use."""
+    """Restore torch's global generators: of the CPU, and of all accelerators that are in use."""
     accelerator = _accelerator()
     suffix = "_all" if hasattr(accelerator, "get_rng_state_all") else ""  # MPS has only one
     states = None if accelerator is None else getattr(accelerator, f"get_rng_state{suffix}")()

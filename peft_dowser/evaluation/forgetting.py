@@ -18,7 +18,7 @@ from ..base.restoring import adapters_disabled, measuring
 from ..config import DowserConfig
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text
-from .texts import Texts, divergence, next_token_logits, predicted
+from .texts import Texts, divergence, next_token_logits, prediction_batch
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class ForgettingCallback(TrainerCallback):
         with measuring(model), adapters_disabled(model):
             self.prompts = self.texts.prompts(model, processing_class)
             resumes_dense = state.global_step and not isinstance(model, PeftModel)
-            self.baseline = self._recorded_baseline(state) if resumes_dense else self._measured(model, kl=False)
+            self.baseline = self._recorded_baseline(state) if resumes_dense else self._raw_values(model, kl=False)
         self.training = True
         if not state.global_step:
             self._measure(state, control, model)
@@ -187,14 +187,14 @@ class ForgettingCallback(TrainerCallback):
 
     def _compared(self, model: Any) -> dict[str, float]:
         with measuring(model):
-            values = self._measured(model, self.kl)
+            values = self._raw_values(model, self.kl)
         values["forgetting"] = values["upstream_loss"] - self.baseline["upstream_loss"]
         if self.accuracy is not None:
             values["upstream_accuracy_change"] = values["upstream_accuracy"] - self.baseline["upstream_accuracy"]
         # One set of values on all ranks, or some might stop while others wait for them.
         return broadcast(values)
 
-    def _measured(self, model: Any, kl: bool) -> dict[str, float]:
+    def _raw_values(self, model: Any, kl: bool) -> dict[str, float]:
         loss, divergence = loss_on(model, self.prompts, self.batch_size, kl)
         values = {"upstream_loss": loss}
         if kl:
@@ -266,8 +266,8 @@ def loss_on(model: Any, prompts: Sequence[Prompt], batch_size: int, with_kl: boo
 
 
 def _scored(model: Any, prompts: list[Prompt], with_base: bool) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
-    """Run a batch. For each prompt, at its tokens that count: float32 logits, those of the base, and the tokens."""
-    inputs, targets, counts = predicted(prompts, next(model.parameters()).device)
+    """Run a batch. For each prompt, at its tokens that count: float32 logits, logits of the base, and the tokens."""
+    inputs, targets, counts = prediction_batch(prompts, next(model.parameters()).device)
     logits = next_token_logits(model, inputs)
     base_logits = None
     if with_base:

@@ -14,7 +14,7 @@ from ..config import DowserConfig
 from ..delta.seeds import derived_seed, generators_restored, seed_generators
 from ..probing.batches import alike
 from ..probing.prompts import Prompt, Text
-from .texts import Texts, divergence, next_token_logits, predicted
+from .texts import Texts, divergence, next_token_logits, prediction_batch
 
 if TYPE_CHECKING:
     from transformers import Trainer  # slow to import
@@ -25,7 +25,7 @@ class RehearsalCallback(TrainerCallback):
 
     At every `every_n_steps`-th optimizer step the base, which is the model with its adapter disabled, and the model
     itself read `batch_size` texts. The mean over their tokens of KL(base || model), exact over the whole vocabulary, is
-    propagated back before the first batch of the step. Its gradient is therefore accumulated with those of the
+    propagated back before the first batch of the step. Its gradient is therefore accumulated with the gradients of the
     training's own batches, and clipped together with them. The texts are the base's own samples by default, so no data
     are needed, and what the base could do before is what they hold it to. Works for every adapter of PEFT in
     transformers' Trainer and TRL's trainers, with gradient accumulation, autocast, gradient scaling, gradient
@@ -193,7 +193,7 @@ def rehearse(
 
 def _batch(prompts: Sequence[Prompt]) -> tuple[dict[str, Tensor], Tensor]:
     """Inputs of a batch, and which predictions count, on the CPU."""
-    inputs, _, counts = predicted(prompts, torch.device("cpu"))
+    inputs, _, counts = prediction_batch(prompts, torch.device("cpu"))
     return inputs, counts
 
 

@@ -32,16 +32,16 @@ class Texts:
         given: the user's texts, or None for those that the base writes.
         settings: number, length, images and seed of the latter.
         max_length: where the former are cut, in tokens; those given as inputs of the model are not.
-        reader: name of the callback, for messages.
+        callback: name of the callback, for messages.
     """
 
     given: Sequence[Text] | None
     settings: ProbeSettings
     max_length: int
-    reader: str
+    callback: str
 
     @classmethod
-    def of(cls, given: Sequence[Text] | None, config: DowserConfig | None, max_length: int, reader: str) -> "Texts":
+    def of(cls, given: Sequence[Text] | None, config: DowserConfig | None, max_length: int, callback: str) -> "Texts":
         """The arguments of a callback.
 
         Raises:
@@ -55,7 +55,7 @@ class Texts:
             raise ValueError("config is for the texts that the base writes, so it cannot go with texts; drop one.")
         if max_length < 2:
             raise ValueError(f"max_length must be at least 2, or no token has a next one, got {max_length}.")
-        return cls(given, ProbeSettings.of(config or DowserConfig()), max_length, reader)
+        return cls(given, ProbeSettings.of(config or DowserConfig()), max_length, callback)
 
     def prompts(self, model: Any, processing_class: Any) -> list[Prompt]:
         """The texts as inputs of one sample each, on the CPU; the same on every rank, which all must call this.
@@ -70,26 +70,26 @@ class Texts:
         if self.given is None:
             if isinstance(model, PeftModel) and is_sharded_model(model):
                 raise ValueError(
-                    f"{self.reader} cannot let the base inside a sharded PeftModel write prompts: only a forward of "
+                    f"{self.callback} cannot let the base inside a sharded PeftModel write prompts: only a forward of "
                     "the whole model gathers its weights. Pass texts=[...]."
                 )
-            write = partial(written_prompts, base_of(model), self.settings, self.reader)
+            write = partial(written_prompts, base_of(model), self.settings, self.callback)
             return broadcast(write()) if is_sharded_model(model) else on_one_rank(0, write)
-        prompts = read_prompts(self.given, processing_class, self.max_length, self.reader)
+        prompts = read_prompts(self.given, processing_class, self.max_length, self.callback)
         config = getattr(base_of(model), "config", None)
         for number, prompt in enumerate(prompts):
             _check_length(config, number, prompt, type(base_of(model)).__name__)
         return [_counting(config, {key: value.cpu() for key, value in prompt.items()}) for prompt in prompts]
 
 
-def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, reader: str) -> list[Prompt]:
+def read_prompts(texts: Sequence[Text], processing_class: Any, max_length: int, callback: str) -> list[Prompt]:
     """Turn texts into inputs of the model: strings with the tokenizer or processor; they and rows of ids are cut.
 
     Raises:
-        ValueError: there is no tokenizer for strings, for the `reader` that the message names, or a text has no next
+        ValueError: there is no tokenizer for strings, for the `callback` that the message names, or a text has no next
             token.
     """
-    tokenizer = _tokenizer(processing_class, reader) if any(isinstance(text, str) for text in texts) else None
+    tokenizer = _tokenizer(processing_class, callback) if any(isinstance(text, str) for text in texts) else None
     return [_prompt(text, number, tokenizer, max_length) for number, text in enumerate(texts)]
 
 
@@ -110,21 +110,21 @@ def _prompt(text: Text, number: int, tokenizer: Any, max_length: int) -> Prompt:
     return prompt
 
 
-def _tokenizer(processing_class: Any, reader: str) -> Any:
+def _tokenizer(processing_class: Any, callback: str) -> Any:
     if processing_class is None:
         raise ValueError(
-            f"{reader} cannot read its texts: they are strings, and the trainer has no processing_class. "
+            f"{callback} cannot read its texts: they are strings, and the trainer has no processing_class. "
             "Pass processing_class=tokenizer to the trainer, or texts as token ids."
         )
     return getattr(processing_class, "tokenizer", processing_class)
 
 
-def written_prompts(base: Any, settings: ProbeSettings, reader: str) -> list[Prompt]:
+def written_prompts(base: Any, settings: ProbeSettings, callback: str) -> list[Prompt]:
     """The model's own prompts; image placeholders and other special tokens in them do not count."""
     if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         raise ValueError(
-            f"{reader} has no texts, and {type(base).__name__} cannot write its own: it is not a causal language model "
-            "of transformers. Pass texts=[...]."
+            f"{callback} has no texts, and {type(base).__name__} cannot write its own: it is not a causal language "
+            "model of transformers. Pass texts=[...]."
         )
     prompts = own_prompts(base, settings)
     for prompt in prompts:
@@ -155,7 +155,7 @@ def _counting(config: Any, prompt: Prompt) -> Prompt:
     return prompt | {"labels": ids.masked_fill(torch.isin(ids, placeholders), IGNORED)}
 
 
-def predicted(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+def prediction_batch(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """A batch for the prediction of next tokens.
 
     Returns:

@@ -145,7 +145,7 @@ class SavedAdapter:
         yield from _problem(check_missing, [name for name in needed if name not in self.whole_tensors], self._where)
 
     def other_base(self, base: Checkpoint, targets: Mapping[str, Target]) -> str | None:
-        """What to say where the adapter was made for other weights than those of a base; reads a few entries of each.
+        """What to say where the adapter was made for other weights than a base has; reads a few entries of each.
 
         Weights that the checkpoint holds in several tensors are left out.
         """
@@ -193,7 +193,7 @@ def _problem(check: Callable[..., Any], *arguments: Any) -> Iterator[str]:
 
 
 def _check_weight(base: Checkpoint, name: str, shape: tuple[int, ...]) -> None:
-    slices = [base.files[key].get_slice(key) for key in base.parts(name)]
+    slices = [base.files[key].get_slice(key) for key in base.pieces_of(name)]
     if not slices:
         raise DeltaFormatError(
             f"'{base.name}' has no tensor for the target weight '{name}': the checkpoint is incomplete, or "

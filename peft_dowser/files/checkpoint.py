@@ -98,7 +98,7 @@ class Checkpoint:
         """The name in the checkpoint of a tensor, or of the one that it is tied to."""
         return self.tensors[name if name in self.tensors else self.tied[name]]
 
-    def parts(self, name: str) -> list[str]:
+    def pieces_of(self, name: str) -> list[str]:
         """The names in the checkpoint of what makes up a tensor, in the order of its memory; empty where it is not."""
         return self.pieces.get(name) or ([self.key(name)] if name in self else [])
 

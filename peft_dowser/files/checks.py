@@ -53,12 +53,12 @@ def errors_at(where: str) -> Iterator[None]:
 
 
 def check_fits(
-    counts: Mapping[str, int], layouts: Mapping[str, Layout], saved: Mapping[str, Any] | None, where: str
+    counts: Mapping[str, int], layouts: Mapping[str, Layout], manifest: Mapping[str, Any] | None, where: str
 ) -> None:
-    """Refuse an adapter whose modules, counts or shapes are not those of a model; reads no tensor.
+    """Refuse an adapter whose modules, counts or shapes a model does not have; reads no tensor.
 
     `counts` are its trained weights by module, `layouts` what its positions mean in the targets of its config in the
-    model, `saved` its manifest, if any.
+    model, `manifest` what its config says of its tensors, if anything.
     """
     check_counts(counts, where)
     if unknown := [name for name in counts if name not in layouts]:
@@ -74,11 +74,11 @@ def check_fits(
                 f"{where}, module {quoted(name)}, whose weight has shape {layouts[name].shape}: {error}. It was made "
                 "for another base model, or its config was edited."
             ) from error
-    if saved is None:
+    if manifest is None:
         return
-    _check_modules(saved, counts, where)
+    _check_modules(manifest, counts, where)
     for name in counts:
-        shape, entry = layouts[name].shape, saved["modules"][name]
+        shape, entry = layouts[name].shape, manifest["modules"][name]
         if entry.get("shape") != list(shape):
             raise DeltaFormatError(
                 f"{where}: module {quoted(name)} has a weight of shape {shape} here, the adapter was made for "
@@ -128,18 +128,18 @@ def check_names_in_file(names: Collection[str], expected: Collection[str], where
 
 
 def described_layouts(
-    saved: Mapping[str, Any], counts: Mapping[str, int], granularity: Granularity, where: str
+    manifest: Mapping[str, Any], counts: Mapping[str, int], granularity: Granularity, where: str
 ) -> dict[str, Layout]:
     """What positions mean by module, where no base is at hand: as the manifest says, if it describes the adapter."""
-    _check_modules(saved, counts, where)
-    shapes = {module: saved["modules"][module].get("shape") for module in counts}
+    _check_modules(manifest, counts, where)
+    shapes = {module: manifest["modules"][module].get("shape") for module in counts}
     for module, shape in shapes.items():
         if not _is_shape(shape):
             raise DeltaFormatError(
                 f"{where}: the manifest gives module {quoted(module)} the shape {str(shape)[:100]}, which no weight "
                 "has. adapter_config.json was edited."
             )
-    dims = {module: saved["modules"][module].get("channel_dim") for module in counts}
+    dims = {module: manifest["modules"][module].get("channel_dim") for module in counts}
     for module, dim in dims.items():
         if dim is not None and not (type(dim) is int and dim in (0, 1) and len(shapes[module]) == 2):
             raise DeltaFormatError(
@@ -167,8 +167,8 @@ def _granularity(channel_dim: Any) -> str:
     return "single weights" if channel_dim is None else f"input channels along dimension {str(channel_dim)[:20]}"
 
 
-def _check_modules(saved: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
-    modules = saved["modules"]
+def _check_modules(manifest: Mapping[str, Any], counts: Mapping[str, int], where: str) -> None:
+    modules = manifest["modules"]
     if modules.keys() != counts.keys():
         raise DeltaFormatError(
             f"{where}: its manifest and its counts disagree on {few(sorted(modules.keys() ^ counts.keys()))}. "
@@ -195,21 +195,21 @@ def _is_shape(shape: Any) -> TypeGuard[list[int]]:
     )
 
 
-def other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> str | None:
+def other_base(manifest: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> str | None:
     """What to say where weights of a base are not those that the adapter was made for, in whatever float dtype."""
-    different = unlike_samples({name: saved["modules"][name].get("base_sample") for name in samples}, samples)
+    different = unlike_samples({name: manifest["modules"][name].get("base_sample") for name in samples}, samples)
     if not different:
         return None
     return (
-        f"{where} was made for other weights than this base model has in {len(different)} of {len(saved['modules'])} "
-        f"modules: {few(different)}. The base is another checkpoint of the same shapes, was trained further, or has an "
-        "adapter merged in."
+        f"{where} was made for other weights than this base model has in {len(different)} of "
+        f"{len(manifest['modules'])} modules: {few(different)}. The base is another checkpoint of the same shapes, was "
+        "trained further, or has an adapter merged in."
     )
 
 
-def warn_of_other_base(saved: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
-    if problem := other_base(saved, samples, where):
-        warnings.warn(problem, UserWarning, stacklevel=2)
+def warn_of_other_base(manifest: Mapping[str, Any], samples: Mapping[str, str | None], where: str) -> None:
+    if problem := other_base(manifest, samples, where):
+        warnings.warn(problem, stacklevel=2)
 
 
 def check_whole_tensor(tensor: Tensor, own: Tensor, key: str, where: str) -> None:

@@ -22,7 +22,7 @@ from ..baselines.postmerge import dare, graft, top_delta
 from ..config import DowserConfig
 from ..delta.apply import Delta
 from ..delta.codec import encode
-from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest, manifest_entry, quoted
+from ..delta.format import CODE, PREFIX, VALUES, base_sample, few, manifest_entry, manifest_of, quoted
 from ..delta.layout import Layout
 from ..delta.safe_files import check_output, finished_together, write_tensors
 from ..delta.seeds import derived_seed
@@ -51,8 +51,8 @@ def extract(
         tuned: folder or Hub id of the fine-tuned model: the same architecture in the same dtype.
         output: folder for the adapter; new or empty.
         update_ratio: rho, the fraction to keep, in (0, 1]. Entries that did not change take no room.
-        method: "top_delta" keeps the largest changes of each matrix, "graft" those of all matrices together, "dare"
-            random ones, divided by rho; see `postmerge`.
+        method: "top_delta" keeps the largest changes of each matrix, "graft" the largest of all matrices together,
+            "dare" random ones, divided by rho; see `postmerge`.
         target_modules: modules to compare, as in `DowserConfig`; None takes the linears of the language model.
         scale: factor on what is kept. With `update_ratio=1` it is WiSE-FT's alpha, the point between base and tuned.
         seed: of "dare".
@@ -98,7 +98,7 @@ def extract(
     if not counts:
         raise ValueError(f"'{tuned}' and '{base}' do not differ in what '{method}' keeps of {len(names)} modules.")
     config.nnz_pattern = counts
-    config.manifest = manifest(entries)
+    config.manifest = manifest_of(entries)
     if config.target_modules is None:
         config.target_modules = set(names)
     _save(folder, tensors, config, pair.base.model)
@@ -179,7 +179,6 @@ def _report_others(pair: _Pair, modules: Iterable[str]) -> None:
     if different:
         warnings.warn(
             f"{len(different)} tensors outside the target weights differ and are not in the adapter: {few(different)}.",
-            UserWarning,
             stacklevel=3,
         )
 

@@ -111,7 +111,7 @@ def _vanished(adapter: SavedAdapter, base: Checkpoint, bits: int | None) -> dict
     found = {}
     for module, target in targets.items():
         delta = adapter.delta(module, target.layout(adapter.config.granularity))
-        parts = [base.tensor(key).view(-1) for key in base.parts(target.tensor_name)]
+        parts = [base.tensor(key).view(-1) for key in base.pieces_of(target.tensor_name)]
         weight = parts[0] if len(parts) == 1 else torch.cat(parts)
         if bits is not None:
             found[module] = _vanished_in_blocks(weight.float(), delta, bits)
@@ -158,7 +158,7 @@ class Overlap:
 
     @property
     def cosine(self) -> float | None:
-        """Cosine of the values at the shared positions; None where those of A or of B are all 0, or there are none."""
+        """Cosine of the values at the shared positions; None where all values of A or of B are 0, or there are none."""
         length = math.sqrt(self.square_a) * math.sqrt(self.square_b)
         return max(-1.0, min(1.0, self.product / length)) if length else None
 

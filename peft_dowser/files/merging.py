@@ -70,7 +70,7 @@ def verify(adapter: str | Path, base: str | Path | None = None, merged: str | Pa
     Args:
         adapter: folder or Hub id of a saved Dowser adapter.
         base: folder or Hub id of the base model, a safetensors checkpoint; None takes the one that the adapter names.
-        merged: folder or Hub id of a model in which every tensor must be that of the base plus the adapter, bit for
+        merged: folder or Hub id of a model in which every tensor must be the sum of base and adapter, bit for
             bit; None checks the adapter alone, for which only a few entries of the base are read.
 
     Returns:
@@ -110,7 +110,7 @@ class MergedCheckpoint:
         # By tensor of the checkpoint: its target, and where in the memory of the target's weight it begins.
         self._places: dict[str, tuple[Target, int]] = {}
         for target in targets.values():
-            keys = base.parts(target.tensor_name)
+            keys = base.pieces_of(target.tensor_name)
             starts = accumulate((math.prod(base.files[key].get_slice(key).get_shape()) for key in keys), initial=0)
             self._places |= {key: (target, start) for key, start in zip(keys, starts, strict=False)}
         # Tensors of two fused parameters alternate, and each needs the delta of its whole parameter.
@@ -157,17 +157,17 @@ class MergedCheckpoint:
 def open_merged(adapter: str | Path, base: str | Path | None, files: ExitStack) -> MergedCheckpoint:
     """Open a base checkpoint plus an adapter, and check all that can be checked before a sum is formed.
 
-    Arguments and errors are those of `merge`; `files` closes the files of both.
+    Arguments and errors are as for `merge`; `files` closes the files of both.
     """
     saved, checkpoint = _open(str(adapter), base, files)
     targets = saved.targets_in(checkpoint.model)
     for problem in saved.problems(checkpoint, targets):
         raise DeltaFormatError(problem)
     if other := saved.other_base(checkpoint, targets):
-        warnings.warn(other, UserWarning, stacklevel=3)
+        warnings.warn(other, stacklevel=3)
     merged = MergedCheckpoint(saved, checkpoint, targets)
     if cast := merged.cast_on_load():
-        warnings.warn(cast, UserWarning, stacklevel=3)
+        warnings.warn(cast, stacklevel=3)
     return merged
 
 

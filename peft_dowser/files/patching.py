@@ -46,7 +46,7 @@ class WeightPatch(NamedTuple):
 def write_patch(
     adapter: str | Path, output: str | Path, base: str | Path | None = None, revert: str | Path | None = None
 ) -> dict[str, int]:
-    """Write what a merge changes in a base checkpoint: the entries of W + D whose bits are not those of W.
+    """Write what a merge changes in a base checkpoint: the entries of W + D whose bits differ from W.
 
     A program that has loaded the base makes it the merged model by writing these entries, bit for bit, and the base
     again by writing the revert patch. Both count positions in the tensors of the checkpoint, whose names they use, as

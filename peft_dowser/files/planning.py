@@ -66,7 +66,7 @@ class Plan:
     Attributes:
         parameters: parameters of the model.
         adapted: weights of the adapted matrices.
-        trained: nnz, those of them that train.
+        trained: nnz, the weights among them that train.
         weights: bytes of the base model.
         values: bytes of the trained values.
         gradients: bytes of their gradients.
@@ -241,7 +241,7 @@ def _probe_cost(
     count, gradient = config.num_probes, score == "gradient"
     projections = 0 if score in FORWARD_SCORES else config.num_rademacher
     forwards, backwards = count * (1 + writes), count * (projections + gradient)
-    # A backward computes gradients of activations; that of the loss also those of the weights.
+    # A backward computes gradients of activations, and the backward of the loss also gradients of the weights.
     probed = config.probe_length * (forwards + backwards + count * gradient)
     entries = [
         count * width + width + (count * out if projections else 0) + (out * width if gradient else 0)
@@ -299,8 +299,8 @@ def kept_bytes(
 def _products(quantization: str, checkpointing: bool) -> int:
     """Products of full size of an adapted matrix in a step.
 
-    One in each forward, one for the gradient of the input and one for that of the values. The base of 8 bits runs
-    itself, so that D is multiplied on its own, in each forward and for the gradient of the input.
+    One in each forward, one for the gradient of the input and one for the gradient of the values. The base of 8 bits
+    runs itself, so that D is multiplied on its own, in each forward and for the gradient of the input.
     """
     forwards = 2 if checkpointing else 1
     own = forwards + 1 if quantization == "8bit" else 0

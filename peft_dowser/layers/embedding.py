@@ -17,9 +17,9 @@ class Embedding(Linear):
         return False  # PEFT writes what it converts as factors of a linear layer
 
     def _adapted(self, x: Tensor, active: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """Rows of W + D, shape `(*x.shape, width)`; where it `is_additive`, rows of D added to those of the base.
+        """Rows of W + D, shape `(*x.shape, width)`; where it `is_additive`, rows of D added to rows of the base.
 
-        `x` has token ids, int32 or int64, and the further arguments are those of the base layer.
+        `x` has token ids, int32 or int64, and the base layer gets the further arguments.
         """
         base = cast(nn.Embedding, self.get_base_layer())
         values = [self.scaled_values(name) for name in active]

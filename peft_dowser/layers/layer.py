@@ -44,12 +44,7 @@ class DowserLayer(BaseTunerLayer):
     is_tied = False
 
     def __init__(self, target: Target, sample: str | None = None) -> None:
-        """Begin without adapters.
-
-        Args:
-            target: the weight that the adapters change.
-            sample: its `base_sample`, where it was read already: an offloaded weight is slow to read.
-        """
+        """Begin without adapters; `sample` is the `base_sample` where it is known: an offloaded one is slow to read."""
         self.target = target
         self.module_name = target.name
         self.dowser_values = nn.ModuleDict()
@@ -70,7 +65,7 @@ class DowserLayer(BaseTunerLayer):
         return cast(Values, self.dowser_values[adapter_name]).weight
 
     def scaled_values(self, adapter_name: str) -> Tensor:
-        """The values as they are added to the weight: times the adapter's scale. Refuses those of a placeholder."""
+        """The values as they are added to the weight: times the adapter's scale. Refuses values of a placeholder."""
         own = cast(Values, self.dowser_values[adapter_name])
         values, scale = own.loaded(), self.scaling[adapter_name]
         # A product with input channels rounds their values to the dtype of the input, whatever their own.
@@ -231,7 +226,6 @@ class DowserLayer(BaseTunerLayer):
                     f"Adapter '{name}': the weight of module '{self.module_name}' was changed after the merge. "
                     f"Unmerging puts the {self.index(name).nnz} entries that the merge had written back to what they "
                     "were before it; what else was changed stays.",
-                    UserWarning,
                     stacklevel=2,
                 )
             self.unmerge_last()
@@ -284,7 +278,7 @@ class Linear(nn.Module, DowserLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """The output for the active adapters: bit for bit what the merged layer gives, unless it `is_additive`.
 
-        The arguments are those of the base layer. `adapter_names` names an adapter for each row of `x`, which runs
+        The base layer gets the arguments. `adapter_names` names an adapter for each row of `x`, which runs
         instead of the active ones.
         """
         return self.output(x, self.in_use(), None if self.disable_adapters else adapter_names, *args, **kwargs)
@@ -354,7 +348,7 @@ def by_adapter(x: Tensor, names: Sequence[str], apply: Callable[[Tensor, str], T
 def exact_factors(layer: BaseTunerLayer, rank: float, adapter_name: str) -> tuple[Tensor, Tensor, int] | None:
     """The LoRA factors A and B of a layer of any PEFT method, and their rank; None where they cannot be exact.
 
-    `rank` is that of `peft.convert_to_lora`: a number, or as a float the share of the delta's squares that is wanted.
+    `rank` is as in `peft.convert_to_lora`: a number, or as a float the share of the delta's squares that is wanted.
     """
     if not isinstance(layer, DowserLayer) or adapter_name not in layer.dowser_values:
         return None

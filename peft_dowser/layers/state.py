@@ -27,14 +27,14 @@ class Values(nn.Module):
     Attributes:
         weight: the values, shape `(nnz,)`, or `(out, k)` for k input channels; float32 unless the user says otherwise.
         awaited: whether this is a placeholder into which no file was loaded yet.
-        may_be_narrow: whether the user was already told that the values train in less than float32.
+        narrow_is_known: whether the user was already told that the values train in less than float32.
     """
 
     weight: nn.Parameter
 
     def __init__(self, values: Tensor, awaited: bool = False) -> None:
         super().__init__()
-        self.may_be_narrow = False
+        self.narrow_is_known = False
         self.awaited = False
         self.weight = nn.Parameter(values)
         self.awaited = awaited
@@ -78,7 +78,7 @@ class Values(nn.Module):
         """Say, once for an adapter, that something rounds its values while it trains."""
         weight = self.weight
         trains = weight.requires_grad and torch.is_grad_enabled()
-        if trains and weight.element_size() < 4 and not self.may_be_narrow:
+        if trains and weight.element_size() < 4 and not self.narrow_is_known:
             _report_narrow(adapter_name, str(weight.dtype).removeprefix("torch."))
 
 
@@ -153,7 +153,7 @@ class Index(nn.Module):
             self._follow_code(is_known)
 
     def _is_decoded(self, code: Tensor) -> bool:
-        """Whether the positions are those of this code, and nothing has written into them since."""
+        """Whether the positions belong to this code, and nothing has written into them since."""
         own = self.code
         if self.positions is None or code.is_meta or own.is_meta or own.is_inference():
             return False

@@ -10,12 +10,7 @@ from .prompts import Prompt
 
 
 def alike(prompts: Sequence[Prompt], padding: bool) -> list[list[int]]:
-    """Numbers of the prompts that can share a batch, in order.
-
-    Args:
-        prompts: inputs of one sample each.
-        padding: whether prompts of different lengths may share a batch.
-    """
+    """Numbers of the prompts that can share a batch, in order; with `padding` also where their lengths differ."""
     groups: dict[tuple, list[int]] = {}
     for number, prompt in enumerate(prompts):
         signature = tuple(
@@ -27,15 +22,10 @@ def alike(prompts: Sequence[Prompt], padding: bool) -> list[list[int]]:
 
 
 def collate(prompts: Sequence[Prompt], device: torch.device) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Pad prompts on the right and stack them.
+    """Pad prompts that are `alike` on the right, and stack them on a device.
 
-    Args:
-        prompts: prompts that are `alike`.
-        device: where the batch goes.
-
-    Returns:
-        The model's inputs, and the mask of the real tokens, `(batch, tokens)`, float32; None where the inputs are not
-        token ids.
+    Returns the model's inputs, and the mask of the real tokens, `(batch, tokens)`, float32; None where the inputs are
+    not token ids.
     """
     inputs = {}
     for key, value in prompts[0].items():

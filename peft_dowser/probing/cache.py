@@ -49,8 +49,8 @@ def statistics_paths(model: nn.Module, samples: Mapping[str, str | None], settin
 
     A probe with backwards has measured what forwards alone measure too; the opposite does not hold. There are none
     where the cache is off, or a digest cannot tell everything that the statistics depend on: what a quantized weight
-    stands for, what a hook does, or which image processor lies in a folder. The base is not sharded, and `samples` has
-    those of the target weights by name.
+    stands for, what a hook does, or which image processor lies in a folder. The base is not sharded; `samples`
+    are the samples of the target weights by name.
     """
     if None in samples.values():
         return []

@@ -58,12 +58,9 @@ class ExpertsTap:
     of_loss: bool = False
 
     def multiply(self, product: Product, tokens: Tensor, weight: Tensor) -> Tensor:
-        """Compute a product and watch it.
+        """Compute a product with the fused parameter, or with the matrix of `product.expert`, and watch it.
 
-        Args:
-            product: the product.
-            tokens: the token of every row, numbered through the batch, `(rows,)`.
-            weight: the fused parameter, or the matrix of `product.expert`.
+        `tokens` has the token of every row, numbered through the batch, `(rows,)`.
         """
         hidden, expert, mask = product.x.detach(), product.expert_of_row(), self.mask.to(tokens.device)
         share = (mask / mask.sum(1, keepdim=True)).view(-1)[tokens]
@@ -134,12 +131,7 @@ def tapped_experts(targets: Mapping[str, Target], taps: Mapping[str, ExpertsTap]
 
 
 class _Watch:
-    """Watches one experts module.
-
-    Attributes:
-        batch: prompts and tokens of the batch.
-        taps: taps by parameter.
-    """
+    """Watches one experts module, with taps by parameter; `batch` is the number of its prompts and of their tokens."""
 
     def __init__(self, batch: torch.Size) -> None:
         self.batch = batch

@@ -184,7 +184,7 @@ class Passes:
     def _collated(self, chosen: list[int]) -> tuple[dict[str, Tensor], Tensor | None, Tensor | None]:
         """The batch, the mask of its real tokens, and the mask of the tokens whose output is probed.
 
-        The two masks differ for an encoder-decoder: the output is that of the decoder.
+        The two masks differ for an encoder-decoder: the decoder gives the output.
         """
         prompts = [self.prompts[number] for number in chosen]
         inputs, mask = collate(prompts, self.device)

@@ -97,7 +97,7 @@ def synthetic_prompts(model: nn.Module, settings: ProbeSettings) -> list[Prompt]
 
 
 def given_prompts(model: nn.Module, prompts: Sequence[Text]) -> list[Prompt]:
-    """Turn the prompts of a caller into inputs of the model; texts with the tokenizer beside its weights.
+    """Turn the prompts of a caller into inputs of the model; texts with the tokenizer next to its weights.
 
     Raises:
         ValueError: there are none, one is neither a text, a row of token ids nor a mapping, or there is no tokenizer.

@@ -27,14 +27,14 @@ class Ranks:
     """The ranks of one probe, decided before it begins; one process is a run of one rank.
 
     Attributes:
-        able: the ranks that have the weights, and probe.
+        probing_ranks: the ranks that have the weights, and probe.
         count: how many ranks there are.
         in_step: the base is sharded, and all ranks gather its weights together: each must run as many passes as the
             others.
         one_backward: the weights are gathered for one backward after every forward, as by DeepSpeed.
     """
 
-    able: Sequence[int]
+    probing_ranks: Sequence[int]
     count: int
     in_step: bool
     one_backward: bool
@@ -56,20 +56,20 @@ class Ranks:
     @property
     def probes(self) -> bool:
         """Whether this rank probes."""
-        return rank() in self.able
+        return rank() in self.probing_ranks
 
     @property
     def is_first(self) -> bool:
         """Whether this rank speaks for those that probe."""
-        return rank() == self.able[0]
+        return rank() == self.probing_ranks[0]
 
     def share(self, prompts: list[int]) -> list[int]:
         """The prompts that this rank probes."""
-        return prompts[self.able.index(rank()) :: len(self.able)]
+        return prompts[self.probing_ranks.index(rank()) :: len(self.probing_ranks)]
 
     def batch_count(self, prompts: list[int], size: int) -> int:
         """How many batches the rank with the largest share of some prompts runs."""
-        return -(-len(prompts) // (size * len(self.able)))
+        return -(-len(prompts) // (size * len(self.probing_ranks)))
 
     def common_batch_size(self, size: int) -> int:
         """A batch size that all ranks can use where they run in step, and otherwise this rank's own."""
@@ -80,7 +80,7 @@ class Ranks:
 
         Where they run in step, it is raised where it happens: the others wait in the middle of the work.
         """
-        return broadcast(work()) if self.in_step else on_one_rank(self.able[0], work)
+        return broadcast(work()) if self.in_step else on_one_rank(self.probing_ranks[0], work)
 
     def on_every_rank(self, work: Callable[[], T]) -> T:
         """Do some work on every rank; an error is raised on all of them, unless they run in step."""

@@ -62,7 +62,7 @@ def probe(
     Note: the time is one forward and R backwards over N T tokens, for "activity" and "wanda" the forward alone, plus
     the generation of the prompts and a forward of two of them, which tells whether prompts can share a batch. The
     memory is one batch plus N (out + in) numbers per module; without A, N in. A probe with synthetic prompts is kept in
-    a cache, `DOWSER_CACHE` or the folder `dowser` in that of Hugging Face, and read from there the next time;
+    a cache, `DOWSER_CACHE` or the folder `dowser` in the cache of Hugging Face, and read from there the next time;
     `DOWSER_CACHE=off` turns it off. In a distributed run every rank must call this: each probes a part of the prompts,
     and all return the whole. A base that is sharded with FSDP2 or DeepSpeed ZeRO-3 gathers the weights that its own
     forward and backward gather, and one matrix at a time for `samples`; ZeRO-3 gathers for one backward per forward, so
@@ -132,12 +132,12 @@ def _report_idle(ranks: Ranks, device: torch.device) -> None:
             "The probe runs on the CPU, where the base is, while a GPU is idle. Move the base there before, or load it "
             "with device_map: the probe then takes seconds instead of minutes."
         )
-    if len(ranks.able) < ranks.count:
+    if len(ranks.probing_ranks) < ranks.count:
         logger.warning(
             "%d of %d ranks have the weights and probe, while the others wait, no longer than the time-out of the "
             "process group. For a large base probe first: probe(model, config).save(path), then "
             "DowserConfig(statistics=path).",
-            len(ranks.able),
+            len(ranks.probing_ranks),
             ranks.count,
         )
 

@@ -34,7 +34,7 @@ def shift(weight: Tensor, statistics: ModuleStatistics) -> Tensor:
 
     Note: an option for studies, not a default. On the measured language model (SmolLM2-135M-Instruct) it is better than
         `dowser`: at equal learning the model drifts less from its base. On the small image-text model, whose tasks the
-        probes do not cover, it is worse than random masks. Memory and sums are those of `dowser`.
+        probes do not cover, it is worse than random masks. It takes the memory of `dowser`, and sums as it does.
     """
     return _product(weight, statistics, "shift").div_(len(statistics.activity))
 

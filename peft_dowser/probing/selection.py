@@ -207,9 +207,7 @@ def _report(frozen: Mapping[str, str], masks: Mapping[str, Tensor], matrices: Ma
         of_experts = any(matrices[name].expert is not None for name in frozen)
         advice = " More probes (num_probes) reach more experts." if of_experts else ""
         kind = "matrices" if of_experts else "modules"
-        warnings.warn(
-            f"{len(frozen)} of the target {kind} stay frozen: {'; '.join(listed)}.{advice}", UserWarning, stacklevel=2
-        )
+        warnings.warn(f"{len(frozen)} of the target {kind} stay frozen: {'; '.join(listed)}.{advice}", stacklevel=2)
 
 
 def same_on_all_ranks(

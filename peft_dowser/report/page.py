@@ -178,7 +178,7 @@ def _probe(statistics: ProbeStatistics, path: str | Path, modules: list[dict[str
 
 
 def _fits(found: ModuleStatistics | None, shape: Sequence[int]) -> bool:
-    """Whether statistics can be those of a stored weight, which may be transposed."""
+    """Whether statistics can belong to a stored weight, which may be transposed."""
     if found is None:
         return False
     if found.sensitivity is None:

@@ -51,7 +51,7 @@ def importance_map(statistics: ProbeStatistics, weights: Mapping[str, Tensor] | 
             the score of Eq. 5, without them the factor that the probe adds to |W|: the mean of |J_i| |h_j|.
 
     Returns:
-        Maps of modules by layers, one below the other: three, or only that of the activity where the probe ran forwards
+        Maps of modules by layers, one below the other: three, or only the activity where the probe ran forwards
         only. Experts of one parameter are averaged. Grey where nothing was probed, or where the mean is 0.
 
     Raises:
@@ -81,7 +81,7 @@ def delta_map(adapter: str | Path) -> Figure:
     """Draw where training moved the weights: the norm of the delta of every module, layer by layer.
 
     Two maps, modules by layers: the L2 norm of the values, and their root mean square, in which large modules do not
-    outshine small ones. `adapter` is a folder or Hub id; errors are those of `inspect`.
+    outshine small ones. `adapter` is a folder or Hub id; errors are as for `inspect`.
     """
     modules = inspect(adapter)["modules"]
     norms = {row["module"]: row["delta_norm"] for row in modules}

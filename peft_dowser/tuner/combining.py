@@ -40,7 +40,7 @@ def combined_deltas(
     majority_sign_method: SignMethod,
     seed: int,
 ) -> dict[str, Delta]:
-    """The combined deltas by module, without the empty ones; the arguments are those of
+    """The combined deltas by module, without the empty ones; the arguments are as in
     `DowserModel.add_weighted_adapter`.
     """
     deltas = {}

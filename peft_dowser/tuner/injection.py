@@ -158,7 +158,7 @@ class Injection:
         with bare_base(model):
             statistics = self._statistics(model)
             granularity = self.config.granularity
-            self.masks = same_on_all_ranks(lambda: self._choice(model, statistics), self.targets, granularity)
+            self.masks = same_on_all_ranks(lambda: self._chosen_masks(model, statistics), self.targets, granularity)
         layouts = layouts_of(self.targets, granularity)
         counts = {name: mask.numel() * layouts[name].group for name, mask in self.masks.items()}
         probe = None if statistics is None else statistics.info.settings()
@@ -178,7 +178,7 @@ class Injection:
         # Rank 0 chooses.
         return on_every_rank(lambda: ProbeStatistics.load(path).named_as(self.targets, place) if rank() == 0 else None)
 
-    def _choice(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
+    def _chosen_masks(self, model: nn.Module, statistics: ProbeStatistics | None) -> dict[str, Tensor]:
         check_materialized(model)
         masks = choose_masks(self.targets, self.config, statistics)
         if statistics is not None and self.config.statistics is not None:

@@ -60,7 +60,7 @@ def note_merged_everywhere(model: nn.Module) -> None:
 
 
 def unmerge_everywhere(model: nn.Module) -> None:
-    """Unmerge all layers, also those of PEFT's that hold the tokens that an adapter trains."""
+    """Unmerge all layers, also PEFT's own that hold the tokens that an adapter trains."""
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer) and layer.merged:
             layer.unmerge()
@@ -113,6 +113,5 @@ def report_not_finite(found: Iterable[tuple[str, Mapping[str, int]]]) -> None:
             f"The merge has written {sum(counts.values())} values that are not finite into {len(counts)} modules: "
             f"{few(list(counts))}. The adapter is broken, or its values are too large for the dtype of the base. Load "
             "the base in bfloat16 or float32; with safe_merge=True such a merge is refused.",
-            UserWarning,
             stacklevel=3,
         )

@@ -40,7 +40,6 @@ def report_unmatched_ratios(config: DowserConfig, targets: Mapping[str, Target])
         warnings.warn(
             "The following ratio_pattern keys did not match any targeted module that no earlier key matches, and were "
             f"ignored: {unmatched}.",
-            UserWarning,
             stacklevel=2,
         )
 
@@ -80,7 +79,6 @@ def report_read(model: nn.Module, modules: Iterable[str], adapter_name: str) -> 
         warnings.warn(
             f"Adapter '{adapter_name}' changes modules {list(read)}, but {kinds} may read their weights without "
             "calling them: merge the adapter (merge_and_unload), or the change may have no effect there.",
-            UserWarning,
             stacklevel=2,
         )
 
@@ -146,6 +144,5 @@ def warn_of_other_weights(statistics: ProbeStatistics, samples: Mapping[str, str
             f"The probe statistics '{where}' are of other weights than this model has in {len(different)} of "
             f"{len(samples)} modules: {few(different)}. They come from another checkpoint of the same shapes, so "
             "the mask will not be the one for this model: probe it too.",
-            UserWarning,
             stacklevel=2,
         )

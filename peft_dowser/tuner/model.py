@@ -21,7 +21,7 @@ from ..config import DowserConfig
 from ..delta.apply import report_vanished
 from ..delta.arithmetic import CombinationType, SignMethod
 from ..delta.codec import encode
-from ..delta.format import PREFIX, is_delta
+from ..delta.format import PREFIX
 from ..layers.experts import Experts, FusedParameter
 from ..layers.kinds import layer_for
 from ..layers.layer import DowserLayer, dowser_layers, layers_with_adapter
@@ -35,15 +35,15 @@ from .messages import report_untrained
 from .mixed_batch import check_names, mixed_batch
 from .saving import (
     check_unmerged_embeddings,
-    complete,
-    described,
+    completed_selection,
     leave_positions_to_us,
     own_biases,
     report_scale,
+    saved_manifest,
     under_model_names,
 )
 from .snapshot import differ
-from .whole_tensors import fitted
+from .whole_tensors import whole_tensors_in_model
 
 logger = logging.getLogger(__name__)
 
@@ -317,7 +317,7 @@ class DowserModel(BaseTuner):
             if layer.target.kind != "quantized":
                 layer.dowser_values[adapter_name].to(layer.weight.dtype)
         for layer in layers:
-            cast(Values, layer.dowser_values[adapter_name]).may_be_narrow = True
+            cast(Values, layer.dowser_values[adapter_name]).narrow_is_known = True
         values = [layer.values(adapter_name) for layer in layers]
         narrow = {value.dtype for value in values if value.requires_grad and value.element_size() < 4}
         if narrow:
@@ -341,7 +341,7 @@ class DowserModel(BaseTuner):
         report_scale(layers, adapter_name)
         check_unmerged_embeddings(model)
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        selected = complete(selected, state_dict, layers, adapter_name)
+        selected = completed_selection(selected, state_dict, layers, adapter_name)
         selected = own_biases(selected, config, [layer.module_name for layer in layers])
         if config.save_dtype is not None:
             dtype = getattr(torch, config.save_dtype)
@@ -349,7 +349,7 @@ class DowserModel(BaseTuner):
         # Of this adapter, whatever others were made with the same object.
         counts = {layer.module_name: layer.index(adapter_name).nnz for layer in layers}
         awaits_file = any(tensor.is_meta for tensor in selected.values())  # then these are placeholders
-        manifest = None if awaits_file else described(layers, selected, adapter_name)
+        manifest = None if awaits_file else saved_manifest(layers, selected, adapter_name)
         config.record = replace(config.record, counts=counts, manifest=manifest)
         return {key: tensor.to("meta") for key, tensor in selected.items()} if awaits_file else selected
 
@@ -366,7 +366,7 @@ class DowserModel(BaseTuner):
         remapped = under_model_names(model, remapped, adapter_name)
         deltas = read_file(layers, adapter_name, remapped, state_dict.keys())
         state = model.state_dict()
-        whole = fitted(model, adapter_name, {key: t for key, t in remapped.items() if not is_delta(key)}, state)
+        whole = whole_tensors_in_model(model, adapter_name, remapped, state)
         if (load := current_load()) is not None:
             load.back_up(state[key] for key, tensor in whole.items() if differ(state[key], tensor))
             load.back_up_deltas(layers.values(), adapter_name)

@@ -11,7 +11,7 @@ from ..base.distributed import is_sharded_tensor
 from ..base.module_names import embedding_modules
 from ..config import DowserConfig
 from ..delta.codec import side_by_side
-from ..delta.format import CODE, PREFIX, VALUES, manifest, manifest_entry, with_adapter_name
+from ..delta.format import CODE, PREFIX, VALUES, manifest_entry, manifest_of, with_adapter_name
 from ..layers.layer import DowserLayer
 from ..layers.tied import Tied
 
@@ -35,7 +35,7 @@ def leave_positions_to_us(model: nn.Module) -> None:
     setattr(model, _IGNORED, sorted({*getattr(model, _IGNORED, ()), *names}))
 
 
-def complete(
+def completed_selection(
     selected: Mapping[str, Tensor], state_dict: Mapping[str, Tensor], layers: Iterable[DowserLayer], adapter_name: str
 ) -> dict[str, Tensor]:
     """Complete what PEFT selects of a state dict for a save, and refuse values of which this rank has only a part.
@@ -83,7 +83,7 @@ def _uncompiled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {uncompiled_name(name): tensor for name, tensor in tensors.items()}
 
 
-def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
+def saved_manifest(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adapter_name: str) -> dict[str, Any]:
     """The manifest of what is about to be saved, of tensors by their names in the model."""
     code, values = with_adapter_name(CODE, adapter_name), with_adapter_name(VALUES, adapter_name)
 
@@ -93,7 +93,7 @@ def described(layers: Sequence[DowserLayer], tensors: Mapping[str, Tensor], adap
         layout = layer.index(adapter_name).layout
         return manifest_entry(tensors[start + code], tensors[start + values], layout, layer.base_sample)
 
-    return manifest(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
+    return manifest_of(dict(zip([layer.module_name for layer in layers], side_by_side(entry_of, layers), strict=True)))
 
 
 def own_biases(selected: Mapping[str, Tensor], config: DowserConfig, modules: Collection[str]) -> dict[str, Tensor]:
@@ -125,6 +125,5 @@ def report_scale(layers: Iterable[DowserLayer], adapter_name: str) -> None:
         warnings.warn(
             f"Adapter '{adapter_name}' is saved as it was trained, without its scale of {scales[0]:g}. To save it "
             f"scaled, make an adapter of it: add_weighted_adapter(['{adapter_name}'], [1.0], 'NEW_NAME').",
-            UserWarning,
             stacklevel=2,
         )

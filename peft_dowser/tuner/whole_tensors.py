@@ -18,14 +18,15 @@ from ..files.checks import check_foreign, check_whole_tensor
 from ..layers.layer import layers_with_adapter
 
 
-def fitted(
+def whole_tensors_in_model(
     model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The whole tensors of a saved adapter under their names in a model, in the dtypes that they have there.
 
-    `tensors` are those of the file that are not part of a delta, by their names there or in the model, and `state` has
-    all tensors of the model, the layers in place, by name.
+    `tensors` are those of the file, by their names there or in the model, and `state` has all tensors of the model,
+    the layers in place, by name.
     """
+    tensors = {key: tensor for key, tensor in tensors.items() if not is_delta(key)}
     where = f"Adapter '{adapter_name}'"
     names = _names_of(tensors, _brought(model, adapter_name, state))
     check_foreign([key for key in tensors if key not in names], where)

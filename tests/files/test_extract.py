@@ -23,7 +23,7 @@ from transformers import (
 
 from peft_dowser import extract
 from peft_dowser.baselines import postmerge
-from peft_dowser.delta import format as files
+from peft_dowser.delta import safe_files as files
 from peft_dowser.delta.seeds import derived_seed
 
 pytestmark = pytest.mark.usefixtures("offline")
