@@ -17,8 +17,18 @@ from peft_dowser import DowserConfig
 from peft_dowser.base.search import resolve_targets
 
 FOLDER = Path(__file__).parents[2] / "examples" / "method_comparison"
-RATIOS = {"llama-3.2-3B-rho0.1": 0.1, "llama-3.2-3B-q_v-rho0.026": 5 / 192}
-VALUES = {"llama-3.2-3B-rho0.1": 281_857_184, "llama-3.2-3B-q_v-rho0.026": 9_175_040}
+RATIOS = {
+    "llama-3.2-3B-rho0.1": 0.1,
+    "llama-3.2-3B-shift-rho0.1": 0.1,
+    "llama-3.2-3B-q_v-rho0.026": 5 / 192,
+    "llama-3.2-3B-q_v-channels32": 0.1,  # the default, in whose place are the channels
+}
+VALUES = {
+    "llama-3.2-3B-rho0.1": 281_857_184,
+    "llama-3.2-3B-shift-rho0.1": 281_857_184,
+    "llama-3.2-3B-q_v-rho0.026": 9_175_040,
+    "llama-3.2-3B-q_v-channels32": 3_670_016,
+}
 # Fields of the benchmark's `TrainConfig`, at PEFT's commit 5d602fdb; it refuses any other.
 TRAINING_PARAMS = {
     "model_id",
@@ -100,7 +110,10 @@ def test_the_number_of_values_is_that_of_the_readme(name: str) -> None:
         model = LlamaForCausalLM(shapes)
     config = load(name)
     targets = resolve_targets(model, config).values()
-    assert sum(round(config.update_ratio * target.numel) for target in targets) == VALUES[name]
+    if config.channels:
+        assert sum(config.channels * target.shape[0] for target in targets) == VALUES[name]
+    else:
+        assert sum(round(config.update_ratio * target.numel) for target in targets) == VALUES[name]
 
 
 @pytest.mark.parametrize("name", RATIOS)
