@@ -112,6 +112,7 @@ def main() -> None:
     base, rows = load(options.model), []
     for ratio, rate in product(options.ratios, options.rates):
         options.update_ratio, options.learning_rate = ratio, rate
+        print(f"\nratio {ratio:g}, rate {rate:g}")
         chosen = config(options)
         if needs_probe(chosen):
             options.statistics = chosen.statistics = f"{options.output}/statistics.safetensors"
