@@ -232,6 +232,9 @@ def rows_of(data: Dataset, options: argparse.Namespace) -> dict[str, Dataset | N
     """The data of a trainer from rows; with --measure the last tenth of them is held out, one at least."""
     if not options.measure:
         return {"train_dataset": data, "eval_dataset": None}
+    if len(data) == 1:
+        print("There is one example only, which cannot be held out: it is trained on and measured.")
+        return {"train_dataset": data, "eval_dataset": data}
     cut = len(data) - max(1, len(data) // 10)
     return {"train_dataset": data.select(range(cut)), "eval_dataset": data.select(range(cut, len(data)))}
 

@@ -47,9 +47,10 @@ DowserArguments = make_dataclass(
 
 
 @dataclass
-class KeepingArguments:
-    """What is done about forgetting."""
+class RecipeArguments:
+    """What this recipe adds."""
 
+    resume: bool = field(default=False, metadata={"help": "go on from the last checkpoint in the output folder"})
     measure: bool = field(default=True, metadata={"help": "measure what is learned and what is forgotten"})
     rehearse: float = field(
         default=0.0, metadata={"help": "weight of KL(base || adapted) on texts that the base writes"}
@@ -65,7 +66,7 @@ def beginning(row: dict[str, Any]) -> Question:
 
 def read_arguments() -> tuple[Any, ...]:
     """The arguments and the file; names of nothing that exists are refused here."""
-    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments, KeepingArguments))
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DowserArguments, RecipeArguments))
     try:
         found = script, _, model, *_ = parser.parse_args_and_config()
         if model.model_name_or_path is None or script.dataset_name is None:
@@ -79,38 +80,37 @@ def read_arguments() -> tuple[Any, ...]:
     return found
 
 
-def parts(data: DatasetDict, script: ScriptArguments, keeping: KeepingArguments) -> dict[str, Any]:
+def parts(data: DatasetDict, script: ScriptArguments, recipe: RecipeArguments) -> dict[str, Any]:
     """The data of the trainer."""
     rows = data[script.dataset_train_split]
     if script.dataset_test_split in data:
         return {"train_dataset": rows, "eval_dataset": data[script.dataset_test_split]}
-    return rows_of(rows, keeping)
+    return rows_of(rows, recipe)
 
 
 def main() -> None:
-    script, training, model, dowser, keeping = read_arguments()
+    script, training, model, dowser, recipe = read_arguments()
     show_log()
     training.model_init_kwargs = {"dtype": model.dtype, "revision": model.model_revision}
     training.dataloader_pin_memory &= torch.cuda.is_available()  # a warning without
-    if keeping.measure:
+    if recipe.measure:
         training.eval_on_start = True
         training.eval_strategy = "epoch" if training.eval_strategy == "no" else training.eval_strategy
     data = load_dataset(script.dataset_name, name=script.dataset_config)
     trainer = SFTTrainer(
         model=model.model_name_or_path,
         args=training,
-        **parts(data, script, keeping),
+        **parts(data, script, recipe),
         peft_config=DowserConfig(task_type="CAUSAL_LM", seed=training.seed, **vars(dowser)),
     )
     # What the model forgets, on prompts that it writes itself: needs no data.
     own = DowserConfig(num_probes=dowser.num_probes, probe_length=dowser.probe_length, seed=training.seed)
-    if keeping.measure:
+    if recipe.measure:
         trainer.add_callback(ForgettingCallback(config=own, trainer=trainer))
-    if keeping.rehearse:  # on other texts than those that forgetting is measured on
+    if recipe.rehearse:  # on other texts than those that forgetting is measured on
         others = DowserConfig(num_probes=32, probe_length=dowser.probe_length, seed=training.seed + 1)
-        trainer.add_callback(RehearsalCallback(weight=keeping.rehearse, config=others))
-    resume = training.resume_from_checkpoint
-    train(trainer, beginning(data[script.dataset_train_split][0]), str(resume).lower() == "true" or resume)
+        trainer.add_callback(RehearsalCallback(weight=recipe.rehearse, config=others))
+    train(trainer, beginning(data[script.dataset_train_split][0]), recipe.resume or training.resume_from_checkpoint)
 
 
 if __name__ == "__main__":

@@ -218,6 +218,34 @@ def test_what_is_not_there_is_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == f"{name}: error: argument {message}"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "there is no file 'none.yaml'"),
+        (["--model_name_or_path", "./none", "--dataset_name", "."], "there is no folder './none'"),
+        (["--model_name_or_path", TINY_LLAVA, "--dataset_name", "./none"], "there is no folder './none'"),
+        ([], "--model_name_or_path and --dataset_name are needed, or a --config that has them"),
+    ],
+)
+def test_what_is_not_there_is_one_line_of_the_yaml_recipe_too(
+    run: Run, arguments: list[object], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(peft_dowser, "DowserConfig", DowserConfig)  # whose fields are its options
+    options = [] if "--config" in arguments else ["--output_dir", "none", "--bf16", "false", "--use_cpu", "true"]
+    with pytest.raises(SystemExit):
+        run("sft.py", *arguments, *options)
+    assert capsys.readouterr().err.splitlines()[-1] == f"sft.py: error: {message}"
+
+
+def test_one_example_is_trained_on_and_measured(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "1+1?", "chosen": "2", "rejected": "five"}))
+    arguments = ["--preferences", tmp_path / "one.jsonl", "--output", tmp_path, "--score", "magnitude"]
+    run("dpo.py", *arguments, "--steps", 1)
+    printed = capsys.readouterr().out
+    assert "There is one example only, which cannot be held out: it is trained on and measured." in printed
+    assert measured(printed, unit="nats per pair")
+
+
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C while a step is computed."""
     compute = SFTTrainer.training_step
