@@ -354,8 +354,8 @@ def train(
     after = answer(trainer.model, trainer.processing_class, question)
     folder = str(trainer.args.output_dir)
     print(f"\nquestion: {words(question)}\nbefore:   {before}\nafter:    {after}\n")
-    if found := measured(trainer.state.log_history, score, unit):
-        print(f"measured: {found}")
+    if trainer.args.eval_strategy != "no":
+        print(f"measured: {measured(trainer.state.log_history, score, unit)}")
     print(f"saved:    {folder}")
     print("next:     " + "\n          ".join(next_commands(folder, trainer.model.peft_config["default"].granularity)))
 
@@ -366,7 +366,7 @@ def values(history: list[dict[str, float]], name: str) -> list[float]:
 
 
 def measured(history: list[dict[str, float]], score: str = "loss", unit: str = "nats per token") -> str:
-    """What was learned and what was forgotten, in a line; empty if neither was measured."""
+    """What was learned and what was forgotten, in a line."""
     parts = []
     if found := values(history, f"eval_{score}"):
         parts.append(f"{score} on held-out data {found[0]:.3f} -> {found[-1]:.3f} {unit}")
