@@ -30,7 +30,6 @@ from recipe import (
     next_commands,
     parse,
     parser,
-    save,
     start,
     training,
 )
@@ -111,7 +110,7 @@ def main() -> None:
 
     before = test()
     fit(trainer, options.resume)
-    save(trainer)
+    trainer.save_model()
     after = test()
     print(f"\ntext:     {data['test'][0]['text']}")
     for name, (label, right) in (("before", before), ("after", after)):
