@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from recipe import Defaults, add_model, folder_or_id, load, parse, start
+from recipe import Defaults, add_model, folder_or_id, load, parse, refuse_used, start
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -60,6 +60,8 @@ def main() -> None:
     )
     parser.add_argument("--output", default=Path("merged-adapters"), type=Path, help="folder for the results")
     options = parse(parser, "adapters")
+    for part in ("merged", "lora"):
+        refuse_used(parser, options.output / part)
     first, second = options.adapters or [
         make(options.model, text, options.output / name, options.granularity) for name, text in TEXTS.items()
     ]

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from recipe import add_text, config, forgetting, packed, parse, parser, start, text_of, train, training
+from recipe import add_text, config, forgetting, packed, parse, parser, refuse_used, start, text_of, train, training
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -27,6 +27,7 @@ def main() -> None:
     options = parse(arguments, "model", "text")
     if find_spec("bitsandbytes") is None:
         sys.exit("This recipe needs bitsandbytes: pip install bitsandbytes")
+    refuse_used(arguments, f"{options.output}/merged")
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=options.bits == 4,

@@ -97,6 +97,12 @@ def parse(arguments: argparse.ArgumentParser, *examples: str) -> argparse.Namesp
     return options
 
 
+def refuse_used(arguments: argparse.ArgumentParser, folder: str | Path) -> None:
+    """Say before the work, and not after it, that a merge writes into new or empty folders only."""
+    if Path(folder).is_dir() and any(Path(folder).iterdir()):
+        arguments.error(f"there are files in '{folder}' already; --output names another folder")
+
+
 def show_log() -> None:
     """Let the package say, in a line each, whether a probe was read from the cache, and how many weights train."""
     logging.basicConfig(format="%(message)s")

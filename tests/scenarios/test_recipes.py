@@ -16,7 +16,6 @@ import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoTokenizer
-from trl import SFTTrainer
 
 import peft_dowser
 from peft_dowser import DowserConfig, DowserLayer, probe
@@ -249,6 +248,8 @@ def test_one_example_is_trained_on_and_measured(run: Run, tmp_path: Path, capsys
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     """Ctrl-C while a step is computed."""
+    from trl import SFTTrainer
+
     compute = SFTTrainer.training_step
 
     def training_step(self: SFTTrainer, *args: object, **kwargs: object) -> torch.Tensor:
@@ -286,6 +287,8 @@ def test_a_stop_says_how_to_go_on(
 def test_a_stop_outside_of_the_training_is_one_line(
     run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    from trl import SFTTrainer
+
     def begin(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
@@ -523,6 +526,10 @@ def test_adapters_are_switched_combined_and_merged(run: Run, tmp_path: Path, cap
     run("merge_and_serve.py", "--adapters", *adapters, "--output", tmp_path / "again")
     merged = [(tmp_path / part / "merged" / "model.safetensors").read_bytes() for part in ("", "again")]
     assert merged[0] == merged[1]
+    with pytest.raises(SystemExit):
+        run("merge_and_serve.py", "--output", tmp_path / "again")
+    told = f"there are files in '{tmp_path / 'again' / 'merged'}' already; --output names another folder"
+    assert told in capsys.readouterr().err
 
 
 def test_input_channels_are_served_as_lora(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
