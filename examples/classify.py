@@ -1,6 +1,6 @@
 """Fine-tune a language model to put texts into classes:
 
-    python examples/classify.py --data FILE --model Qwen/Qwen3-0.6B --output my-adapter
+    python examples/classify.py --data FILE --model Qwen/Qwen3-0.6B
 
 FILE has one line of JSON per example; a tenth of them is for the test:
 
@@ -9,7 +9,8 @@ FILE has one line of JSON per example; a tenth of them is for the test:
 A model that classifies has no head that writes text, so it cannot write the prompts of a probe. The language model of
 the same base can, and what it measures fits by the names of the weights: that is what happens here. With `--score
 magnitude` or `--score random` nothing is probed. Without `--model` it is the language model of `examples/tiny_llava`,
-without `--data` it learns whether a word begins with a vowel.
+without `--data` it learns whether a word begins with a vowel. What is forgotten is not measured: a model that does not
+write text has no loss on texts.
 """
 
 import argparse
@@ -18,7 +19,20 @@ from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from peft import get_peft_model
-from recipe import TINY_LLAVA, config, load, max_length, needs_probe, next_commands, parser, training
+from recipe import (
+    TINY_LLAVA,
+    config,
+    existing_file,
+    fit,
+    load,
+    max_length,
+    needs_probe,
+    next_commands,
+    parse,
+    parser,
+    start,
+    training,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -67,9 +81,9 @@ def classifier(options: argparse.Namespace, labels: list[str], pad_token_id: int
 
 
 def main() -> None:
-    arguments = parser("Fine-tune a language model to put texts into classes.")
-    arguments.add_argument("--data", help="file of JSON lines with text and label")
-    options = arguments.parse_args()
+    arguments = parser("Fine-tune a language model to put texts into classes.", "my-classifier", measures=False)
+    arguments.add_argument("--data", type=existing_file, help="file of JSON lines with text and label")
+    options = parse(arguments, "model", "data")
 
     rows = load_dataset("json", data_files=options.data, split="train") if options.data else vowels(1000)
     if options.model == TINY_LLAVA:
@@ -95,7 +109,7 @@ def main() -> None:
         return labels[classes[0]], 100 * float((classes == found.label_ids).mean())
 
     before = test()
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    fit(trainer, options.resume)
     trainer.save_model()
     after = test()
     print(f"\ntext:     {data['test'][0]['text']}")
@@ -106,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

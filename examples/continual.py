@@ -12,22 +12,20 @@ A task that has its own adapter is tested with it; the old tasks are tested with
 import argparse
 import sys
 import tempfile
-from pathlib import Path
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from recipe import add_dowser, add_training, config
+from recipe import TINY_LLAVA, Defaults, add_dowser, add_model, add_training, config, parse, start
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import probe
 from peft_dowser.evaluation import metrics
 
-TINY_LLAVA = Path(__file__).parent / "tiny_llava"
-sys.path.insert(0, str(TINY_LLAVA))
-from chat import collate_chat  # noqa: E402
-from tasks import DOWNSTREAM, UPSTREAM, accuracy, trl_records  # noqa: E402
+sys.path.insert(0, TINY_LLAVA)
+from chat import collate_chat
+from tasks import DOWNSTREAM, UPSTREAM, accuracy, trl_records
 
 OLD = {name: UPSTREAM[name] for name in ("read", "rev", "add")}
 NEW = DOWNSTREAM
@@ -44,6 +42,7 @@ def learn(model: PeftModel, task: str, options: argparse.Namespace) -> None:
         max_length=None,
         gradient_checkpointing=False,  # faster; a large model wants True
         bf16=torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),  # a warning without
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
@@ -73,12 +72,12 @@ def show(title: str, stages: list[dict[str, float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Learn one task after another.")
-    parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
+    parser = argparse.ArgumentParser(description="Learn one task after another.", formatter_class=Defaults)
+    add_model(parser)
     parser.add_argument("--examples", type=int, default=100, help="for the test of a task")
     add_training(parser, steps=80, batch_size=16, rate=1e-3)
     add_dowser(parser, update_ratio=0.5, granularity="weight")
-    options = parser.parse_args()
+    options = parse(parser, "model")
     options.processor = AutoProcessor.from_pretrained(options.model)
 
     base = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto")
@@ -101,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,16 +1,17 @@
 """Train a model on a reward of your own, with TRL's GRPO:
 
-    python examples/grpo.py --prompts FILE --model Qwen/Qwen3-0.6B --output my-adapter
+    python examples/grpo.py --prompts FILE --model Qwen/Qwen3-0.6B
 
 The reward is a function of the texts that the model writes, here `without_e`: like the novel "Gadsby", they should
 avoid the letter e. FILE has one prompt per line. Without `--model` it trains the small model in
-`examples/tiny_llava`, which continues English text letter by letter. In the log, `reward` shows the progress.
+`examples/tiny_llava`, which continues English text letter by letter. In the log, `reward` shows the progress. The
+last tenth of the prompts is held out: a line at the end says how their reward rose, and what was forgotten.
 """
 
 from pathlib import Path
 
 from datasets import Dataset
-from recipe import config, parser, train, training
+from recipe import config, existing_file, forgetting, parse, parser, rows_of, start, train, training
 from trl import GRPOConfig, GRPOTrainer
 
 PROMPTS = ["Return the ", "If the ", "This function ", "A list of ", "The file ", "When an object ", "Note that "]
@@ -22,9 +23,9 @@ def without_e(completions: list[str], **columns: list) -> list[float]:
 
 
 def main() -> None:
-    arguments = parser("Train a model on a reward.", steps=100, max_length=32)
-    arguments.add_argument("--prompts", help="text file, one prompt per line")
-    options = arguments.parse_args()
+    arguments = parser("Train a model on a reward.", "my-grpo-adapter", steps=100, max_length=32)
+    arguments.add_argument("--prompts", type=existing_file, help="text file, one prompt per line")
+    options = parse(arguments, "model", "prompts")
 
     prompts = Path(options.prompts).read_text("utf-8").splitlines() if options.prompts else PROMPTS
     trainer = GRPOTrainer(
@@ -36,11 +37,12 @@ def main() -> None:
             max_completion_length=options.max_length,
             model_init_kwargs={"dtype": "auto"},
         ),
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        **rows_of(Dataset.from_dict({"prompt": prompts}), options),
         peft_config=config(options),
+        callbacks=forgetting(options),
     )
-    train(trainer, prompts[0], options.resume)
+    train(trainer, prompts[0], options.resume, score="reward", unit="per text")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

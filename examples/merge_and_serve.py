@@ -1,7 +1,7 @@
 """Two adapters of one base: switch between them, combine them, and write folders that any server loads:
 
-    python examples/merge_and_serve.py --adapters FIRST SECOND --output FOLDER
-    vllm serve FOLDER/merged
+    python examples/merge_and_serve.py --adapters FIRST SECOND
+    vllm serve merged-adapters/merged
 
 Every step compares its outputs with those of PEFT's model: they have the same bits, and those of input channels, which
 are also written as LoRA adapters for servers of LoRA, agree up to the rounding of one addition. Without `--adapters`
@@ -13,13 +13,18 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from recipe import TINY_LLAVA, load
+from recipe import Defaults, add_model, folder_or_id, load, parse, refuse_used, start
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from peft_dowser import DowserConfig, Patch, export_lora, hotswap, merge
 
 TEXTS = {"dawn": "The sun rises in the east.", "dusk": "The sun sets in the west."}
+
+
+def adapter_name(name: str) -> str:
+    """The type of an option that names an adapter."""
+    return folder_or_id(name, "adapter_config.json")
 
 
 def make(name: str, text: str, folder: Path, granularity: str) -> str:
@@ -43,14 +48,20 @@ def compare(what: str, found: Tensor, expected: Tensor) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Switch, combine and merge two adapters of one base.")
-    parser.add_argument("--adapters", nargs=2, metavar=("FIRST", "SECOND"), help="folders or Hub ids of adapters")
-    parser.add_argument("--model", default=TINY_LLAVA, help="base of the adapters that are made here")
+    parser = argparse.ArgumentParser(
+        description="Switch, combine and merge two adapters of one base.", formatter_class=Defaults
+    )
+    parser.add_argument(
+        "--adapters", type=adapter_name, nargs=2, metavar=("FIRST", "SECOND"), help="folders or Hub ids of adapters"
+    )
+    add_model(parser)
     parser.add_argument(
         "--granularity", choices=["weight", "input_channel"], default="input_channel", help="of adapters made here"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder for the results")
-    options = parser.parse_args()
+    parser.add_argument("--output", default=Path("merged-adapters"), type=Path, help="folder for the results")
+    options = parse(parser, "adapters")
+    for part in ("merged", "lora"):
+        refuse_used(parser, options.output / part)
     first, second = options.adapters or [
         make(options.model, text, options.output / name, options.granularity) for name, text in TEXTS.items()
     ]
@@ -108,4 +119,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,10 +1,10 @@
 """Fine-tune a language model that is loaded in 4 or 8 bits, and merge the adapter into the unquantized base:
 
     pip install bitsandbytes
-    python examples/quantized.py --text FILE --model Qwen/Qwen3-0.6B --output FOLDER
+    python examples/quantized.py --text FILE --model Qwen/Qwen3-0.6B
 
-Quantized base, gradient checkpointing and AdamW with 8-bit states: `peft-dowser plan` says what that takes. FOLDER gets
-the adapter, and FOLDER/merged the merged model in the precision of the checkpoint, written shard by shard.
+Quantized base, gradient checkpointing and AdamW with 8-bit states: `peft-dowser plan` says what that takes. The output
+folder gets the adapter, and in `merged` the merged model in the precision of the checkpoint, written shard by shard.
 Without `--model` it trains the small model in `examples/tiny_llava`, without `--text` on the project's README.
 """
 
@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from datasets import load_dataset
-from recipe import EXAMPLES, config, max_length, parser, train, training
+from recipe import add_text, config, forgetting, packed, parse, parser, refuse_used, start, text_of, train, training
 from transformers import BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
@@ -22,12 +21,13 @@ from peft_dowser import merge
 
 
 def main() -> None:
-    arguments = parser("Fine-tune a language model that is loaded in 4 or 8 bits.")
-    arguments.add_argument("--text", default=str(EXAMPLES.parent / "README.md"), help="text file, UTF-8")
-    arguments.add_argument("--bits", type=int, choices=[4, 8], default=4)
-    options = arguments.parse_args()
+    arguments = parser("Fine-tune a language model that is loaded in 4 or 8 bits.", "my-quantized-adapter")
+    add_text(arguments)
+    arguments.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of a weight of the base")
+    options = parse(arguments, "model", "text")
     if find_spec("bitsandbytes") is None:
         sys.exit("This recipe needs bitsandbytes: pip install bitsandbytes")
+    refuse_used(arguments, f"{options.output}/merged")
 
     quantization = BitsAndBytesConfig(
         load_in_4bit=options.bits == 4,
@@ -41,13 +41,12 @@ def main() -> None:
             **training(options),
             optim="adamw_8bit",
             gradient_checkpointing=True,
-            packing=True,
-            packing_strategy="wrapped",
-            max_length=max_length(options),
+            **packed(options),
             model_init_kwargs={"quantization_config": quantization, "dtype": "auto"},
         ),
-        train_dataset=load_dataset("text", data_files=options.text, sample_by="document", split="train"),
+        **text_of(options),
         peft_config=config(options),
+        callbacks=forgetting(options),
     )
     train(trainer, Path(options.text).read_text("utf-8")[:40], options.resume)
     merge(options.output, f"{options.output}/merged")
@@ -55,4 +54,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

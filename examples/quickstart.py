@@ -22,16 +22,15 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from recipe import TINY_LLAVA, Defaults, add_model, show_log, start
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from trl import SFTConfig, SFTTrainer
 
 from peft_dowser import DowserConfig, DowserLayer
 
-# A notebook has no __file__, and runs in its folder.
-TINY_LLAVA = (Path(__file__).parent if "__file__" in globals() else Path.cwd()) / "tiny_llava"
-sys.path.insert(0, str(TINY_LLAVA))
-from chat import collate_chat  # noqa: E402
-from tasks import DOWNSTREAM, accuracy, trl_records, upstream_accuracy  # noqa: E402
+sys.path.insert(0, TINY_LLAVA)
+from chat import collate_chat
+from tasks import DOWNSTREAM, accuracy, trl_records, upstream_accuracy
 
 TASK = DOWNSTREAM["style"]  # a pale digit, and the invented word that names it
 
@@ -71,6 +70,7 @@ def fine_tune(
         completion_only_loss=True,
         gradient_checkpointing=None,
         bf16=False,
+        dataloader_pin_memory=torch.cuda.is_available(),  # a warning without
         save_strategy="no",
         report_to=[],
         seed=options.seed,
@@ -118,7 +118,7 @@ HEADER = f"{'':<18} {'kept %':>6} {'learned %':>10} {'trained weights':>15} {'by
 
 def measure(name: str, model: torch.nn.Module, processor: ProcessorMixin, options: Options, folder: Path) -> Row:
     examples = TASK.sample(200, seed=0, split="test")
-    is_tiny = Path(options.model) == TINY_LLAVA
+    is_tiny = options.model == TINY_LLAVA
     return Row(
         name=name,
         upstream=upstream_accuracy(model, processor)["mean"] if is_tiny else None,
@@ -171,17 +171,18 @@ def run(options: Options) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare Dowser with full fine-tuning.")
-    parser.add_argument("--model", default=str(TINY_LLAVA), help="folder or Hub id of an image-text model")
+    parser = argparse.ArgumentParser(description="Compare Dowser with full fine-tuning.", formatter_class=Defaults)
+    add_model(parser)
     parser.add_argument("--update-ratio", type=float, default=0.5, help="fraction of each matrix that trains")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each training")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak of AdamW's rate")
+    parser.add_argument("--seed", type=int, default=0, help="of the data, the prompts and the training")
     parser.add_argument("--output", type=Path, help="folder to keep the saved models in (default: a temporary one)")
     given = parser.parse_args([] if "ipykernel" in sys.modules else None)  # a notebook has no command line
+    show_log()
     with tempfile.TemporaryDirectory() as temporary:
         run(Options(**vars(given) | {"output": given.output or Path(temporary)}))
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

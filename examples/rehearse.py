@@ -6,7 +6,7 @@
 Each row of the table is one training from the same start: an adapter (Dowser or LoRA) without rehearsal, and with one
 every 1, 2, 4 or 8 steps at the same total weight. "learned" is the fall of the loss on text that was held out, "forgot"
 the rise of the loss on other texts that the base wrote, both in nats per token; "step" is the time of a training step
-beside that of the first row. Without `--model` it is the small one in `examples/tiny_llava`.
+compared with the first row. Without `--model` it is the small one in `examples/tiny_llava`.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, get_peft_model
+from recipe import SCALE, Defaults, add_model, add_text, fit, parse, start, values
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,8 +34,6 @@ from transformers import (
 )
 
 from peft_dowser import DowserConfig, ForgettingCallback, RehearsalCallback
-
-EXAMPLES = Path(__file__).parent
 
 
 class Timer(TrainerCallback):
@@ -77,38 +76,42 @@ def run(model: Any, adapter: PeftConfig, train: list, held_out: list, rehearsal:
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=5,
                 save_strategy="no",
-                eval_strategy="no",
+                eval_strategy="steps",  # before and after
+                eval_steps=options.steps,
+                eval_on_start=True,
                 logging_steps=10,
                 report_to="none",
                 disable_tqdm=True,
                 seed=options.seed,
                 use_cpu=not torch.cuda.is_available(),
+                dataloader_pin_memory=torch.cuda.is_available(),  # a warning without
             ),
             train_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in train]),
             eval_dataset=Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in held_out]),
             callbacks=callbacks,
         )
-        before = trainer.evaluate()["eval_loss"]
-        trainer.train()
-        after = trainer.evaluate()["eval_loss"]
-    forgot = [entry["forgetting"] for entry in trainer.state.log_history if "forgetting" in entry][-1]
-    return {"learned": before - after, "forgot": forgot, "seconds": statistics.mean(timer.seconds[2:])}
+        fit(trainer)
+    losses, forgot = (values(trainer.state.log_history, name) for name in ("eval_loss", "forgetting"))
+    seconds = statistics.mean(timer.seconds[2:])
+    return {"learned": losses[0] - losses[-1], "forgot": forgot[-1], "seconds": seconds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure rehearsal: learned, forgotten, seconds.")
-    parser.add_argument("--text", default=str(EXAMPLES.parent / "README.md"), help="text file, UTF-8")
-    parser.add_argument("--model", default=str(EXAMPLES / "tiny_llava"), help="folder or Hub id of the base model")
+    parser = argparse.ArgumentParser(
+        description="Measure rehearsal: learned, forgotten, seconds.", formatter_class=Defaults
+    )
+    add_text(parser)
+    add_model(parser)
     parser.add_argument("--images", action="store_true", help="an image-text model: begin half of the texts with noise")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each training")
+    parser.add_argument("--batch-size", type=int, default=4, help="texts per step and device")
     parser.add_argument("--length", type=int, default=64, help="tokens of a text")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="AdamW's")
     parser.add_argument("--weight", type=float, default=1.0, help="weight of the KL at one rehearsal per step")
     parser.add_argument("--every", type=int, nargs="+", default=[1, 2, 4, 8], help="steps between rehearsals")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the training and of the texts")
     parser.add_argument("--output", help="file for the rows, as JSON")
-    options = parser.parse_args()
+    options = parse(parser, "model", "text")
 
     sees = hasattr(AutoConfig.from_pretrained(options.model), "vision_config")
     kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
@@ -130,10 +133,11 @@ def main() -> None:
                 f"{name:<8} {every or '-':>6} {rows[-1]['weight']:>7g} {row['learned']:>8.3f} {row['forgot']:>8.3f} "
                 f"{row['seconds'] / first:>6.2f}"
             )
+    print(f"learned and forgot: in nats per token ({SCALE}); step: time, compared with the first row of an adapter")
     if options.output:
         machine = {"machine": platform.processor() or platform.machine(), "date": str(date.today())}
         Path(options.output).write_text(json.dumps(machine | {"options": vars(options), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

