@@ -68,21 +68,24 @@ def test_the_tested_versions_reach_what_is_required() -> None:
         assert _tested._minor(lowest[name]) == _tested._minor(required[name]), name
 
 
-def test_the_table_has_every_run_and_stands_in_the_readme_where_its_marks_are() -> None:
+def test_the_table_has_every_run_and_stands_in_the_limits_where_its_marks_are() -> None:
     text = CI["table"](_tested.TESTED)
-    header, line, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.split("\n"))
-    assert [cell.partition(",")[0] for cell in header] == ["", *_tested.TESTED]
+    (_, *names), line, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in text.split("\n"))
     assert set(line) == {"---"}
-    for name, *versions in rows:
-        assert versions == [run["versions"].get(name, "-") for run in _tested.TESTED.values()]
-    found = re.findall(r"<!-- tested -->\n(.*?)\n<!-- /tested -->", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert found in ([], [text])
+    for (title, *versions), (name, run) in zip(rows, _tested.TESTED.items(), strict=True):
+        assert title == f"{name}, {run['date']}"
+        assert versions == [run["versions"].get(name, "-") for name in names]
+        assert set(names) >= run["versions"].keys()
+    limits = (ROOT / "examples/guides/limits.md").read_text()
+    assert re.findall(r"<!-- tested -->\n(.*?)\n<!-- /tested -->", limits, re.DOTALL) == [text]
 
 
 def test_a_run_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "peft_dowser").mkdir()
     (tmp_path / "peft_dowser/tested.json").write_text(json.dumps(_tested.TESTED))
-    (tmp_path / "README.md").write_text("before\n<!-- tested -->\nold\n<!-- /tested -->\nafter\n")
+    limits = tmp_path / "examples/guides/limits.md"
+    limits.parent.mkdir(parents=True)
+    limits.write_text("before\n<!-- tested -->\nold\n<!-- /tested -->\nafter\n")
     own = CI["main"].__globals__
     monkeypatch.setitem(own, "ROOT", tmp_path)
     monkeypatch.setitem(own, "DATA", tmp_path / "peft_dowser/tested.json")
@@ -90,9 +93,7 @@ def test_a_run_is_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     runs = json.loads((tmp_path / "peft_dowser/tested.json").read_text())
     assert runs["lowest"] == _tested.TESTED["lowest"]
     assert runs["newest"]["versions"]["peft"] == importlib.metadata.version("peft")
-    assert (tmp_path / "README.md").read_text() == (
-        f"before\n<!-- tested -->\n{CI['table'](runs)}\n<!-- /tested -->\nafter\n"
-    )
+    assert limits.read_text() == (f"before\n<!-- tested -->\n{CI['table'](runs)}\n<!-- /tested -->\nafter\n")
 
 
 def test_the_citation_is_of_this_release() -> None:
