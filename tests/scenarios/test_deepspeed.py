@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_dowser import probe
-from peft_dowser.base.distributed import is_sharded
+from peft_dowser.base.distributed import is_sharded_tensor
 from peft_dowser.delta.layout import Granularity
 
 # `DS_BUILD_OPS=0 pip install deepspeed` gives one that runs on CPUs.
@@ -86,7 +86,7 @@ def train(rank: int, stage: int, granularity: Granularity, folder: str) -> dict:
 
 def probe_partitioned(rank: int) -> dict:
     engine = engine_of(tiny_llama(), 3)
-    assert all(is_sharded(parameter) for parameter in engine.module.parameters())
+    assert all(is_sharded_tensor(parameter) for parameter in engine.module.parameters())
     results: dict = {name: probed(engine.module) for name, probed in PROBES.items()}
     # The probe has left the base as it was.
     assert losses_of(engine, rank) == losses_of(engine_of(tiny_llama(), 3), rank)
