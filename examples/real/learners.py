@@ -76,6 +76,8 @@ def config(method: str, update_ratio: float, seed: int, statistics: Path | None 
     if method in PEERS:
         kind, settings = PEERS[method]
         return kind(target_modules=LINEARS, task_type="CAUSAL_LM", **settings)
-    common = {"update_ratio": update_ratio, "seed": seed, "target_modules": LINEARS, "task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"seed": seed, "target_modules": LINEARS, "task_type": "CAUSAL_LM"}
+    if "channels" not in SPARSE[method]:
+        common["update_ratio"] = update_ratio
     probed = {} if statistics is None else {"statistics": str(statistics)}
     return DowserConfig(**(common | probed | SPARSE[method]))
