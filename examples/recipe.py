@@ -178,10 +178,10 @@ def add_ranking(found: argparse.ArgumentParser, granularity: str = "input_channe
 
 def config(options: argparse.Namespace, task_type: str = "CAUSAL_LM") -> DowserConfig:
     """The choice of what trains."""
+    size = {"channels": options.channels} if options.channels else {"update_ratio": options.update_ratio}
     return DowserConfig(
-        update_ratio=options.update_ratio,
+        **size,
         granularity=options.granularity,
-        channels=options.channels,
         score=options.score or SCORES[options.granularity],
         statistics=options.statistics,
         task_type=task_type,
