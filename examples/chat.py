@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig
-from recipe import EXAMPLES, SCORES, Defaults, answer, load, parse, read, refuse_used, start
+from recipe import EXAMPLES, SCORES, Defaults, answer, fit, load, parse, read, refuse_used, start, training, values
 from transformers import AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
@@ -81,21 +81,15 @@ def labelled(tokenizer: Any, asked: list[dict[str, str]], said: str) -> dict[str
 
 
 def make_trainer(adapter: PeftConfig, rate: float, folder: Path, options: argparse.Namespace) -> SFTTrainer:
+    own = {"output": str(folder), "learning_rate": rate, "measure": True}
     return SFTTrainer(
         model=options.model,
         args=SFTConfig(
-            output_dir=str(folder),
-            max_steps=options.steps,
-            learning_rate=rate,
+            **training(argparse.Namespace(**vars(options) | own)) | {"save_strategy": "no"},
             warmup_steps=5,
-            per_device_train_batch_size=options.batch_size,
             gradient_checkpointing=False,  # faster; a large model wants True
             max_length=None,
             model_init_kwargs={"dtype": "auto"},
-            bf16=torch.cuda.is_available(),
-            save_strategy="no",
-            logging_steps=10,
-            report_to="none",
             seed=options.seed,
         ),
         train_dataset=pairs("train"),
@@ -113,14 +107,14 @@ def learn(
     own = {question: labelled(tokenizer, messages(question), said) for question, said in answers.items()}
     trainer.add_callback(ForgettingCallback([own[question] for question in ORDINARY]))
     trainer.add_callback(RehearsalCallback([own[question] for question in REHEARSED], weight=options.rehearse))
-    start = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    end = trainer.evaluate()
+    fit(trainer)
     trainer.save_model()
+    history = trainer.state.log_history
+    losses = values(history, "eval_loss")
     return {
         "answers": [answer(model, tokenizer, messages(question)) for question in (STYLE, ORDINARY[0])],
-        "learned": start - end["eval_loss"],
-        "forgot": end["eval_forgetting"],
+        "learned": losses[0] - losses[-1],
+        "forgot": values(history, "forgetting")[-1],
         "bytes": (folder / "adapter_model.safetensors").stat().st_size,
     }
 

@@ -246,7 +246,7 @@ def rows_of(data: Dataset, options: argparse.Namespace) -> dict[str, Dataset | N
 
 
 def forgetting(options: argparse.Namespace, images: float = 0.0) -> list[TrainerCallback]:
-    """With --measure, what measures the forgetting on texts that the base writes: others than those of the probe.
+    """With --measure, what measures the forgetting on texts that the base writes, and that the probe does not use.
 
     Args:
         options: of the command line.

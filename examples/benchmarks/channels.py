@@ -9,14 +9,13 @@ million parameters, values in bfloat16; bytes with all metadata, and the times o
 import gc
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from measure import LINEARS, Memory, device, in_fresh_process, linears, llama, no_heap, seconds_in_turn
+from measure import LINEARS, Memory, device, in_fresh_process, linears, llama, no_heap, seconds_in_turn, seconds_once
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 from peft_dowser import DowserConfig
@@ -143,16 +142,9 @@ def measure_files(rank: str, repetitions: int) -> dict[str, float]:
 
         merges, unmerges = [], []
         for _ in range(repetitions):
-            both = [(_timed(models[m].merge_adapter), _timed(models[m].unmerge_adapter)) for m in METHODS]
-            merges.append((both[0][0], both[1][0]))
-            unmerges.append((both[0][1], both[1][1]))
+            merges.append(tuple(seconds_once(models[method].merge_adapter) for method in METHODS))
+            unmerges.append(tuple(seconds_once(models[method].unmerge_adapter) for method in METHODS))
     for name, pairs in (("load", loads), ("merge", merges), ("unmerge", unmerges)):
         row[f"{name}_seconds"] = statistics.median(ours for ours, _ in pairs)
         row[f"{name}_over_lora"] = statistics.median(ours / theirs for ours, theirs in pairs)
     return row
-
-
-def _timed(work: Callable[[], None]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

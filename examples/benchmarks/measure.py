@@ -82,7 +82,7 @@ def seconds(function: Callable[[], Any], repetitions: int, warmups: int = 1) -> 
     """Median time of a call."""
     for _ in range(warmups):
         function()
-    return statistics.median(_seconds_once(function) for _ in range(repetitions))
+    return statistics.median(seconds_once(function) for _ in range(repetitions))
 
 
 def seconds_in_turn(
@@ -92,10 +92,10 @@ def seconds_in_turn(
     for _ in range(warmups):
         one()
         other()
-    return [(_seconds_once(one), _seconds_once(other)) for _ in range(repetitions)]
+    return [(seconds_once(one), seconds_once(other)) for _ in range(repetitions)]
 
 
-def _seconds_once(function: Callable[[], Any]) -> float:
+def seconds_once(function: Callable[[], Any]) -> float:
     synchronize()
     started = time.perf_counter()
     function()

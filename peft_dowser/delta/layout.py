@@ -80,13 +80,11 @@ class Layout:
 
     def delta(self, stored: StoredDelta) -> Delta:
         """The delta of single weights."""
-        values = stored.values.T if self.channel_dim == 0 else stored.values
-        return Delta(self.flat(stored.positions), values.reshape(-1))
+        return Delta(self.flat(stored.positions), self._as_in_weight(stored.values).reshape(-1))
 
     def merged(self, weight: Tensor, stored: StoredDelta) -> MergedEntries:
         """What a merge would write into a weight, see `merged_entries`."""
-        values = stored.values.T if self.channel_dim == 0 else stored.values
-        return merged_entries(weight, Delta(stored.positions, values), self.channel_dim)
+        return merged_entries(weight, Delta(stored.positions, self._as_in_weight(stored.values)), self.channel_dim)
 
     def stored(self, delta: Delta) -> StoredDelta:
         """A delta of single weights as it is stored: with zeros where an input channel has weights outside it."""
@@ -99,3 +97,7 @@ class Layout:
         values = delta.values.new_zeros(self.values_shape(len(channels)))
         values[other.long(), place] = delta.values
         return StoredDelta(channels.to(position_dtype(self.size)), values)
+
+    def _as_in_weight(self, values: Tensor) -> Tensor:
+        """Values `(out, k)` with their dimensions in the order of the weight."""
+        return values.T if self.channel_dim == 0 else values

@@ -40,7 +40,7 @@ def open_tensors(path: Path, files: ExitStack) -> Any:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file; raises OSError where it cannot be written, as SafetensorError is none."""
+    """Write a safetensors file; raises OSError where it cannot be written, because SafetensorError is not one."""
     try:
         save_file(tensors, path, metadata=None if metadata is None else dict(metadata))
     except SafetensorError as error:

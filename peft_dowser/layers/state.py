@@ -212,7 +212,7 @@ class Index(nn.Module):
         return Overwritten(self.decoded(), cast(Tensor, self.originals), self.checksum, self.layout.channel_dim)
 
     def check_agreement(self) -> None:
-        """Refuse a code and positions that something has overwritten into, so that they no longer agree.
+        """Refuse a code and positions that something has written into, so that they no longer agree.
 
         Raises:
             ValueError: they do not agree.
